@@ -1,0 +1,16 @@
+// torch's current CUDA stream as a raw handle, without linking or including anything of CUDA.
+//
+// aoti_torch_get_current_cuda_stream lives in libtorch_cuda.so, which a CPU-only torch lacks. The reference
+// is weak: found through libtorch.so's own dependencies where torch has CUDA, null elsewhere (which is why
+// CMakeLists.txt links libtorch with --no-as-needed).
+#pragma once
+
+#include <cstdint>
+
+extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+
+namespace statecore {
+
+inline bool torch_has_cuda() { return &aoti_torch_get_current_cuda_stream != nullptr; }
+
+}  // namespace statecore

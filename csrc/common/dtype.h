@@ -1,0 +1,14 @@
+// The element types that operators take, as the parameter structs carry them.
+#pragma once
+
+#include <cstdint>
+
+namespace statecore {
+
+enum class DType : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+constexpr int64_t element_bytes(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
+}  // namespace statecore

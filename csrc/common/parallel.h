@@ -1,0 +1,21 @@
+// Threads of torch's own pool for code that does not include torch.
+#pragma once
+
+#include <cstdint>
+
+namespace statecore {
+
+using ParallelBody = void (*)(int64_t begin, int64_t end, void* context);
+
+// Calls body on ranges that together cover [0, n), from as many threads as torch uses. It must not throw.
+void parallel_ranges(int64_t n, ParallelBody body, void* context);
+
+// f(begin, end) on ranges that cover [0, n); scratch memory belongs at the top of f, once a thread.
+template <class F>
+void parallel_for(int64_t n, const F& f) {
+  parallel_ranges(
+      n, [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); },
+      const_cast<F*>(&f));
+}
+
+}  // namespace statecore

@@ -1,0 +1,107 @@
+// What operators refuse, said once: every check names the argument, what was expected and what came.
+// Messages reach Python as RuntimeError.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "common/dtype.h"
+
+namespace statecore {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class... Parts>
+[[noreturn]] void refuse(const Parts&... parts) {
+  std::ostringstream message;
+  message << "statecore: ";
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+inline std::string shape_text(const Tensor& t) {
+  std::ostringstream text;
+  text << "(";
+  for (int64_t d = 0; d < t.dim(); ++d) text << (d ? ", " : "") << t.size(d);
+  text << ")";
+  return text.str();
+}
+
+inline std::string shape_text(std::initializer_list<int64_t> sizes) {
+  std::ostringstream text;
+  text << "(";
+  const char* separator = "";
+  for (int64_t size : sizes) {
+    text << separator << size;
+    separator = ", ";
+  }
+  text << ")";
+  return text.str();
+}
+
+inline const char* dtype_text(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
+    default: return "another dtype";
+  }
+}
+
+inline void check_dim(const char* name, const Tensor& t, int64_t dim, const char* layout) {
+  if (t.dim() != dim) refuse(name, " must have ", dim, " dimensions ", layout, ", got shape ", shape_text(t));
+}
+
+inline void check_shape(const char* name, const Tensor& t, std::initializer_list<int64_t> expected) {
+  bool equal = t.dim() == int64_t(expected.size());
+  int64_t d = 0;
+  for (int64_t size : expected) equal = equal && t.size(d++) == size;
+  if (!equal) refuse(name, " must have shape ", shape_text(expected), ", got ", shape_text(t));
+}
+
+inline void check_dtype(const char* name, const Tensor& t, ScalarType expected) {
+  if (t.scalar_type() != expected)
+    refuse(name, " must be ", dtype_text(expected), ", got ", dtype_text(t.scalar_type()));
+}
+
+inline void check_same_device(const char* name, const Tensor& t, const Tensor& q) {
+  if (t.device() != q.device()) refuse(name, " must be on the same device as q");
+}
+
+inline void check_last_contiguous(const char* name, const Tensor& t) {
+  if (t.dim() > 0 && t.size(-1) > 1 && t.stride(-1) != 1)
+    refuse(name, " must have stride 1 in its last dimension, got stride ", t.stride(-1),
+           "; call .contiguous() on it first");
+}
+
+inline void check_contiguous(const char* name, const Tensor& t) {
+  if (!t.is_contiguous()) refuse(name, " must be contiguous; call .contiguous() on it first");
+}
+
+// dtype of q, k, v: float32, bfloat16, float16, or float64 (CPU only), all the same.
+inline DType element_dtype(const Tensor& q) {
+  switch (q.scalar_type()) {
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::Double: return DType::kFloat64;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Half: return DType::kFloat16;
+    default: refuse("q must be float32, bfloat16, float16 or float64, got ", dtype_text(q.scalar_type()));
+  }
+}
+
+inline ScalarType state_type(DType dtype) {
+  return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+}
+
+}  // namespace statecore

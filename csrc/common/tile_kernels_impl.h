@@ -1,0 +1,329 @@
+// The one implementation of tile_kernels.h, written on GCC / Clang vector extensions and compiled once
+// per instruction set by the tile_kernels_<isa>.cpp files, which define STATECORE_VECTOR_BYTES and
+// STATECORE_ISA before they include it. Everything lives in an unnamed namespace and calls nothing
+// inline from the standard library, so no code of a higher instruction set can be shared by the linker.
+#include <cstdint>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "common/tile_kernels.h"
+#include "common/tile_kernels_isa.h"
+
+namespace statecore {
+namespace {
+
+template <class T>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float Type __attribute__((vector_size(STATECORE_VECTOR_BYTES), aligned(4), may_alias));
+  typedef int32_t Bits __attribute__((vector_size(STATECORE_VECTOR_BYTES), aligned(4), may_alias));
+};
+template <>
+struct VectorOf<double> {
+  typedef double Type __attribute__((vector_size(STATECORE_VECTOR_BYTES), aligned(8), may_alias));
+  typedef int64_t Bits __attribute__((vector_size(STATECORE_VECTOR_BYTES), aligned(8), may_alias));
+};
+template <class T>
+using Vec = typename VectorOf<T>::Type;
+template <class T>
+constexpr int kLanes = STATECORE_VECTOR_BYTES / int(sizeof(T));
+
+template <class T>
+Vec<T> load_vec(const T* p) {
+  return *reinterpret_cast<const Vec<T>*>(p);
+}
+template <class T>
+void store_vec(T* p, Vec<T> v) {
+  *reinterpret_cast<Vec<T>*>(p) = v;
+}
+
+constexpr float kInf = __builtin_inff();
+
+// ---- exponential -----------------------------------------------------------------------------------
+
+// exp(x) for x <= 88: 2^n * p(r), x = n ln 2 + r, |r| <= ln(2) / 2; relative error below 2e-7. Arguments
+// under -87 (-inf among them) give 0 exactly, so that an invisible key never leaks in.
+Vec<float> exp_vec(Vec<float> x) {
+  using V = Vec<float>;
+  using Bits = VectorOf<float>::Bits;
+  const V clamped = x < -87.f ? V{} - 87.f : x;
+  const V magic = V{} + 12582912.f;  // 1.5 * 2^23: adding it leaves round(x) in the low mantissa bits
+  const V shifted = clamped * 1.44269504f + magic;
+  const V n = shifted - magic;
+  const V r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
+  V p = V{} + 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.f;
+  const Bits power = (reinterpret_cast<const Bits&>(shifted) << 23) + (127 << 23);
+  const V result = p * reinterpret_cast<const V&>(power);
+  return x < -87.f ? V{} : result;
+}
+
+// double is the type of gradient checks: right to the last bits, speed does not matter.
+Vec<double> exp_vec(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);
+  return x;
+}
+
+template <class Real>
+Real exp_scalar(Real x) {
+  return exp_vec(Vec<Real>{} + x)[0];
+}
+
+// ---- conversions -----------------------------------------------------------------------------------
+
+float bits_to_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }
+uint32_t float_to_bits(float x) { return __builtin_bit_cast(uint32_t, x); }
+
+float bf16_to_float(uint16_t x) { return bits_to_float(uint32_t(x) << 16); }
+
+uint16_t float_to_bf16(float x) {
+  const uint32_t bits = float_to_bits(x);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t(bits >> 16 | 0x40u);  // NaN stays NaN
+  return uint16_t((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
+#if defined(__F16C__)
+float f16_to_float(uint16_t x) { return _cvtsh_ss(x); }
+uint16_t float_to_f16(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
+#else
+float f16_to_float(uint16_t x) {
+  const uint32_t sign = uint32_t(x & 0x8000u) << 16, magnitude = x & 0x7fffu;
+  if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+  // Scaling by 2^112 puts the exponent right and normalises subnormal halves on the way.
+  return bits_to_float(sign | float_to_bits(bits_to_float(magnitude << 13) * bits_to_float(0x77800000u)));
+}
+
+uint16_t float_to_f16(float x) {
+  const uint32_t bits = float_to_bits(x), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return uint16_t(sign | 0x7e00u);
+  if (magnitude >= 0x477ff000u) return uint16_t(sign | 0x7c00u);  // rounds to 65536 or more
+  if (magnitude < 0x38800000u) {
+    // Subnormal half: adding 0.5 makes the float adder round to multiples of 2^-24.
+    return uint16_t(sign | (float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u));
+  }
+  return uint16_t(sign | ((magnitude + 0xfffu + (magnitude >> 13 & 1u) - 0x38000000u) >> 13));
+}
+#endif
+
+// One type a storage format; `of` reads an element as Real, `from` rounds a Real to it.
+struct AsFloat32 {
+  using Storage = float;
+  static float of(float x) { return x; }
+  static float from(float x) { return x; }
+};
+struct AsFloat64 {
+  using Storage = double;
+  static double of(double x) { return x; }
+  static double from(double x) { return x; }
+};
+struct AsBFloat16 {
+  using Storage = uint16_t;
+  static float of(uint16_t x) { return bf16_to_float(x); }
+  static uint16_t from(float x) { return float_to_bf16(x); }
+};
+struct AsFloat16 {
+  using Storage = uint16_t;
+  static float of(uint16_t x) { return f16_to_float(x); }
+  static uint16_t from(float x) { return float_to_f16(x); }
+};
+
+template <class F>
+void with_format(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kFloat32: return f(AsFloat32{});
+    case DType::kFloat64: return f(AsFloat64{});
+    case DType::kBFloat16: return f(AsBFloat16{});
+    case DType::kFloat16: return f(AsFloat16{});
+  }
+}
+
+template <class Real>
+void load(DType dtype, const void* src, int64_t src_stride, int rows, int cols, Real factor, Real* dst,
+          int64_t ld) {
+  with_format(dtype, [&](auto format) {
+    using Format = decltype(format);
+    for (int i = 0; i < rows; ++i) {
+      const auto* from = static_cast<const typename Format::Storage*>(src) + i * src_stride;
+      Real* to = dst + i * ld;
+      for (int j = 0; j < cols; ++j) to[j] = factor * Real(Format::of(from[j]));
+      for (int j = cols; j < padded(cols); ++j) to[j] = 0;
+    }
+  });
+}
+
+template <class Real>
+void load_transposed(DType dtype, const void* src, int64_t src_stride, int rows, int cols, Real factor,
+                     Real* dst, int64_t ld) {
+  with_format(dtype, [&](auto format) {
+    using Format = decltype(format);
+    // Squares of 16 x 16 keep both sides of the transposition in the L1 cache.
+    for (int j0 = 0; j0 < cols; j0 += 16) {
+      const int j1 = j0 + 16 < cols ? j0 + 16 : cols;
+      for (int i = 0; i < rows; ++i) {
+        const auto* from = static_cast<const typename Format::Storage*>(src) + i * src_stride;
+        for (int j = j0; j < j1; ++j) dst[j * ld + i] = factor * Real(Format::of(from[j]));
+      }
+      for (int j = j0; j < j1; ++j)
+        for (int i = rows; i < padded(rows); ++i) dst[j * ld + i] = 0;
+    }
+  });
+}
+
+template <class Real>
+void store(DType dtype, void* dst, int64_t dst_stride, int rows, int cols, const Real* src, int64_t ld) {
+  with_format(dtype, [&](auto format) {
+    using Format = decltype(format);
+    for (int i = 0; i < rows; ++i) {
+      auto* to = static_cast<typename Format::Storage*>(dst) + i * dst_stride;
+      const Real* from = src + i * ld;
+      for (int j = 0; j < cols; ++j) to[j] = Format::from(from[j]);
+    }
+  });
+}
+
+// ---- matrix product --------------------------------------------------------------------------------
+
+// Accumulators of one register block: kBlockRows x 2 vectors. 16 of AVX-512's 32 registers hide the
+// latency of two FMA units; AVX2 and SSE have 16 registers in all.
+constexpr int kBlockRows = STATECORE_VECTOR_BYTES == 64 ? 8 : STATECORE_VECTOR_BYTES == 32 ? 6 : 4;
+
+template <class Real, int Rows, int Vectors>
+inline void matmul_block(int k, const Real* a, int64_t a_row, int64_t a_col, const Real* b, int64_t ldb,
+                         Real* c, int64_t ldc, bool accumulate) {
+  constexpr int kWidth = kLanes<Real>;
+  Vec<Real> sum[Rows][Vectors];
+  for (int i = 0; i < Rows; ++i)
+    for (int v = 0; v < Vectors; ++v)
+      sum[i][v] = accumulate ? load_vec(c + i * ldc + v * kWidth) : Vec<Real>{};
+  for (int p = 0; p < k; ++p) {
+    Vec<Real> row[Vectors];
+    for (int v = 0; v < Vectors; ++v) row[v] = load_vec(b + p * ldb + v * kWidth);
+    for (int i = 0; i < Rows; ++i) {
+      const Real x = a[i * a_row + p * a_col];
+      for (int v = 0; v < Vectors; ++v) sum[i][v] += x * row[v];
+    }
+  }
+  for (int i = 0; i < Rows; ++i)
+    for (int v = 0; v < Vectors; ++v) store_vec(c + i * ldc + v * kWidth, sum[i][v]);
+}
+
+template <class Real, int Rows, int Vectors>
+inline void matmul_rows(int m, int k, const Real* a, int64_t a_row, int64_t a_col, const Real* b, int64_t ldb,
+                        Real* c, int64_t ldc, bool accumulate) {
+  int i = 0;
+  for (; i + Rows <= m; i += Rows)
+    matmul_block<Real, Rows, Vectors>(k, a + i * a_row, a_row, a_col, b, ldb, c + i * ldc, ldc, accumulate);
+  if constexpr (Rows > 1)
+    matmul_rows<Real, Rows / 2, Vectors>(m - i, k, a + i * a_row, a_row, a_col, b, ldb, c + i * ldc, ldc,
+                                         accumulate);
+}
+
+template <class Real>
+void matmul(int m, int n, int k, const Real* a, int64_t a_row, int64_t a_col, const Real* b, int64_t ldb,
+            Real* c, int64_t ldc, bool accumulate) {
+  constexpr int kWidth = kLanes<Real>;
+  int j = 0;
+  for (; j + 2 * kWidth <= padded(n); j += 2 * kWidth)
+    matmul_rows<Real, kBlockRows, 2>(m, k, a, a_row, a_col, b + j, ldb, c + j, ldc, accumulate);
+  for (; j < padded(n); j += kWidth)
+    matmul_rows<Real, kBlockRows, 1>(m, k, a, a_row, a_col, b + j, ldb, c + j, ldc, accumulate);
+}
+
+// ---- element-wise ----------------------------------------------------------------------------------
+
+template <class Real>
+void scale_rows(int rows, int cols, const Real* factor, Real* x, int64_t ld) {
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < padded(cols); ++j) x[i * ld + j] *= factor[i];
+}
+
+template <class Real>
+void axpby(int64_t n, Real a, Real* y, Real b, const Real* x) {
+  for (int64_t i = 0; i < n; ++i) y[i] = a * y[i] + b * x[i];
+}
+
+template <class Real>
+Real sum_lanes(Vec<Real> v) {
+  Real sum = 0;
+  for (int i = 0; i < kLanes<Real>; ++i) sum += v[i];
+  return sum;
+}
+
+template <class Real>
+void dot_rows(int rows, int cols, const Real* x, int64_t ldx, const Real* y, int64_t ldy, Real* out) {
+  for (int i = 0; i < rows; ++i) {
+    Vec<Real> sum{};
+    for (int j = 0; j < padded(cols); j += kLanes<Real>)
+      sum += load_vec(x + i * ldx + j) * load_vec(y + i * ldy + j);
+    out[i] = sum_lanes<Real>(sum);
+  }
+}
+
+template <class Real>
+Real exp_row(int cols, Real* s, Real shift) {
+  Vec<Real> sum{};
+  int j = 0;
+  for (; j + kLanes<Real> <= cols; j += kLanes<Real>) {
+    const Vec<Real> p = exp_vec(load_vec(s + j) - shift);
+    store_vec(s + j, p);
+    sum += p;
+  }
+  Real tail = 0;
+  for (; j < cols; ++j) tail += s[j] = exp_scalar(s[j] - shift);
+  return sum_lanes<Real>(sum) + tail;
+}
+
+template <class Real>
+void softmax_block(int rows, int cols, Real* s, int64_t ld, Real* row_max, Real* row_sum, Real* correction) {
+  for (int i = 0; i < rows; ++i) {
+    Real* row = s + i * ld;
+    Real top = row_max[i];
+    for (int j = 0; j < cols; ++j) top = row[j] > top ? row[j] : top;
+    const Real shift = top == -kInf ? Real(0) : top;
+    correction[i] = row_max[i] == -kInf ? Real(0) : exp_scalar(row_max[i] - shift);
+    row_sum[i] = row_sum[i] * correction[i] + exp_row(cols, row, shift);
+    row_max[i] = top;
+  }
+}
+
+template <class Real>
+void exp_shifted(int rows, int cols, Real* s, int64_t ld, const Real* shift) {
+  for (int i = 0; i < rows; ++i) exp_row(cols, s + i * ld, shift[i]);
+}
+
+template <class Real>
+void softmax_backward(int rows, int cols, const Real* p, Real* ds, int64_t ld, const Real* delta) {
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < padded(cols); ++j) ds[i * ld + j] = p[i * ld + j] * (ds[i * ld + j] - delta[i]);
+}
+
+template <class Real>
+void gated_add(int rows, int cols, Real* out, const Real* base, const Real* gate, int64_t ld) {
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < padded(cols); j += kLanes<Real>) {
+      const int64_t at = i * ld + j;
+      const Vec<Real> sigmoid = 1 / (1 + exp_vec(-load_vec(gate + at)));
+      store_vec(out + at, load_vec(base + at) + sigmoid * load_vec(out + at));
+    }
+}
+
+template <class Real>
+constexpr TileKernels<Real> kTable{
+    matmul<Real>,   load<Real>,     load_transposed<Real>, store<Real>,       scale_rows<Real>,
+    axpby<Real>,    dot_rows<Real>, softmax_block<Real>,   exp_shifted<Real>, softmax_backward<Real>,
+    gated_add<Real>};
+
+}  // namespace
+
+const TileKernels<float>& STATECORE_ISA::float_kernels() { return kTable<float>; }
+const TileKernels<double>& STATECORE_ISA::double_kernels() { return kTable<double>; }
+
+}  // namespace statecore

@@ -1,0 +1,67 @@
+"""Builds statecore/_C.so by driving CMake; everything about the build itself is said in CMakeLists.txt.
+
+Environment: STATECORE_CUDA=AUTO|ON|OFF, STATECORE_CUDA_ARCHITECTURES="sm_80;sm_90a", MAX_JOBS.
+"""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+class CMakeBuild(build_ext):
+    """The library has no Python in it, so its file name carries no ABI tag."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return os.path.join(*fullname.split(".")) + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        torch = importlib.util.find_spec("torch")
+        if torch is None:
+            raise SystemExit("statecore is compiled against PyTorch: pip install torch first, then run this again.")
+        if shutil.which("cmake") is None:
+            raise SystemExit(
+                "statecore is built with CMake >= 3.18: install it (pip install cmake), then run this again."
+            )
+        output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        build = Path(self.build_temp).resolve() / "cmake"
+        options = {
+            "TORCH_DIR": Path(torch.origin).parent,
+            "CMAKE_INSTALL_PREFIX": output,
+            "CMAKE_BUILD_TYPE": "Debug" if self.debug else "Release",
+            "BUILD_TESTING": "OFF",
+        }
+        for name in ("STATECORE_CUDA", "STATECORE_CUDA_ARCHITECTURES"):
+            if os.environ.get(name):
+                options[name] = os.environ[name]
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        self._run("cmake", "-S", ROOT, "-B", build, *(f"-D{name}={value}" for name, value in options.items()))
+        self._run("cmake", "--build", build, "--parallel", jobs)
+        self._run("cmake", "--install", build)
+
+    @staticmethod
+    def _run(*command: object) -> None:
+        try:
+            subprocess.run([str(part) for part in command], check=True)
+        except subprocess.CalledProcessError as error:
+            raise SystemExit(f"statecore: building the C++ library failed; the reason is above ({error}).") from None
+
+
+class PlatformWheel(bdist_wheel):
+    """One wheel for every Python 3: platform-specific, but free of any interpreter's ABI."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    ext_modules=[Extension("statecore._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
+)
