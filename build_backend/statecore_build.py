@@ -1,9 +1,11 @@
-"""setuptools.build_meta with the target environment's torch visible under build isolation.
+"""setuptools as the PEP 517 backend, with the target environment's torch visible under build isolation.
 
 pip runs this with the interpreter of the environment it installs into, but with that environment's site-packages taken
 off sys.path. The library must be compiled against the torch it will run with, so they are put back, at the end: what
-the isolated environment provides still comes first. Naming torch in build-system.requires instead would download the
+the isolated environment provides still comes first. Naming torch as a build requirement instead would download the
 newest torch and gigabytes of CUDA libraries, and compile against those.
+
+pyproject.toml requires nothing, and setuptools is asked for here, so that a missing torch is said before any download.
 """
 
 import importlib
@@ -11,15 +13,13 @@ import importlib.util
 import sys
 import sysconfig
 
-from setuptools import build_meta as _setuptools
-from setuptools.build_meta import *  # noqa: F403
+SETUPTOOLS = ["setuptools>=77"]
 
 
 def _show_target_torch() -> None:
     if importlib.util.find_spec("torch") is None:
-        sys.path += [
-            p for p in dict.fromkeys(sysconfig.get_path(k) for k in ("purelib", "platlib")) if p not in sys.path
-        ]
+        paths = dict.fromkeys(sysconfig.get_path(key) for key in ("purelib", "platlib"))
+        sys.path += [path for path in paths if path not in sys.path]
         importlib.invalidate_caches()
     if importlib.util.find_spec("torch") is None:
         raise SystemExit(
@@ -28,21 +28,29 @@ def _show_target_torch() -> None:
         )
 
 
-def get_requires_for_build_wheel(config_settings=None):
-    _show_target_torch()  # the first hook that pip calls: no torch is said before anything is downloaded
-    return _setuptools.get_requires_for_build_wheel(config_settings)
-
-
-def get_requires_for_build_editable(config_settings=None):
+def _requirements(config_settings=None):
     _show_target_torch()
-    return _setuptools.get_requires_for_build_editable(config_settings)
+    return SETUPTOOLS
 
 
-def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
-    _show_target_torch()
-    return _setuptools.build_wheel(wheel_directory, config_settings, metadata_directory)
+get_requires_for_build_wheel = get_requires_for_build_editable = _requirements
 
 
-def build_editable(wheel_directory, config_settings=None, metadata_directory=None):
-    _show_target_torch()
-    return _setuptools.build_editable(wheel_directory, config_settings, metadata_directory)
+def get_requires_for_build_sdist(config_settings=None):
+    return SETUPTOOLS
+
+
+def _hook(name: str):
+    def run(*args, **kwargs):
+        if name != "build_sdist":
+            _show_target_torch()
+        return getattr(importlib.import_module("setuptools.build_meta"), name)(*args, **kwargs)
+
+    return run
+
+
+build_wheel = _hook("build_wheel")
+build_editable = _hook("build_editable")
+build_sdist = _hook("build_sdist")
+prepare_metadata_for_build_wheel = _hook("prepare_metadata_for_build_wheel")
+prepare_metadata_for_build_editable = _hook("prepare_metadata_for_build_editable")

@@ -99,35 +99,40 @@ void test_load_transposed() {
 template <class Real>
 void test_softmax() {
   const double tolerance = std::is_same_v<Real, float> ? 1e-6 : 1e-14;
-  const int rows = 5, blocks = 3, cols = 19;
+  const int rows = 19, blocks = 3, cols = 21;
   const int64_t ld = tile_ld(cols);
   const Real inf = std::numeric_limits<Real>::infinity();
   auto s = random_tile<Real>(blocks * rows * ld, Real(20));
-  for (int j = 0; j < cols; ++j) s[j] = -inf;  // row 0: nothing in the first block
-  for (int b = 0; b < blocks; ++b)
-    for (int j = 0; j < cols; ++j) s[(b * rows + 4) * ld + j] = -inf;  // row 4: nothing at all
+  for (int i = 0; i < rows; ++i) s[i * ld] = -inf;               // column 0: nothing in the first block
+  for (int i = 0; i < blocks * rows; ++i) s[i * ld + 4] = -inf;  // column 4: nothing at all
   const auto scores = s;
-  std::vector<Real> row_max(rows, -inf), row_sum(rows, 0), correction(rows);
-  std::vector<double> running(rows, 0);
+  std::vector<Real> col_max(padded(cols), -inf), col_sum(padded(cols), 0), correction(padded(cols));
+  std::vector<double> running(cols, 0);
   for (int b = 0; b < blocks; ++b) {
-    tile_kernels<Real>().softmax_block(rows, cols, s.data() + b * rows * ld, ld, row_max.data(),
-                                       row_sum.data(), correction.data());
-    for (int i = 0; i < rows; ++i) {
-      running[i] *= double(correction[i]);
-      for (int j = 0; j < cols; ++j) running[i] += double(s[(b * rows + i) * ld + j]);
+    tile_kernels<Real>().softmax_block(rows, cols, s.data() + b * rows * ld, ld, col_max.data(),
+                                       col_sum.data(), correction.data());
+    for (int j = 0; j < cols; ++j) {
+      running[j] *= double(correction[j]);
+      for (int i = 0; i < rows; ++i) running[j] += double(s[(b * rows + i) * ld + j]);
     }
   }
-  for (int i = 0; i < rows; ++i) {
+  for (int j = 0; j < cols; ++j) {
     double top = -INFINITY, sum = 0;
-    for (int b = 0; b < blocks; ++b)
-      for (int j = 0; j < cols; ++j) top = std::max(top, double(scores[(b * rows + i) * ld + j]));
-    for (int b = 0; b < blocks; ++b)
-      for (int j = 0; j < cols; ++j)
-        sum += i == 4 ? 0 : std::exp(double(scores[(b * rows + i) * ld + j]) - top);
-    expect_near("softmax max", double(row_max[i]), top, 0);
-    expect_near("softmax sum", double(row_sum[i]), sum, tolerance * sum);
-    expect_near("softmax weights", running[i], sum, tolerance * sum);
+    for (int i = 0; i < blocks * rows; ++i) top = std::max(top, double(scores[i * ld + j]));
+    for (int i = 0; i < blocks * rows; ++i) sum += j == 4 ? 0 : std::exp(double(scores[i * ld + j]) - top);
+    expect_near("softmax max", double(col_max[j]), top, 0);
+    expect_near("softmax sum", double(col_sum[j]), sum, tolerance * sum);
+    expect_near("softmax weights", running[j], sum, tolerance * sum);
   }
+  std::vector<Real> shift(padded(cols), Real(60));
+  shift[3] = inf;
+  auto p = scores;
+  tile_kernels<Real>().exp_shifted(rows, cols, p.data(), ld, shift.data());
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < cols; ++j) {
+      const double wanted = std::exp(double(scores[i * ld + j] - shift[j]));
+      expect_near("exp_shifted", double(p[i * ld + j]), wanted, tolerance * wanted + 1e-37);
+    }
 }
 
 template <class Real>
@@ -135,8 +140,8 @@ void test_elementwise() {
   const double tolerance = std::is_same_v<Real, float> ? 2e-6 : 1e-14;
   const int rows = 3, cols = 33;
   const int64_t ld = tile_ld(cols);
-  const auto x = random_tile<Real>(rows * ld), y = random_tile<Real>(rows * ld),
-             factor = random_tile<Real>(rows);
+  const auto x = random_tile<Real>(rows * ld), y = random_tile<Real>(rows * ld);
+  const auto factor = random_tile<Real>(rows), delta = random_tile<Real>(padded(cols));
   auto out = x;
   std::vector<Real> dots(rows);
   tile_kernels<Real>().gated_add(rows, cols, out.data(), y.data(), x.data(), ld);
@@ -151,10 +156,10 @@ void test_elementwise() {
   for (int i = 0; i < rows; ++i)
     expect_near("scale_rows", double(out[i * ld]), double(factor[i] * x[i * ld]), tolerance);
   out = y;
-  tile_kernels<Real>().softmax_backward(rows, cols, x.data(), out.data(), ld, factor.data());
+  tile_kernels<Real>().softmax_backward(rows, cols, x.data(), out.data(), ld, delta.data());
   for (int i = 0; i < rows; ++i)
     expect_near("softmax_backward", double(out[i * ld + 7]),
-                double(x[i * ld + 7]) * (double(y[i * ld + 7]) - double(factor[i])), tolerance);
+                double(x[i * ld + 7]) * (double(y[i * ld + 7]) - double(delta[7])), tolerance);
   std::vector<Real> padded_x(rows * ld, 0), padded_y(rows * ld, 0);
   for (int i = 0; i < rows; ++i)
     for (int j = 0; j < cols; ++j) padded_x[i * ld + j] = x[i * ld + j], padded_y[i * ld + j] = y[i * ld + j];

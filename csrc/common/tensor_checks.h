@@ -104,4 +104,51 @@ inline ScalarType state_type(DType dtype) {
   return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
 }
 
+// cu_seqlens [sequences + 1] of packed q (B = 1, T tokens); returns the number of sequences. The contents are
+// checked on the CPU; elsewhere looking at them would cost a synchronisation.
+inline int64_t check_cu_seqlens(const Tensor& cu_seqlens, const Tensor& q) {
+  check_dim("cu_seqlens", cu_seqlens, 1, "[sequences + 1]");
+  check_dtype("cu_seqlens", cu_seqlens, ScalarType::Int);
+  check_same_device("cu_seqlens", cu_seqlens, q);
+  check_contiguous("cu_seqlens", cu_seqlens);
+  if (q.size(0) != 1) refuse("cu_seqlens needs q of batch size 1, got ", q.size(0));
+  const int64_t sequences = cu_seqlens.size(0) - 1;
+  if (sequences < 0) refuse("cu_seqlens must have at least one element, got shape ", shape_text(cu_seqlens));
+  if (!q.is_cpu()) return sequences;
+  const auto* offset = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
+  if (offset[0] != 0) refuse("cu_seqlens must start with 0, got ", offset[0]);
+  for (int64_t n = 0; n < sequences; ++n)
+    if (offset[n] > offset[n + 1])
+      refuse("cu_seqlens must not decrease, got ", offset[n], " then ", offset[n + 1], " at position ", n + 1);
+  if (offset[sequences] != q.size(1))
+    refuse("cu_seqlens must end with the number of tokens, ", q.size(1), ", got ", offset[sequences]);
+  return sequences;
+}
+
+// step_ids [B, T] of the sequences that cu_seqlens (already checked) divides the tokens into. On the CPU: ids
+// are -1 (nobody) or >= 0, and those >= 0 do not decrease inside a sequence.
+inline void check_step_ids(const Tensor& step_ids, const std::optional<Tensor>& cu_seqlens, const Tensor& q,
+                           int64_t batch, int64_t tokens) {
+  check_shape("step_ids", step_ids, {batch, tokens});
+  check_dtype("step_ids", step_ids, ScalarType::Int);
+  check_same_device("step_ids", step_ids, q);
+  check_last_contiguous("step_ids", step_ids);
+  if (!q.is_cpu()) return;
+  const int32_t* next_start = nullptr;
+  for (int64_t b = 0; b < batch; ++b) {
+    const auto* ids = static_cast<const int32_t*>(step_ids.const_data_ptr()) + b * step_ids.stride(0);
+    if (cu_seqlens) next_start = static_cast<const int32_t*>(cu_seqlens->const_data_ptr());
+    int32_t last = -1;
+    for (int64_t t = 0; t < tokens; ++t) {
+      for (; next_start && *next_start == t; ++next_start) last = -1;
+      if (ids[t] < -1)
+        refuse("step_ids must be >= 0, or -1 for padding, got ", ids[t], " at [", b, ", ", t, "]");
+      if (ids[t] != -1 && ids[t] < last)
+        refuse("step_ids must not decrease inside a sequence, got ", ids[t], " after ", last, " at [", b, ", ",
+               t, "]");
+      if (ids[t] != -1) last = ids[t];
+    }
+  }
+}
+
 }  // namespace statecore

@@ -44,26 +44,38 @@ struct TileKernels {
   // Row i of x[rows, cols] *= factor[i].
   void (*scale_rows)(int rows, int cols, const Real* factor, Real* x, int64_t ld);
 
+  // out[i, j] = x[i, j] * y[i, j].
+  void (*multiply)(int rows, int cols, const Real* x, int64_t ldx, const Real* y, int64_t ldy, Real* out,
+                   int64_t ldo);
+
   // y[i] = a * y[i] + b * x[i], i < n.
   void (*axpby)(int64_t n, Real a, Real* y, Real b, const Real* x);
 
   // out[i] = sum_j x[i, j] y[i, j].
   void (*dot_rows)(int rows, int cols, const Real* x, int64_t ldx, const Real* y, int64_t ldy, Real* out);
 
-  // One block of an online softmax. With m = max(row_max, max of the row of s): s <- exp(s - m),
-  // correction <- exp(row_max - m), row_sum <- row_sum * correction + sum of the row, row_max <- m.
-  // s may hold -inf (invisible); a row that has seen nothing but -inf keeps row_max = -inf, row_sum = 0.
-  void (*softmax_block)(int rows, int cols, Real* s, int64_t ld, Real* row_max, Real* row_sum,
+  // Softmax runs down the columns (a query is a column, a key a row): no sums across a vector. The arrays
+  // of one value a column have padded(cols) elements.
+
+  // One block of an online softmax. With m = max(col_max, max of the column of s): s <- exp(s - m),
+  // correction <- exp(col_max - m), col_sum <- col_sum * correction + sum of the column, col_max <- m.
+  // s may hold -inf (invisible); a column that has seen nothing but -inf keeps col_max = -inf, col_sum = 0.
+  void (*softmax_block)(int rows, int cols, Real* s, int64_t ld, Real* col_max, Real* col_sum,
                         Real* correction);
 
-  // s[i, j] <- exp(s[i, j] - shift[i]); -inf gives 0.
+  // s[i, j] <- exp(s[i, j] - shift[j]); s = -inf or shift = +inf gives 0.
   void (*exp_shifted)(int rows, int cols, Real* s, int64_t ld, const Real* shift);
 
-  // ds[i, j] <- p[i, j] * (ds[i, j] - delta[i]): the gradient through a softmax.
+  // ds[i, j] <- p[i, j] * (ds[i, j] - delta[j]): the gradient through a softmax.
   void (*softmax_backward)(int rows, int cols, const Real* p, Real* ds, int64_t ld, const Real* delta);
 
   // out[i, j] <- base[i, j] + sigmoid(gate[i, j]) * out[i, j].
   void (*gated_add)(int rows, int cols, Real* out, const Real* base, const Real* gate, int64_t ld);
+
+  // state <- decay * state + k^T v, then out = q state, in one pass over the state. Here nothing is padded:
+  // state[rows, cols] is dense, k[rows], v[cols], q[queries, rows], out[queries, cols].
+  void (*update_read)(int rows, int cols, Real decay, const Real* k, const Real* v, Real* state, int queries,
+                      const Real* q, Real* out);
 };
 
 template <class Real>

@@ -72,11 +72,6 @@ Vec<double> exp_vec(Vec<double> x) {
   return x;
 }
 
-template <class Real>
-Real exp_scalar(Real x) {
-  return exp_vec(Vec<Real>{} + x)[0];
-}
-
 // ---- conversions -----------------------------------------------------------------------------------
 
 float bits_to_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }
@@ -246,15 +241,24 @@ void scale_rows(int rows, int cols, const Real* factor, Real* x, int64_t ld) {
 }
 
 template <class Real>
+void multiply(int rows, int cols, const Real* x, int64_t ldx, const Real* y, int64_t ldy, Real* out, int64_t ldo) {
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < padded(cols); j += kLanes<Real>)
+      store_vec(out + i * ldo + j, load_vec(x + i * ldx + j) * load_vec(y + i * ldy + j));
+}
+
+template <class Real>
 void axpby(int64_t n, Real a, Real* y, Real b, const Real* x) {
   for (int64_t i = 0; i < n; ++i) y[i] = a * y[i] + b * x[i];
 }
 
 template <class Real>
 Real sum_lanes(Vec<Real> v) {
-  Real sum = 0;
-  for (int i = 0; i < kLanes<Real>; ++i) sum += v[i];
-  return sum;
+  Real x[kLanes<Real>];
+  store_vec(x, v);
+  for (int n = kLanes<Real> / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) x[i] += x[i + n];
+  return x[0];
 }
 
 template <class Real>
@@ -268,41 +272,39 @@ void dot_rows(int rows, int cols, const Real* x, int64_t ldx, const Real* y, int
 }
 
 template <class Real>
-Real exp_row(int cols, Real* s, Real shift) {
-  Vec<Real> sum{};
-  int j = 0;
-  for (; j + kLanes<Real> <= cols; j += kLanes<Real>) {
-    const Vec<Real> p = exp_vec(load_vec(s + j) - shift);
-    store_vec(s + j, p);
-    sum += p;
-  }
-  Real tail = 0;
-  for (; j < cols; ++j) tail += s[j] = exp_scalar(s[j] - shift);
-  return sum_lanes<Real>(sum) + tail;
-}
-
-template <class Real>
-void softmax_block(int rows, int cols, Real* s, int64_t ld, Real* row_max, Real* row_sum, Real* correction) {
-  for (int i = 0; i < rows; ++i) {
-    Real* row = s + i * ld;
-    Real top = row_max[i];
-    for (int j = 0; j < cols; ++j) top = row[j] > top ? row[j] : top;
-    const Real shift = top == -kInf ? Real(0) : top;
-    correction[i] = row_max[i] == -kInf ? Real(0) : exp_scalar(row_max[i] - shift);
-    row_sum[i] = row_sum[i] * correction[i] + exp_row(cols, row, shift);
-    row_max[i] = top;
+void softmax_block(int rows, int cols, Real* s, int64_t ld, Real* col_max, Real* col_sum, Real* correction) {
+  for (int j = 0; j < padded(cols); j += kLanes<Real>) {
+    const Vec<Real> before = load_vec(col_max + j);
+    Vec<Real> top = before;
+    for (int i = 0; i < rows; ++i) {
+      const Vec<Real> x = load_vec(s + i * ld + j);
+      top = x > top ? x : top;
+    }
+    const Vec<Real> shift = top == Real(-kInf) ? Vec<Real>{} : top;
+    Vec<Real> sum{};
+    for (int i = 0; i < rows; ++i) {
+      const Vec<Real> p = exp_vec(load_vec(s + i * ld + j) - shift);
+      store_vec(s + i * ld + j, p);
+      sum += p;
+    }
+    const Vec<Real> factor = exp_vec(before - shift);
+    store_vec(col_max + j, top);
+    store_vec(correction + j, factor);
+    store_vec(col_sum + j, load_vec(col_sum + j) * factor + sum);
   }
 }
 
 template <class Real>
 void exp_shifted(int rows, int cols, Real* s, int64_t ld, const Real* shift) {
-  for (int i = 0; i < rows; ++i) exp_row(cols, s + i * ld, shift[i]);
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < padded(cols); j += kLanes<Real>)
+      store_vec(s + i * ld + j, exp_vec(load_vec(s + i * ld + j) - load_vec(shift + j)));
 }
 
 template <class Real>
 void softmax_backward(int rows, int cols, const Real* p, Real* ds, int64_t ld, const Real* delta) {
   for (int i = 0; i < rows; ++i)
-    for (int j = 0; j < padded(cols); ++j) ds[i * ld + j] = p[i * ld + j] * (ds[i * ld + j] - delta[i]);
+    for (int j = 0; j < padded(cols); ++j) ds[i * ld + j] = p[i * ld + j] * (ds[i * ld + j] - delta[j]);
 }
 
 template <class Real>
@@ -315,11 +317,66 @@ void gated_add(int rows, int cols, Real* out, const Real* base, const Real* gate
     }
 }
 
+// ---- decoding --------------------------------------------------------------------------------------
+
+// out[0, Vectors) (+)= q state for `rows` rows of the state, `cols` apart.
+template <class Real, int Vectors>
+inline void read_rows(int rows, int cols, const Real* q, const Real* state, Real* out, bool accumulate) {
+  constexpr int kWidth = kLanes<Real>;
+  Vec<Real> sum[Vectors];
+  for (int x = 0; x < Vectors; ++x) sum[x] = accumulate ? load_vec(out + x * kWidth) : Vec<Real>{};
+  for (int i = 0; i < rows; ++i)
+    for (int x = 0; x < Vectors; ++x) sum[x] += q[i] * load_vec(state + int64_t(i) * cols + x * kWidth);
+  for (int x = 0; x < Vectors; ++x) store_vec(out + x * kWidth, sum[x]);
+}
+
+template <class Real>
+void update_read(int rows, int cols, Real decay, const Real* k, const Real* v, Real* state, int queries,
+                 const Real* q, Real* out) {
+  constexpr int kWidth = kLanes<Real>;
+  constexpr int kRows = 8;  // rows that are read again for every query while the L1 cache holds them
+  for (int i0 = 0; i0 < rows; i0 += kRows) {
+    const int block = i0 + kRows < rows ? kRows : rows - i0;
+    Real* s = state + int64_t(i0) * cols;
+    for (int i = 0; i < block; ++i, s += cols) {
+      int j = 0;
+      for (; j + kWidth <= cols; j += kWidth)
+        store_vec(s + j, decay * load_vec(s + j) + k[i0 + i] * load_vec(v + j));
+      for (; j < cols; ++j) s[j] = decay * s[j] + k[i0 + i] * v[j];
+    }
+    s = state + int64_t(i0) * cols;
+    for (int g = 0; g < queries; ++g) {
+      const Real* query = q + int64_t(g) * rows + i0;
+      Real* o = out + int64_t(g) * cols;
+      int j = 0;
+      for (; j + 4 * kWidth <= cols; j += 4 * kWidth)
+        read_rows<Real, 4>(block, cols, query, s + j, o + j, i0 > 0);
+      for (; j + kWidth <= cols; j += kWidth) read_rows<Real, 1>(block, cols, query, s + j, o + j, i0 > 0);
+      for (; j < cols; ++j) {
+        Real sum = i0 > 0 ? o[j] : Real(0);
+        for (int i = 0; i < block; ++i) sum += query[i] * s[int64_t(i) * cols + j];
+        o[j] = sum;
+      }
+    }
+  }
+}
+
 template <class Real>
 constexpr TileKernels<Real> kTable{
-    matmul<Real>,   load<Real>,     load_transposed<Real>, store<Real>,       scale_rows<Real>,
-    axpby<Real>,    dot_rows<Real>, softmax_block<Real>,   exp_shifted<Real>, softmax_backward<Real>,
-    gated_add<Real>};
+    .matmul = matmul<Real>,
+    .load = load<Real>,
+    .load_transposed = load_transposed<Real>,
+    .store = store<Real>,
+    .scale_rows = scale_rows<Real>,
+    .multiply = multiply<Real>,
+    .axpby = axpby<Real>,
+    .dot_rows = dot_rows<Real>,
+    .softmax_block = softmax_block<Real>,
+    .exp_shifted = exp_shifted<Real>,
+    .softmax_backward = softmax_backward<Real>,
+    .gated_add = gated_add<Real>,
+    .update_read = update_read<Real>,
+};
 
 }  // namespace
 

@@ -1,0 +1,47 @@
+// From tensors to LinearAttentionInputs, for the operators that contain linear attention.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <vector>
+
+#include "common/tensor_checks.h"
+#include "linear_attention/linear_attention.h"
+
+namespace statecore {
+
+// Contiguous copies, in the type of the states, that a parameter struct points into; must outlive it.
+using HeldTensors = std::vector<Tensor>;
+
+HeadsView heads_view(const Tensor& x);  // x [B, T, heads, width]
+
+// Refuses what ops.md refuses, on the CPU also by contents. The structs point into the tensors and into
+// `held`.
+LinearAttentionInputs checked_linear_inputs(const Tensor& q, const Tensor& k, const Tensor& v,
+                                            const std::optional<Tensor>& log_decay,
+                                            const std::optional<Tensor>& initial_state,
+                                            const std::optional<Tensor>& cu_seqlens,
+                                            std::optional<double> scale, HeldTensors& held);
+
+// `names` of q, k and v in messages.
+LinearAttentionInputs checked_step_linear_inputs(const char* const (&names)[3], const Tensor& q,
+                                                 const Tensor& k, const Tensor& v, const Tensor& step_ids,
+                                                 const Tensor& alpha,
+                                                 const std::optional<Tensor>& initial_states,
+                                                 const std::optional<Tensor>& initial_step,
+                                                 const std::optional<Tensor>& cu_seqlens,
+                                                 std::optional<double> scale, HeldTensors& held);
+
+// `grouped_values`: groups of value heads (GVA) are allowed too.
+void check_head_groups(const char* const (&names)[3], int64_t query_heads, int64_t key_heads,
+                       int64_t value_heads, bool grouped_values);
+
+// float32 [A], or float64 beside float64 inputs: its data in the type of the states.
+const void* checked_alpha(const Tensor& alpha, const Tensor& q, HeldTensors& held);
+
+// A tensor of `shape` in float32, or float64 beside float64 inputs: its data in the type of the states.
+const void* checked_reals(const char* name, const Tensor& x, std::initializer_list<int64_t> shape,
+                          const Tensor& q, HeldTensors& held);
+
+}  // namespace statecore

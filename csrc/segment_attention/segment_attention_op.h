@@ -1,0 +1,20 @@
+// From tensors to SegmentAttentionParams, for the operators that contain segment attention.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
+#include "segment_attention/segment_attention.h"
+
+namespace statecore {
+
+// Refuses what ops.md refuses (on the CPU also by contents of step_ids and cu_seqlens) and fills in everything
+// but out, out_dtype and lse. The struct points into the tensors, which must outlive it.
+SegmentAttentionParams checked_segment_params(const torch::stable::Tensor& q, const torch::stable::Tensor& k,
+                                              const torch::stable::Tensor& v,
+                                              const torch::stable::Tensor& step_ids,
+                                              const std::optional<torch::stable::Tensor>& cu_seqlens,
+                                              std::optional<double> scale);
+
+}  // namespace statecore

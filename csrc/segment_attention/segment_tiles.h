@@ -1,0 +1,120 @@
+// Tiles of queries and keys between tensors and scratch memory: what the CPU's forward and backward share.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+
+#include "common/parallel.h"
+#include "common/scratch.h"
+#include "common/tile_kernels.h"
+#include "segment_attention/segment_plan.h"
+
+namespace statecore {
+
+// A [B, T, H, D] tensor whose last dimension is contiguous.
+struct TensorView {
+  const void* data;
+  DType dtype;
+  int64_t batch_stride, time_stride, head_stride;
+
+  const void* at(int64_t batch, int64_t time, int64_t head) const {
+    const int64_t elements = batch * batch_stride + time * time_stride + head * head_stride;
+    return static_cast<const char*>(data) + elements * element_bytes(dtype);
+  }
+  void* mutable_at(int64_t batch, int64_t time, int64_t head) const {
+    return const_cast<void*>(at(batch, time, head));
+  }
+};
+
+inline TensorView contiguous_view(const void* data, DType dtype, int64_t time, int64_t heads, int64_t width) {
+  return {data, dtype, time * heads * width, heads * width, width};
+}
+
+template <class Real>
+struct Tile {
+  const Real* data;
+  int64_t ld;
+};
+
+// Rows of a tile that are fewer than this are a decoding step, whose cost is reading keys and values once.
+constexpr int kFewRows = 2;
+
+template <class Real>
+class SegmentTiles {
+ public:
+  SegmentTiles(const SegmentAttentionParams& params, const SegmentPlan& plan)
+      : plan_(plan), first_query_(params.keys - params.queries) {}
+
+  bool hidden(const QueryTile& tile, int row) const {
+    return plan_.visible_end_of(tile)[tile.tokens.begin + row / plan_.group] == 0;
+  }
+
+  // dst [rows, width] = factor * the tile's rows of x; 0 for padding, whatever x holds there.
+  void load_queries(const TensorView& x, const QueryTile& tile, int64_t kv_head, int width, Real factor,
+                    Real* dst, int64_t ld) const {
+    for (int g = 0; g < plan_.group; ++g)
+      kernels_.load(x.dtype, x.at(tile.batch, tile.tokens.begin - first_query_, kv_head * plan_.group + g),
+                    x.time_stride, int(tile.tokens.size()), width, factor, dst + g * ld, ld * plan_.group);
+    for (int row = 0; row < plan_.rows(tile); ++row)
+      if (hidden(tile, row)) std::fill_n(dst + row * ld, width, Real(0));
+  }
+
+  // dst [width, rows] = the transpose of src [rows, width].
+  void transpose(const Real* src, int64_t src_ld, int rows, int width, Real* dst, int64_t ld) const {
+    kernels_.load_transposed(kReal, src, src_ld, rows, width, Real(1), dst, ld);
+  }
+
+  void store_queries(const TensorView& x, const QueryTile& tile, int64_t kv_head, int width, const Real* src,
+                     int64_t ld) const {
+    for (int g = 0; g < plan_.group; ++g)
+      kernels_.store(x.dtype, x.mutable_at(tile.batch, tile.tokens.begin - first_query_, kv_head * plan_.group + g),
+                     x.time_stride, int(tile.tokens.size()), width, src + g * ld, ld * plan_.group);
+  }
+
+  // The block's rows of x as a tile [keys, width] in scratch memory, or where they lie if that is as good. Rows
+  // with nobody there are 0, since a cache may hold anything.
+  Tile<Real> load_keys(const TensorView& x, const QueryTile& tile, const KeyBlock& block, int64_t kv_head,
+                       int width, Real* scratch) const {
+    const void* source = x.at(tile.batch, block.begin, kv_head);
+    const int64_t* visible_end = plan_.visible_end_of(tile) + block.begin;
+    const bool holes = std::find(visible_end, visible_end + block.keys, 0) != visible_end + block.keys;
+    // Copying pays when the tile is read for many rows: its lines then lie together.
+    if (x.dtype == kReal && width % kTilePad == 0 && !holes && plan_.rows(tile) <= kFewRows)
+      return {static_cast<const Real*>(source), x.time_stride};
+    const int64_t ld = tile_ld(width);
+    kernels_.load(x.dtype, source, x.time_stride, block.keys, width, Real(1), scratch, ld);
+    for (int j = 0; holes && j < block.keys; ++j)
+      if (visible_end[j] == 0) std::fill_n(scratch + j * ld, width, Real(0));
+    return {scratch, ld};
+  }
+
+  // Where a row stands in a contiguous [B, Hq, Tq].
+  int64_t lse_index(const QueryTile& tile, int64_t kv_head, int row, int64_t kv_heads, int64_t queries) const {
+    const int64_t head = kv_head * plan_.group + row % plan_.group;
+    const int64_t time = tile.tokens.begin - first_query_ + row / plan_.group;
+    return (tile.batch * kv_heads * plan_.group + head) * queries + time;
+  }
+
+ private:
+  static constexpr DType kReal = sizeof(Real) == 8 ? DType::kFloat64 : DType::kFloat32;
+  const TileKernels<Real>& kernels_ = tile_kernels<Real>();
+  const SegmentPlan& plan_;
+  int64_t first_query_;
+};
+
+// Runs make_worker() once a thread and its result on every item of [0, n), each by whichever thread is free:
+// the cost of items differs too much for equal shares. An item's result does not depend on who computes it.
+// work: multiply-adds in all; little work is not worth waking threads for.
+template <class MakeWorker>
+void parallel_items(int64_t n, double work, const MakeWorker& make_worker) {
+  constexpr double kWorkOfAThread = 1 << 19;  // some 10 microseconds
+  const int64_t threads = std::min<int64_t>(n, 1 + int64_t(work / kWorkOfAThread));
+  std::atomic<int64_t> next{0};
+  parallel_for(threads, [&](int64_t, int64_t) {
+    auto worker = make_worker();
+    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < n;) worker(item);
+  });
+}
+
+}  // namespace statecore

@@ -1,0 +1,115 @@
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+#include <vector>
+
+#include "linear_attention/linear_attention_op.h"
+#include "state_update/state_update.h"
+
+namespace statecore {
+namespace {
+
+// The int32 data of x [B].
+const int32_t* checked_rows(const char* name, const Tensor& x, int64_t rows, const Tensor& q,
+                            HeldTensors& held) {
+  check_shape(name, x, {rows});
+  check_dtype(name, x, ScalarType::Int);
+  check_same_device(name, x, q);
+  held.push_back(torch::stable::contiguous(x));
+  return static_cast<const int32_t*>(held.back().const_data_ptr());
+}
+
+// On the CPU: slots are -1 or inside the pool, and none is named twice (the result would depend on the
+// order).
+void check_slots(const int32_t* slots, int64_t rows, int64_t pool) {
+  std::vector<std::pair<int32_t, int64_t>> used;
+  used.reserve(rows);
+  for (int64_t b = 0; b < rows; ++b) {
+    if (slots[b] < -1 || slots[b] >= pool)
+      refuse("slots must be in [0, ", pool, "), or -1 to skip the row, got ", slots[b], " at [", b, "]");
+    if (slots[b] >= 0) used.push_back({slots[b], b});
+  }
+  std::sort(used.begin(), used.end());
+  for (size_t i = 1; i < used.size(); ++i)
+    if (used[i].first == used[i - 1].first)
+      refuse("slots must name no slot twice, got ", used[i].first, " at [", used[i - 1].second, "] and [",
+             used[i].second, "]");
+}
+
+using Run = void (*)(const StateUpdateParams&);
+
+template <Run run>
+Tensor state_update(const Tensor& states, const Tensor& q, const Tensor& k, const Tensor& v,
+                    std::optional<Tensor> log_decay, std::optional<Tensor> ends_step,
+                    std::optional<Tensor> alpha, std::optional<Tensor> slots, std::optional<double> scale) {
+  StateUpdateParams p{};
+  HeldTensors held;
+  p.dtype = element_dtype(q);
+  check_dim("q", q, 3, "[B, Hq, Dk]");
+  check_dim("k", k, 3, "[B, Hk, Dk]");
+  check_dim("v", v, 3, "[B, Hv, Dv]");
+  p.rows = q.size(0), p.query_heads = q.size(1), p.key_width = q.size(2);
+  p.key_heads = k.size(1), p.value_heads = v.size(1), p.value_width = v.size(2);
+  check_shape("k", k, {p.rows, p.key_heads, p.key_width});
+  check_shape("v", v, {p.rows, p.value_heads, p.value_width});
+  check_head_groups({"q", "k", "v"}, p.query_heads, p.key_heads, p.value_heads, true);
+  if (p.key_width < 1) refuse("q and k must have a width of at least 1, got shape ", shape_text(q));
+  if (p.value_width < 1) refuse("v must have a width of at least 1, got shape ", shape_text(v));
+  for (const auto& [name, x] : {std::pair{"q", &q}, std::pair{"k", &k}, std::pair{"v", &v}}) {
+    check_dtype(name, *x, q.scalar_type());
+    check_same_device(name, *x, q);
+    check_last_contiguous(name, *x);
+  }
+
+  check_dim("states", states, 5, "[3 or 1, P, Hv, Dk, Dv]");
+  p.state_kinds = states.size(0), p.slots = states.size(1);
+  if (p.state_kinds != 1 && p.state_kinds != 3)
+    refuse("states must have 3 states a slot, or 1 where nothing is corrected, got shape ",
+           shape_text(states));
+  check_shape("states", states, {p.state_kinds, p.slots, p.value_heads, p.key_width, p.value_width});
+  check_dtype("states", states, state_type(p.dtype));
+  check_same_device("states", states, q);
+  check_contiguous("states", states);
+
+  if (log_decay) p.log_decay = checked_reals("log_decay", *log_decay, {p.rows, p.value_heads}, q, held);
+  if (alpha) {
+    p.alpha = checked_alpha(*alpha, q, held);
+    p.alphas = alpha->size(0);
+  }
+  if (ends_step) {
+    if (p.state_kinds == 3 && !alpha)
+      refuse("alpha must be given with ends_step where states has 3 states a slot");
+    p.ends_step = checked_rows("ends_step", *ends_step, p.rows, q, held);
+    for (int64_t b = 0; q.is_cpu() && b < p.rows; ++b)
+      if (p.ends_step[b] < -1)
+        refuse("ends_step must be >= 0, or -1 where the step goes on, got ", p.ends_step[b], " at [", b, "]");
+  }
+  if (slots) {
+    p.row_slots = checked_rows("slots", *slots, p.rows, q, held);
+    if (q.is_cpu()) check_slots(p.row_slots, p.rows, p.slots);
+  } else if (p.slots < p.rows) {
+    refuse("states must have a slot for each of the ", p.rows, " rows when slots is not given, got ",
+           p.slots);
+  }
+
+  p.scale = scale.value_or(1 / std::sqrt(double(p.key_width)));
+  p.q = q.const_data_ptr(), p.q_row = q.stride(0), p.q_head = q.stride(1);
+  p.k = k.const_data_ptr(), p.k_row = k.stride(0), p.k_head = k.stride(1);
+  p.v = v.const_data_ptr(), p.v_row = v.stride(0), p.v_head = v.stride(1);
+  p.states = states.mutable_data_ptr();
+  Tensor out = torch::stable::new_empty(q, {p.rows, std::max(p.query_heads, p.value_heads), p.value_width});
+  p.out = out.mutable_data_ptr();
+  run(p);
+  return out;
+}
+
+}  // namespace
+}  // namespace statecore
+
+STABLE_TORCH_LIBRARY_IMPL(statecore, CPU, m) {
+  using namespace statecore;
+  m.impl("state_update", TORCH_BOX(&state_update<state_update_cpu>));
+}
