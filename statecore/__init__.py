@@ -1,0 +1,48 @@
+"""Reasoning models that think in states: operators, models, training and step-wise decoding.  (arXiv 2602.01198)
+
+`import statecore` loads the C++ operators and nothing else. The models register themselves with transformers' Auto classes
+as soon as transformers is imported, before or after: `AutoModelForCausalLM.from_pretrained` knows state-transition
+checkpoints, and a program that only wants the operators does not wait for transformers.
+"""
+
+import importlib
+import sys
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+
+from . import ops
+
+__all__ = ["ops"]
+
+
+class _ThenRegister(Loader):
+    """Runs transformers' own loader, then imports our models, which register themselves."""
+
+    def __init__(self, loader: Loader):
+        self.loader = loader
+
+    def create_module(self, spec: ModuleSpec):
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module) -> None:
+        self.loader.exec_module(module)
+        # Not from inside statecore.modeling or what it imports: those are what imports transformers right now.
+        if not {"statecore.modeling", "statecore.cache", "statecore.config"} & sys.modules.keys():
+            importlib.import_module("statecore.modeling")
+
+
+class _WaitForTransformers(MetaPathFinder):
+    def find_spec(self, name: str, path=None, target=None) -> ModuleSpec | None:
+        if name != "transformers":
+            return None
+        sys.meta_path.remove(self)
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is not None:
+            spec.loader = _ThenRegister(spec.loader)
+        return spec
+
+
+if "transformers" in sys.modules:
+    importlib.import_module("statecore.modeling")
+else:
+    sys.meta_path.insert(0, _WaitForTransformers())

@@ -1,0 +1,109 @@
+"""Configurations of the state-transition models: a base family's configuration plus what the linear branch and the
+steps need.
+
+Every layer has the type "statecore_step", which selects the cache layer of statecore/cache.py wherever transformers
+builds a cache, and makes code that does not know it (continuous batching, static caches, other engines) stop with an
+error instead of running plain attention.
+"""
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor
+from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+
+LAYER_TYPE = "statecore_step"
+PROJECTIONS = ("base_plus_low_rank", "low_rank")
+
+
+@strict
+class StepConfig(PreTrainedConfig):
+    """The fields that state-transition models add to their family's configuration.
+
+    step_start_token_ids, step_end_token_ids: index i holds the token that opens / closes a step of thinking pattern i.
+    la_rank: rank of the linear branch's trainable factors.
+    la_projection: "base_plus_low_rank" adds them to the frozen q and k projections, "low_rank" stands alone (arXiv
+    2602.01198 leaves it open).
+    la_rope: rotate the linear branch's q and k as the base rotates its own.
+    la_gate: sigmoid gate on each channel of the linear branch's output. la_norm: RMSNorm on each head of it before the
+    gate.
+    alpha_max, alpha_steps: a step t >= 2 is corrected with strength min(alpha_max, t / alpha_steps); alpha_max = 0
+    switches the correction off.
+    max_steps: steps beyond this number are not corrected.
+    """
+
+    layer_types: list[str] | None = None
+    step_start_token_ids: list[int] | None = None
+    step_end_token_ids: list[int] | None = None
+    la_rank: int = 128
+    la_projection: str = "base_plus_low_rank"
+    la_rope: bool = True
+    la_gate: bool = True
+    la_norm: bool = False
+    alpha_max: float | int = 0.4
+    alpha_steps: int = 40
+    max_steps: int = 4096
+
+    def __post_init__(self, **kwargs):
+        self.step_start_token_ids = list(self.step_start_token_ids or [])
+        self.step_end_token_ids = list(self.step_end_token_ids or [])
+        self.layer_types = [LAYER_TYPE] * self.num_hidden_layers
+        super().__post_init__(**kwargs)
+
+    @property
+    def step_token_ids(self) -> list[int]:
+        """All step tokens; row i of the trainable token rows belongs to entry i."""
+        return self.step_start_token_ids + self.step_end_token_ids
+
+    def alpha_table(self, device: torch.device | str | None = None) -> Tensor:
+        """float32 [max_steps]: correction strength of every step. (arXiv 2602.01198 sec. 4 with min for the misprinted
+        max)
+        """
+        step = torch.arange(self.max_steps, dtype=torch.float32, device=device)
+        return (step / self.alpha_steps).clamp(max=self.alpha_max)
+
+    def validate_layer_type(self):
+        """Replaces the base's check, which only knows layer types of transformers itself."""
+
+    def validate_statecore(self):
+        starts, ends = self.step_start_token_ids or [], self.step_end_token_ids or []
+        if len(starts) != len(ends) or len({*starts, *ends}) != len(starts) + len(ends):
+            raise ValueError(
+                "step_start_token_ids and step_end_token_ids must be equally long and hold every token once, "
+                f"got {len(starts)} start and {len(ends)} end tokens ({len({*starts, *ends})} different ones)"
+            )
+        if any(token < 0 for token in [*starts, *ends]):
+            raise ValueError(f"step token ids must be >= 0, got {min([*starts, *ends])}")
+        if not 1 <= self.la_rank <= self.hidden_size:
+            raise ValueError(f"la_rank must lie in 1 .. hidden_size = {self.hidden_size}, got {self.la_rank}")
+        if self.la_projection not in PROJECTIONS:
+            raise ValueError(f"la_projection must be one of {PROJECTIONS}, got {self.la_projection!r}")
+        if not 0 <= self.alpha_max <= 1:
+            raise ValueError(f"alpha_max must lie in 0 .. 1, got {self.alpha_max}")
+        if self.alpha_steps < 1 or self.max_steps < 1:
+            raise ValueError(f"alpha_steps and max_steps must be >= 1, got {self.alpha_steps} and {self.max_steps}")
+        if getattr(self, "use_sliding_window", False):
+            raise ValueError(
+                "use_sliding_window must be False: segments replace sliding windows, the two do not combine"
+            )
+
+
+@strict
+class StateCoreQwen2Config(StepConfig, Qwen2Config):
+    model_type = "statecore_qwen2"
+    base_model_type = "qwen2"
+
+
+@strict
+class StateCoreQwen3Config(StepConfig, Qwen3Config):
+    model_type = "statecore_qwen3"
+    base_model_type = "qwen3"
+
+
+@strict
+class StateCoreLlamaConfig(StepConfig, LlamaConfig):
+    model_type = "statecore_llama"
+    base_model_type = "llama"
+
+
+for _config in (StateCoreQwen2Config, StateCoreQwen3Config, StateCoreLlamaConfig):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)

@@ -1,0 +1,475 @@
+"""State-transition models: Qwen2, Qwen3 and Llama with mixed attention.  (arXiv 2602.01198 sec. 3)
+
+    out = W_o (softmax attention over prompt and current step + sigmoid(gate) * linear attention over everything)
+
+Everything of the base model stays, names and weights included; each layer's attention gets a trainable linear branch
+`la`, and the step tokens get trainable rows beside the frozen embedding. The linear branch's values start at zero, so a
+converted model starts as its base restricted to segments. With segments and linear branch off (`full_attention`) it is
+the base model bit for bit, its own teacher.
+
+Steps are derived from the token ids inside forward. The same formula serves training (one pass), chunked prefill and
+decoding: a cache only drops keys and values that no later token may see.
+"""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import initialization as init
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.llama import modeling_llama as llama
+from transformers.models.qwen2 import modeling_qwen2 as qwen2
+from transformers.models.qwen3 import modeling_qwen3 as qwen3
+
+from . import ops, steps
+from .cache import StepCacheLayer
+from .config import LAYER_TYPE, StateCoreLlamaConfig, StateCoreQwen2Config, StateCoreQwen3Config, StepConfig
+from .steps import Segments, Slots
+
+
+@dataclass
+class Mode:
+    """What is switched on; one object shared by all modules of a model."""
+
+    full_attention: bool = False
+    linear_attention: bool = True
+    momentum: bool = True
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Trainable parts
+
+
+class LinearBranch(nn.Module):
+    """Queries, keys, values and gate of the linear attention: low-rank maps B A of the hidden states, all A's in one.
+
+    q and k stand on the base's projections (for Qwen3 after its q and k norms: they are what the base's own attention
+    compares, while the scale of the projections before them means nothing; the low-rank part is added behind the norm
+    so that training can still change the length). v starts at zero, so the branch is silent at first; its gradient is
+    not, because q and k are the base's.
+    """
+
+    def __init__(self, config: StepConfig, head_dim: int):
+        super().__init__()
+        self.rank = config.la_rank
+        self.on_base = config.la_projection == "base_plus_low_rank"
+        queries, keys = (config.num_attention_heads, head_dim), (config.num_key_value_heads, head_dim)
+        self.A = nn.Parameter(torch.empty((4 if config.la_gate else 3) * self.rank, config.hidden_size))
+        # Without a base below, q = k = v = 0 would never learn anything.
+        self.q = Widen(self.rank, *queries, zero=self.on_base)
+        self.k = Widen(self.rank, *keys, zero=self.on_base)
+        self.v = Widen(self.rank, *keys)
+        self.gate = Widen(self.rank, *queries, bias=True) if config.la_gate else None
+        self.norm = nn.RMSNorm(head_dim, eps=config.rms_norm_eps) if config.la_norm else None
+
+    def forward(
+        self, hidden_states: Tensor, base_q: Tensor, base_k: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """[B, T, hidden], base q and k [B, T, H, D] before RoPE -> q, k, v, gate of the branch, each [B, T, H, D]."""
+        narrow = F.linear(hidden_states, self.A.to(hidden_states.dtype)).split(self.rank, -1)
+        q, k, v = self.q(narrow[0]), self.k(narrow[1]), self.v(narrow[2])
+        if self.on_base:
+            q, k = base_q + q, base_k + k
+        return q, k, v, None if self.gate is None else self.gate(narrow[3])
+
+    def initialize(self) -> None:
+        init.normal_(self.A, std=self.A.shape[1] ** -0.5)  # A of normalised hidden states has unit variance
+
+
+class Widen(nn.Module):
+    """[.., rank] -> B x + bias [.., heads, head_dim]. Weights of higher precision than x are used in the dtype of x."""
+
+    def __init__(self, rank: int, heads: int, head_dim: int, *, zero: bool = True, bias: bool = False):
+        super().__init__()
+        self.heads, self.zero = (heads, head_dim), zero
+        self.B = nn.Parameter(torch.empty(heads * head_dim, rank))
+        self.bias = nn.Parameter(torch.empty(heads * head_dim)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.B.to(x.dtype), bias).unflatten(-1, self.heads)
+
+    def initialize(self) -> None:
+        if self.zero:
+            init.zeros_(self.B)
+        else:
+            init.normal_(self.B, std=self.B.shape[1] ** -0.5)
+        if self.bias is not None:
+            init.zeros_(self.bias)
+
+
+class StepEmbedding(nn.Embedding):
+    """The base's frozen embedding with trainable rows `step_weight` [n, hidden] for the n step tokens."""
+
+    def __init__(self, config: StepConfig, mode: Mode):
+        super().__init__(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.mode = mode
+        self.token_ids = config.step_token_ids
+        self.step_weight = nn.Parameter(torch.empty(len(self.token_ids), config.hidden_size))
+        self.register_buffer("sorted_ids", torch.tensor(sorted(self.token_ids), dtype=torch.long), persistent=False)
+        self.register_buffer("sorted_rows", torch.tensor(self.token_ids, dtype=torch.long).argsort(), persistent=False)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        embeddings = super().forward(input_ids)
+        if self.mode.full_attention or not self.token_ids:
+            return embeddings
+        row = self.step_rows(input_ids)
+        step_embeddings = F.embedding(row.clamp(min=0), self.step_weight).to(embeddings.dtype)
+        return torch.where((row >= 0)[..., None], step_embeddings, embeddings)
+
+    def step_rows(self, input_ids: Tensor) -> Tensor:
+        """Token ids of any shape -> index into config.step_token_ids, -1 for ordinary tokens."""
+        if not self.token_ids:
+            return torch.full_like(input_ids, -1)
+        place = torch.searchsorted(self.sorted_ids, input_ids.contiguous()).clamp(max=len(self.token_ids) - 1)
+        return torch.where(self.sorted_ids[place] == input_ids, self.sorted_rows[place], -1)
+
+    def initialize(self) -> None:
+        ids = torch.tensor(self.token_ids, dtype=torch.long)
+        init.copy_(self.sorted_ids, ids.sort().values)
+        init.copy_(self.sorted_rows, ids.argsort())
+
+
+class StepHead(nn.Linear):
+    """The base's frozen output head with trainable rows `step_weight` for the step tokens (the embedding's own where
+    the base ties them).
+    """
+
+    def __init__(self, config: StepConfig, mode: Mode):
+        super().__init__(config.hidden_size, config.vocab_size, bias=False)
+        self.mode = mode
+        self.token_ids = config.step_token_ids
+        self.step_weight = nn.Parameter(torch.empty(len(self.token_ids), config.hidden_size))
+        self.register_buffer("step_ids", torch.tensor(self.token_ids, dtype=torch.long), persistent=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        logits = super().forward(hidden_states)
+        if self.mode.full_attention or not self.token_ids:
+            return logits
+        # In place on a fresh tensor: a second [T, vocabulary] tensor would be the largest of the whole pass.
+        return logits.index_copy_(-1, self.step_ids, F.linear(hidden_states, self.step_weight.to(hidden_states.dtype)))
+
+    def initialize(self) -> None:
+        init.copy_(self.step_ids, torch.tensor(self.token_ids, dtype=torch.long))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Mixed attention
+
+
+class MixedAttention:
+    """Mixin before a family's attention class: the base's projections, the branch `la`, one call of the operator
+    between them.
+    """
+
+    def __init__(self, config: StepConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.la = LinearBranch(config, self.head_dim)
+
+    def normalise(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """What the family does to the heads of q and k before RoPE."""
+        return q, k
+
+    def forward(
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], attention_mask: Tensor | None = None,
+        past_key_values: DynamicCache | None = None, segments: Segments | None = None, **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """[B, T, hidden] -> [B, T, hidden]; without `segments` the base's own attention."""
+        if segments is None:
+            return super().forward(
+                hidden_states=hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask,
+                past_key_values=past_key_values, **kwargs,
+            )  # fmt: skip
+        q, k, v = (
+            project(hidden_states).unflatten(-1, (-1, self.head_dim))
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = self.normalise(q, k)
+        linear = self.la(hidden_states, q, k) if segments.linear else None
+        if linear is None or not self.config.la_rope:
+            q, k = rotate([q, k], position_embeddings)
+        else:
+            q, k, *lin_qk = rotate([q, k, *linear[:2]], position_embeddings)
+            linear = (*lin_qk, *linear[2:])
+        layer = None
+        if past_key_values is not None:
+            layer = past_key_values.layers[self.layer_idx]
+            k, v = past_key_values.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx, segments)
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
+        if linear is None:
+            out, _ = ops.segment_attention(q, k, v, segments.step_ids, segments.cu_seqlens, scale=self.scaling)
+            states = None
+        else:
+            out, states = self.mix(q, k, v, *linear, segments, layer.states if layer else None)
+        if layer is not None:
+            layer.finish_step_pass(segments.slots, segments.keep, states)
+        return self.o_proj(out.flatten(2)), None
+
+    def mix(
+        self, q: Tensor, k: Tensor, v: Tensor, lin_q: Tensor, lin_k: Tensor, lin_v: Tensor, gate: Tensor | None,
+        segments: Segments, states: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Segment attention + gated linear attention: out [B, T, Hq, D] and the three states [3, N, Hk, D, D]."""
+        initial_step = segments.initial_step if states is not None else None
+        if gate is not None and self.la.norm is None:
+            return ops.mixed_attention(
+                q, k, v, lin_q, lin_k, lin_v, gate, segments.step_ids, segments.alpha, states, initial_step,
+                segments.cu_seqlens, scale=self.scaling, lin_scale=self.scaling,
+            )  # fmt: skip
+        out, _ = ops.segment_attention(q, k, v, segments.step_ids, segments.cu_seqlens, scale=self.scaling)
+        own_ids = segments.step_ids[:, segments.step_ids.shape[1] - q.shape[1] :]
+        lin_out, states = ops.step_linear_attention(
+            lin_q, lin_k, lin_v, own_ids, segments.alpha, states, initial_step, segments.cu_seqlens, scale=self.scaling
+        )
+        lin_out = lin_out if self.la.norm is None else self.la.norm(lin_out)
+        return out + (lin_out if gate is None else gate.sigmoid() * lin_out), states
+
+
+def rotate(heads: list[Tensor], position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """RoPE on several [B, T, H, D] at once, the same in all families; keeps the dtype, which autocast would not."""
+    cos, sin = (x.unsqueeze(2) for x in position_embeddings)
+    together = torch.cat(heads, 2)
+    rotated = (together * cos + llama.rotate_half(together) * sin).to(together.dtype)
+    return rotated.split([x.shape[2] for x in heads], 2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models
+
+
+class Switches:
+    """What both model classes share: switches that no file knows of, and the initialisation of new weights."""
+
+    mode: Mode
+
+    @contextmanager
+    def full_attention(self):
+        """Inside, the model is its teacher: no segments, linear branch or step token rows; the base bit for bit."""
+        before, self.mode.full_attention = self.mode.full_attention, True
+        try:
+            yield self
+        finally:
+            self.mode.full_attention = before
+
+    def set_linear_attention(self, on: bool) -> None:
+        """False leaves segment attention alone: nothing is remembered of finished steps."""
+        self.mode.linear_attention = on
+
+    def set_momentum(self, on: bool) -> None:
+        """False switches the correction of the state at step ends off."""
+        self.mode.momentum = on
+
+    def freeze_base(self) -> None:
+        """Leaves only the linear branches and the step token rows trainable."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(is_adapter_weight(name))
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, (StepEmbedding, StepHead)):
+            init.normal_(module.step_weight, std=self.config.initializer_range)
+        if isinstance(module, (LinearBranch, Widen, StepEmbedding, StepHead)):
+            module.initialize()
+
+
+def is_adapter_weight(name: str) -> bool:
+    """True for the parameters that a state-transition model has beyond its base."""
+    return ".la." in name or name.endswith("step_weight")
+
+
+class StateCoreModel(Switches):
+    """Mixin before a family's model class: replaces attention and embedding, and finds the steps of every pass."""
+
+    attention_class: type[nn.Module]
+
+    def __init__(self, config: StepConfig):
+        super().__init__(config)
+        self.mode = Mode()
+        self.embed_tokens = StepEmbedding(config, self.mode)
+        for index, layer in enumerate(self.layers):
+            layer.self_attn = self.attention_class(config, index)
+        self.post_init()
+
+    def layer_mask(self, mask: Tensor | None) -> dict[str, Tensor | None] | Tensor | None:
+        """The attention mask in the form that the base's forward hands to its layers unchanged."""
+        return {LAYER_TYPE: mask}
+
+    def forward(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+        past_key_values: DynamicCache | None = None, inputs_embeds: Tensor | None = None, use_cache: bool | None = None,
+        segment_ids: Tensor | None = None, cu_seq_lens_q: Tensor | None = None, seq_idx: Tensor | None = None, **kwargs,
+    ) -> BaseModelOutputWithPast:  # fmt: skip
+        """The base's forward with steps.
+
+        attention_mask: [B, seen + T], 0 for padding. segment_ids: int [B, T], step ids in place of those derived from
+        input_ids (0 prompt, 1.. steps, then the answer, -1 padding). cu_seq_lens_q, seq_idx, or position_ids that begin
+        anew: packed sequences, one row.
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        packable = attention_mask is None and past_key_values is None
+        packed = steps.find_packed(cu_seq_lens_q, seq_idx, position_ids if packable else None, inputs_embeds.shape[0])
+        if packed is not None:
+            if past_key_values is not None:
+                raise ValueError("packed sequences cannot be cached: give each sequence a row of its own")
+            use_cache = False
+            if position_ids is None:
+                position_ids = steps.packed_positions(packed, inputs_embeds.shape[1])
+        use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if self.mode.full_attention:
+            segments = None
+            # The base tells packed sequences by positions that begin anew, and only where it gets no mask; padding at
+            # the end of a sequence is seen by nobody anyway.
+            is_packed = packed is not None
+            mask = create_causal_mask(
+                config=self.config, inputs_embeds=inputs_embeds, attention_mask=None if is_packed else attention_mask,
+                past_key_values=past_key_values,
+                position_ids=steps.packed_positions(packed, inputs_embeds.shape[1]) if is_packed else position_ids,
+            )  # fmt: skip
+        else:
+            real = steps.real_tokens(attention_mask, inputs_embeds)
+            slots = past_slots(past_key_values)
+            if segment_ids is not None:
+                found = steps.given(segment_ids, real)
+            else:
+                no_rows = torch.full_like(real, -1, dtype=torch.long)
+                rows = no_rows if input_ids is None else self.embed_tokens.step_rows(input_ids)
+                found = steps.derive(rows, len(self.config.step_start_token_ids), real, slots, packed)
+            alpha = self.config.alpha_table(real.device) if self.mode.momentum else torch.zeros(1, device=real.device)
+            segments = steps.plan(found, slots, alpha, packed, self.mode.linear_attention, past_key_values is not None)
+            mask = torch.empty(0, 0, 0, 0)  # never read; Llama would build a [T, T] mask for None
+        return super().forward(
+            inputs_embeds=inputs_embeds, attention_mask=self.layer_mask(mask), position_ids=position_ids,
+            past_key_values=past_key_values, use_cache=use_cache, segments=segments, **kwargs,
+        )  # fmt: skip
+
+
+def past_slots(cache: DynamicCache | None) -> Slots | None:
+    """What a cache holds, None where there is none or it is new."""
+    if cache is None:
+        return None
+    layer = cache.layers[0] if cache.layers else None
+    if not isinstance(layer, StepCacheLayer):
+        raise ValueError("past_key_values must be a DynamicCache(config=model.config), got layers of another type")
+    return layer.slots
+
+
+class StateCoreForCausalLM(Switches):
+    """Mixin before a family's ForCausalLM class."""
+
+    model_class: type[PreTrainedModel]
+    _tied_weights_keys: ClassVar = {
+        "lm_head.weight": "model.embed_tokens.weight",
+        "lm_head.step_weight": "model.embed_tokens.step_weight",
+    }
+    _is_stateful = True  # a finished step cannot be taken back: assisted decoding refuses
+
+    def __init__(self, config: StepConfig):
+        PreTrainedModel.__init__(self, config)  # not the family's, which would build the base model and throw it away
+        self.model = self.model_class(config)
+        self.mode = self.model.mode
+        self.vocab_size = config.vocab_size
+        self.lm_head = StepHead(config, self.mode)
+        self.post_init()
+
+    def forward(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+        past_key_values: DynamicCache | None = None, inputs_embeds: Tensor | None = None, labels: Tensor | None = None,
+        use_cache: bool | None = None, segment_ids: Tensor | None = None, cu_seq_lens_q: Tensor | None = None,
+        seq_idx: Tensor | None = None, logits_to_keep: int | Tensor = 0, **kwargs,
+    ) -> CausalLMOutputWithPast:  # fmt: skip
+        """As the base's, with the arguments of StateCoreModel.forward."""
+        return super().forward(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+            past_key_values=past_key_values, inputs_embeds=inputs_embeds, labels=labels, use_cache=use_cache,
+            segment_ids=segment_ids, cu_seq_lens_q=cu_seq_lens_q, seq_idx=seq_idx,
+            logits_to_keep=logits_to_keep, **kwargs,
+        )  # fmt: skip
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args, **kwargs) -> dict:
+        """As the base's. A finished row that waits for others is fed padding: named as such, it adds to no cache."""
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        stop, new = self.generation_config.eos_token_id, inputs.get("input_ids")
+        decoding = new is not None and new.shape[1] == 1 and input_ids.shape[1] > 1
+        if stop is None or not decoding or self.mode.full_attention:
+            return inputs
+        stop = torch.tensor([stop] if isinstance(stop, int) else stop, device=input_ids.device)
+        pad = self.generation_config.pad_token_id
+        pad = stop[0] if pad is None else pad
+        before, last = input_ids[:, -2], input_ids[:, -1]
+        waiting = (last == pad) & (torch.isin(before, stop) | (before == pad))
+        inputs["attention_mask"] = (~waiting).long()[:, None]  # forward only looks at the new token's
+        return inputs
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Takes over the weight alone: resizing hands in a plain Linear, and the step rows must stay."""
+        self.lm_head.weight, self.lm_head.out_features = new_embeddings.weight, new_embeddings.out_features
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        """As the base's; the step rows stay trainable where the embedding is frozen."""
+        rows = [self.model.embed_tokens.step_weight, self.lm_head.step_weight]
+        trainable = [row.requires_grad for row in rows]
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        for row, flag in zip(rows, trainable, strict=True):
+            row.requires_grad_(flag)
+        return embeddings
+
+
+class Qwen2MixedAttention(MixedAttention, qwen2.Qwen2Attention):
+    pass
+
+
+class StateCoreQwen2Model(StateCoreModel, qwen2.Qwen2Model):
+    config_class = StateCoreQwen2Config
+    attention_class = Qwen2MixedAttention
+
+
+class StateCoreQwen2ForCausalLM(StateCoreForCausalLM, qwen2.Qwen2ForCausalLM):
+    config_class = StateCoreQwen2Config
+    model_class = StateCoreQwen2Model
+
+
+class Qwen3MixedAttention(MixedAttention, qwen3.Qwen3Attention):
+    def normalise(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return self.q_norm(q), self.k_norm(k)
+
+
+class StateCoreQwen3Model(StateCoreModel, qwen3.Qwen3Model):
+    config_class = StateCoreQwen3Config
+    attention_class = Qwen3MixedAttention
+
+
+class StateCoreQwen3ForCausalLM(StateCoreForCausalLM, qwen3.Qwen3ForCausalLM):
+    config_class = StateCoreQwen3Config
+    model_class = StateCoreQwen3Model
+
+
+class LlamaMixedAttention(MixedAttention, llama.LlamaAttention):
+    pass
+
+
+class StateCoreLlamaModel(StateCoreModel, llama.LlamaModel):
+    config_class = StateCoreLlamaConfig
+    attention_class = LlamaMixedAttention
+
+    def layer_mask(self, mask: Tensor | None) -> Tensor | None:
+        return mask
+
+
+class StateCoreLlamaForCausalLM(StateCoreForCausalLM, llama.LlamaForCausalLM):
+    config_class = StateCoreLlamaConfig
+    model_class = StateCoreLlamaModel
+
+
+CAUSAL_LM_CLASSES = (StateCoreQwen2ForCausalLM, StateCoreQwen3ForCausalLM, StateCoreLlamaForCausalLM)
+for _causal_lm in CAUSAL_LM_CLASSES:
+    AutoModel.register(_causal_lm.config_class, _causal_lm.model_class, exist_ok=True)
+    AutoModelForCausalLM.register(_causal_lm.config_class, _causal_lm, exist_ok=True)
