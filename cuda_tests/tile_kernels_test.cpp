@@ -172,11 +172,55 @@ void test_elementwise() {
 }
 
 template <class Real>
+void test_multiply() {
+  const int rows = 5, cols = 21;
+  const int64_t ldx = tile_ld(cols), ldo = ldx + kTilePad;
+  const auto x = random_tile<Real>(rows * ldx), y = random_tile<Real>(rows * ldx);
+  for (int64_t ldy : {ldx, int64_t(0)}) {  // 0: one row for all
+    std::vector<Real> out(rows * ldo, Real(9));
+    tile_kernels<Real>().multiply(rows, cols, x.data(), ldx, y.data(), ldy, out.data(), ldo);
+    for (int i = 0; i < rows; ++i) {
+      for (int j = 0; j < cols; ++j)
+        expect_near("multiply", double(out[i * ldo + j]), double(x[i * ldx + j] * y[i * ldy + j]), 0);
+      for (int64_t j = padded(cols); j < ldo; ++j)
+        expect_near("multiply leaves the rest alone", double(out[i * ldo + j]), 9, 0);
+    }
+  }
+}
+
+// Nothing beyond the dense arrays may be touched: they are as long as they must be, and sanitizers watch.
+template <class Real>
+void test_update_read() {
+  const double tolerance = std::is_same_v<Real, float> ? 1e-5 : 1e-13;
+  for (int rows : {1, 8, 13})
+    for (int cols : {1, 16, 17, 70, 128})
+      for (int queries : {1, 3}) {
+        auto state = random_tile<Real>(rows * cols);
+        const auto before = state, k = random_tile<Real>(rows), v = random_tile<Real>(cols);
+        const auto q = random_tile<Real>(queries * rows);
+        std::vector<Real> out(queries * cols, Real(9));
+        tile_kernels<Real>().update_read(rows, cols, Real(0.5), k.data(), v.data(), state.data(), queries,
+                                         q.data(), out.data());
+        std::vector<double> sum(queries * cols, 0);
+        for (int i = 0; i < rows; ++i)
+          for (int j = 0; j < cols; ++j) {
+            const double wanted = 0.5 * double(before[i * cols + j]) + double(k[i]) * double(v[j]);
+            expect_near("update_read state", double(state[i * cols + j]), wanted, tolerance);
+            for (int g = 0; g < queries; ++g) sum[g * cols + j] += double(q[g * rows + i]) * wanted;
+          }
+        for (int x = 0; x < queries * cols; ++x)
+          expect_near("update_read out", double(out[x]), sum[x], tolerance);
+      }
+}
+
+template <class Real>
 void test_all() {
   test_matmul<Real>();
   test_load_transposed<Real>();
   test_softmax<Real>();
   test_elementwise<Real>();
+  test_multiply<Real>();
+  test_update_read<Real>();
 }
 
 }  // namespace

@@ -14,9 +14,9 @@ MHA = Heads(q=2, k=2, v=2, key_width=16, value_width=16)
 GQA = Heads(q=6, k=2, v=2, key_width=24, value_width=9)
 MQA = Heads(q=3, k=1, v=1, key_width=5, value_width=33)
 
-PROMPT_AND_STEPS = dict(prompt=20, longest=60)
-TINY_STEPS = dict(prompt=3, longest=3, skip=True)
-LONG_PROMPT = dict(prompt=1000, longest=1)
+PROMPT_AND_STEPS = {"prompt": 20, "longest": 60}
+TINY_STEPS = {"prompt": 3, "longest": 3, "skip": True}
+LONG_PROMPT = {"prompt": 1000, "longest": 1}
 
 
 def ids_of(*lengths: int, first: int = 0) -> torch.Tensor:
@@ -70,7 +70,7 @@ def test_steps_that_begin_around_tile_edges(edge):
     assert_like_reference(MHA.qkv(1, 2 * edge + 3), ids_of(edge, 3, edge, first=1))
 
 
-@pytest.mark.parametrize("key_width, value_width", [(1, 1), (3, 17), (16, 128), (100, 64), (129, 15)])
+@pytest.mark.parametrize(("key_width", "value_width"), [(1, 1), (3, 17), (16, 128), (100, 64), (129, 15)])
 def test_any_width(key_width, value_width):
     heads = Heads(q=2, k=1, v=1, key_width=key_width, value_width=value_width)
     assert_like_reference(heads.qkv(2, 70), random_step_ids(2, 70, padding=3))
@@ -142,20 +142,41 @@ def test_queries_are_the_last_tokens_of_a_cache_with_holes(queries):
     assert_like_reference((q, k, v), step_ids)
 
 
-def test_what_lies_in_holes_and_padding_does_not_matter():
-    q, k, v = GQA.qkv(2, 100, keys=180)
+@pytest.mark.parametrize("heads", [MHA, GQA], ids=["mha", "gqa"])
+@pytest.mark.parametrize("queries", [1, 100])
+def test_what_lies_in_holes_and_padding_does_not_matter(heads, queries):
+    q, k, v = heads.qkv(2, queries, keys=180)
     step_ids = random_step_ids(2, 180, prompt=30, longest=50)
     step_ids[torch.rand(2, 180) < 0.3] = -1
     wanted = with_gradients(ops.segment_attention, (q, k, v), step_ids)
     hole = step_ids == -1
+    padding = hole[:, 180 - queries :]
     q, k, v = q.clone(), k.clone(), v.clone()
-    k[hole], v[hole], q[hole[:, 80:]] = float("nan"), float("inf"), float("nan")
+    k[hole], v[hole], q[padding] = float("nan"), float("inf"), float("nan")
     got = with_gradients(ops.segment_attention, (q, k, v), step_ids)
     for x, y in zip(got, wanted, strict=True):
         assert torch.equal(x, y)
-    assert (got[0][hole[:, 80:]] == 0).all() and (got[2][hole[:, 80:]] == 0).all()
-    assert (got[1].transpose(1, 2)[hole[:, 80:]] == -torch.inf).all()
-    assert (got[3][hole] == 0).all() and (got[4][hole] == 0).all()
+    out, lse, grad_q, grad_k, grad_v = got
+    for nothing in (out[padding], grad_q[padding], grad_k[hole], grad_v[hole]):
+        assert (nothing == 0).all()
+    assert (lse.transpose(1, 2)[padding] == -torch.inf).all()
+
+
+def test_padding_stays_zero_beside_infinite_values():
+    q, k, v = MHA.qkv(1, 40)
+    v[:, 3] = float("inf")
+    out, _ = ops.segment_attention(q, k, v, F.pad(ids_of(10, 20), (0, 10), value=-1))
+    assert (out[:, 30:] == 0).all()
+
+
+@pytest.mark.parametrize("queries", [1, 2, 5, 40])
+def test_what_lies_beside_a_row_does_not_matter(queries):
+    heads = Heads(q=1, k=1, v=1, key_width=9, value_width=20)
+    plain = heads.qkv(1, queries, keys=130)
+    beside = [F.pad(x, (0, 7), value=float("nan"))[..., : x.shape[-1]] for x in plain]
+    got = ops.segment_attention(*beside, ids_of(50, 80))
+    for x, y in zip(got, ops.segment_attention(*plain, ids_of(50, 80)), strict=True):
+        assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize("cuts", [(50,), (1, 2, 3), (64, 128), (33, 34, 150)])
@@ -183,21 +204,24 @@ def test_padding_on_either_side_changes_nothing():
         assert relative_error(lse, F.pad(wanted[1], (left, right), value=-torch.inf)) < EXACT
 
 
-@pytest.mark.parametrize("batch, queries, keys", [(0, 5, 5), (2, 0, 0), (2, 0, 7), (0, 0, 0)])
+@pytest.mark.parametrize(("batch", "queries", "keys"), [(0, 5, 5), (2, 0, 0), (2, 0, 7), (0, 0, 0)])
 def test_nothing_to_do(batch, queries, keys):
     tensors = GQA.qkv(batch, queries, keys=keys)
     out, lse, grad_q, grad_k, grad_v = with_gradients(
         ops.segment_attention, tensors, torch.zeros(batch, keys, dtype=torch.int32)
     )
-    assert out.shape == (batch, queries, GQA.q, GQA.value_width) and lse.shape == (batch, GQA.q, queries)
+    assert out.shape == (batch, queries, GQA.q, GQA.value_width)
+    assert lse.shape == (batch, GQA.q, queries)
     assert grad_q.shape == tensors[0].shape
-    assert (grad_k == 0).all() and (grad_v == 0).all()
+    assert (grad_k == 0).all()
+    assert (grad_v == 0).all()
 
 
 def test_nobody_at_all():
     tensors = GQA.qkv(2, 70)
     out, lse, *grads = with_gradients(ops.segment_attention, tensors, torch.full((2, 70), -1, dtype=torch.int32))
-    assert (out == 0).all() and (lse == -torch.inf).all()
+    assert (out == 0).all()
+    assert (lse == -torch.inf).all()
     assert all((grad == 0).all() for grad in grads)
 
 
@@ -218,14 +242,17 @@ def test_strided_inputs():
     assert_like_reference(sliced, step_ids[:1].expand(2, time))
 
 
-def test_gradient_of_a_sum():
-    """Its grad_out has no strides at all."""
-    tensors = [x.requires_grad_() for x in GQA.qkv(1, 50)]
+def test_gradient_without_strides():
+    """That of a sum: one number, expanded."""
+    q, k, v = GQA.qkv(1, 50)
     step_ids = ids_of(10, 40)
-    got = torch.autograd.grad(ops.segment_attention(*tensors, step_ids)[0].sum(), tensors)
-    wanted = torch.autograd.grad(reference.segment_attention(*tensors, step_ids)[0].sum(), tensors)
-    for x, y in zip(got, wanted, strict=True):
-        assert (x - y).abs().max() < EXACT
+    out, lse = ops.segment_attention(q, k, v, step_ids)
+    one = torch.ones((), dtype=q.dtype)
+    arguments = q, k, v, out, lse, step_ids, None, None
+    got = torch.ops.statecore.segment_attention_backward(one.expand_as(out), one.expand_as(lse), *arguments)
+    dense = torch.ones_like(out), torch.ones_like(lse)
+    for x, y in zip(got, torch.ops.statecore.segment_attention_backward(*dense, *arguments), strict=True):
+        assert torch.equal(x, y)
 
 
 # ---- accuracy, determinism, cost
@@ -286,12 +313,14 @@ def test_keys_of_other_steps_are_never_touched():
     step = slice(2 * length, 3 * length)
     for x in tensors[1:]:
         x[:, step] = float("nan")
-    out, lse, grad_q, grad_k, grad_v = with_gradients(ops.segment_attention, tensors, step_ids)
+    out, _lse, grad_q, grad_k, grad_v = with_gradients(ops.segment_attention, tensors, step_ids)
     assert out[:, step].isnan().all()
     for x in (out, grad_q):
-        assert x[:, : 2 * length].isfinite().all() and x[:, 3 * length :].isfinite().all()
+        assert x[:, : 2 * length].isfinite().all()
+        assert x[:, 3 * length :].isfinite().all()
     for x in (grad_k, grad_v):
-        assert x[:, length : 2 * length].isfinite().all() and x[:, 3 * length :].isfinite().all()
+        assert x[:, length : 2 * length].isfinite().all()
+        assert x[:, 3 * length :].isfinite().all()
 
 
 def test_memory_grows_with_tokens_only():
@@ -309,7 +338,7 @@ def test_memory_grows_with_tokens_only():
 def inputs(**changes):
     """Arguments of a valid call, with some of them replaced."""
     q, k, v = GQA.qkv(1, 12, torch.float32)
-    return dict(q=q, k=k, v=v, step_ids=ids_of(4, 8), cu_seqlens=None) | changes
+    return {"q": q, "k": k, "v": v, "step_ids": ids_of(4, 8), "cu_seqlens": None} | changes
 
 
 def zeros(*shape, dtype=torch.float32):
@@ -321,47 +350,51 @@ def int32(*values):
 
 
 REFUSALS = {
-    "q must be float32, bfloat16, float16 or float64, got int64": dict(q=zeros(1, 12, 6, 24, dtype=torch.int64)),
-    "q must have 4 dimensions [B, Tq, Hq, Dk], got shape (12, 6, 24)": dict(q=zeros(12, 6, 24)),
-    "k must have 4 dimensions [B, Tk, Hk, Dk], got shape (12, 2, 24)": dict(k=zeros(12, 2, 24)),
-    "v must have 4 dimensions [B, Tk, Hk, Dv], got shape (12, 2, 9)": dict(v=zeros(12, 2, 9)),
-    "k must have shape (1, 12, 2, 24), got (1, 12, 2, 23)": dict(k=zeros(1, 12, 2, 23)),
-    "k must have shape (1, 12, 2, 24), got (2, 12, 2, 24)": dict(k=zeros(2, 12, 2, 24)),
-    "v must have shape (1, 12, 2, 9), got (1, 13, 2, 9)": dict(v=zeros(1, 13, 2, 9)),
-    "v must have shape (1, 12, 2, 9), got (1, 12, 6, 9)": dict(v=zeros(1, 12, 6, 9)),
-    "q must have a multiple of the 2 heads of k and v, got 3": dict(q=zeros(1, 12, 3, 24)),
-    "q must have a multiple of the 2 heads of k and v, got 0": dict(q=zeros(1, 12, 0, 24)),
-    "q and k must have a width of at least 1": dict(q=zeros(1, 12, 6, 0), k=zeros(1, 12, 2, 0)),
-    "v must have a width of at least 1": dict(v=zeros(1, 12, 2, 0)),
-    "k must have at least as many tokens as q, got 12 for 13 queries": dict(q=zeros(1, 13, 6, 24)),
-    "k must be float32, got bfloat16": dict(k=zeros(1, 12, 2, 24, dtype=torch.bfloat16)),
-    "v must be float32, got float64": dict(v=zeros(1, 12, 2, 9, dtype=torch.float64)),
-    "q must have stride 1 in its last dimension, got stride 6": dict(q=zeros(1, 12, 24, 6).transpose(2, 3)),
-    "k must have stride 1 in its last dimension, got stride 2": dict(k=zeros(1, 12, 24, 2).transpose(2, 3)),
-    "v must have stride 1 in its last dimension, got stride 2": dict(v=zeros(1, 12, 9, 2).transpose(2, 3)),
-    "step_ids must have shape (1, 12), got (1, 11)": dict(step_ids=ids_of(4, 7)),
-    "step_ids must be int32, got int64": dict(step_ids=ids_of(4, 8).long()),
-    "step_ids must have stride 1 in its last dimension, got stride 2": dict(step_ids=ids_of(8, 16)[:, ::2]),
-    "step_ids must not decrease inside a sequence, got 1 after 2 at [0, 9]": dict(
-        step_ids=int32(0, 0, 0, 0, 1, 1, 1, 2, 2, 1, 1, 1)[None]
-    ),
-    "step_ids must not decrease inside a sequence, got 1 after 2 at [0, 8]": dict(
-        step_ids=int32(0, 0, 0, 0, 1, 1, 2, -1, 1, 2, 2, 2)[None]
-    ),
-    "step_ids must be >= 0, or -1 for padding, got -2 at [0, 0]": dict(step_ids=ids_of(4, 8, first=-2)),
-    "cu_seqlens must have 1 dimensions [sequences + 1], got shape (1, 2)": dict(cu_seqlens=int32(0, 12)[None]),
-    "cu_seqlens must be int32, got int64": dict(cu_seqlens=torch.tensor([0, 12])),
-    "cu_seqlens must be contiguous": dict(cu_seqlens=int32(0, 0, 12, 0)[::2]),
-    "cu_seqlens must have at least one element": dict(cu_seqlens=int32()),
-    "cu_seqlens must start with 0, got 1": dict(cu_seqlens=int32(1, 12)),
-    "cu_seqlens must end with the number of tokens, 12, got 11": dict(cu_seqlens=int32(0, 4, 11)),
-    "cu_seqlens must not decrease, got 8 then 4 at position 2": dict(cu_seqlens=int32(0, 8, 4, 12)),
-    "k and q must have the same number of tokens when cu_seqlens is given, got 12 and 5": dict(
-        q=zeros(1, 5, 6, 24), cu_seqlens=int32(0, 12)
-    ),
-    "cu_seqlens needs q of batch size 1, got 2": dict(
-        q=zeros(2, 12, 6, 24), k=zeros(2, 12, 2, 24), v=zeros(2, 12, 2, 9), cu_seqlens=int32(0, 12)
-    ),
+    "q must be float32, bfloat16, float16 or float64, got int64": {"q": zeros(1, 12, 6, 24, dtype=torch.int64)},
+    "q must have 4 dimensions [B, Tq, Hq, Dk], got shape (12, 6, 24)": {"q": zeros(12, 6, 24)},
+    "k must have 4 dimensions [B, Tk, Hk, Dk], got shape (12, 2, 24)": {"k": zeros(12, 2, 24)},
+    "v must have 4 dimensions [B, Tk, Hk, Dv], got shape (12, 2, 9)": {"v": zeros(12, 2, 9)},
+    "k must have shape (1, 12, 2, 24), got (1, 12, 2, 23)": {"k": zeros(1, 12, 2, 23)},
+    "k must have shape (1, 12, 2, 24), got (2, 12, 2, 24)": {"k": zeros(2, 12, 2, 24)},
+    "v must have shape (1, 12, 2, 9), got (1, 13, 2, 9)": {"v": zeros(1, 13, 2, 9)},
+    "v must have shape (1, 12, 2, 9), got (1, 12, 6, 9)": {"v": zeros(1, 12, 6, 9)},
+    "q must have a multiple of the 2 heads of k and v, got 3": {"q": zeros(1, 12, 3, 24)},
+    "q must have a multiple of the 2 heads of k and v, got 0": {"q": zeros(1, 12, 0, 24)},
+    "q and k must have a width of at least 1": {"q": zeros(1, 12, 6, 0), "k": zeros(1, 12, 2, 0)},
+    "v must have a width of at least 1": {"v": zeros(1, 12, 2, 0)},
+    "k must have at least as many tokens as q, got 12 for 13 queries": {"q": zeros(1, 13, 6, 24)},
+    "k must be float32, got bfloat16": {"k": zeros(1, 12, 2, 24, dtype=torch.bfloat16)},
+    "v must be float32, got float64": {"v": zeros(1, 12, 2, 9, dtype=torch.float64)},
+    "q must have stride 1 in its last dimension, got stride 6": {"q": zeros(1, 12, 24, 6).transpose(2, 3)},
+    "k must have stride 1 in its last dimension, got stride 2": {"k": zeros(1, 12, 24, 2).transpose(2, 3)},
+    "v must have stride 1 in its last dimension, got stride 2": {"v": zeros(1, 12, 9, 2).transpose(2, 3)},
+    "step_ids must have shape (1, 12), got (1, 11)": {"step_ids": ids_of(4, 7)},
+    "step_ids must be int32, got int64": {"step_ids": ids_of(4, 8).long()},
+    "step_ids must have stride 1 in its last dimension, got stride 2": {"step_ids": ids_of(8, 16)[:, ::2]},
+    "step_ids must not decrease inside a sequence, got 1 after 2 at [0, 9]": {
+        "step_ids": int32(0, 0, 0, 0, 1, 1, 1, 2, 2, 1, 1, 1)[None]
+    },
+    "step_ids must not decrease inside a sequence, got 1 after 2 at [0, 8]": {
+        "step_ids": int32(0, 0, 0, 0, 1, 1, 2, -1, 1, 2, 2, 2)[None]
+    },
+    "step_ids must be >= 0, or -1 for padding, got -2 at [0, 0]": {"step_ids": ids_of(4, 8, first=-2)},
+    "cu_seqlens must have 1 dimensions [sequences + 1], got shape (1, 2)": {"cu_seqlens": int32(0, 12)[None]},
+    "cu_seqlens must be int32, got int64": {"cu_seqlens": torch.tensor([0, 12])},
+    "cu_seqlens must be contiguous": {"cu_seqlens": int32(0, 0, 12, 0)[::2]},
+    "cu_seqlens must have at least one element": {"cu_seqlens": int32()},
+    "cu_seqlens must start with 0, got 1": {"cu_seqlens": int32(1, 12)},
+    "cu_seqlens must end with the number of tokens, 12, got 11": {"cu_seqlens": int32(0, 4, 11)},
+    "cu_seqlens must not decrease, got 8 then 4 at position 2": {"cu_seqlens": int32(0, 8, 4, 12)},
+    "k and q must have the same number of tokens when cu_seqlens is given, got 12 and 5": {
+        "q": zeros(1, 5, 6, 24),
+        "cu_seqlens": int32(0, 12),
+    },
+    "cu_seqlens needs q of batch size 1, got 2": {
+        "q": zeros(2, 12, 6, 24),
+        "k": zeros(2, 12, 2, 24),
+        "v": zeros(2, 12, 2, 9),
+        "cu_seqlens": int32(0, 12),
+    },
 }
 
 

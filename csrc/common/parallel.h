@@ -18,4 +18,16 @@ void parallel_for(int64_t n, const F& f) {
       const_cast<F*>(&f));
 }
 
+// The same, on the calling thread alone where there is too little work to share: waking a thread takes about
+// as long as kWorthSharing multiply-adds.
+constexpr int64_t kWorthSharing = 1 << 18;
+
+template <class F>
+void parallel_for(int64_t n, int64_t multiply_adds, const F& f) {
+  if (multiply_adds >= kWorthSharing)
+    parallel_for(n, f);
+  else if (n > 0)
+    f(int64_t{0}, n);
+}
+
 }  // namespace statecore

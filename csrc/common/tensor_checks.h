@@ -119,7 +119,8 @@ inline int64_t check_cu_seqlens(const Tensor& cu_seqlens, const Tensor& q) {
   if (offset[0] != 0) refuse("cu_seqlens must start with 0, got ", offset[0]);
   for (int64_t n = 0; n < sequences; ++n)
     if (offset[n] > offset[n + 1])
-      refuse("cu_seqlens must not decrease, got ", offset[n], " then ", offset[n + 1], " at position ", n + 1);
+      refuse("cu_seqlens must not decrease, got ", offset[n], " then ", offset[n + 1], " at position ",
+             n + 1);
   if (offset[sequences] != q.size(1))
     refuse("cu_seqlens must end with the number of tokens, ", q.size(1), ", got ", offset[sequences]);
   return sequences;
@@ -144,8 +145,8 @@ inline void check_step_ids(const Tensor& step_ids, const std::optional<Tensor>& 
       if (ids[t] < -1)
         refuse("step_ids must be >= 0, or -1 for padding, got ", ids[t], " at [", b, ", ", t, "]");
       if (ids[t] != -1 && ids[t] < last)
-        refuse("step_ids must not decrease inside a sequence, got ", ids[t], " after ", last, " at [", b, ", ",
-               t, "]");
+        refuse("step_ids must not decrease inside a sequence, got ", ids[t], " after ", last, " at [", b,
+               ", ", t, "]");
       if (ids[t] != -1) last = ids[t];
     }
   }

@@ -20,11 +20,13 @@ template <>
 struct VectorOf<float> {
   typedef float Type __attribute__((vector_size(STATECORE_VECTOR_BYTES), aligned(4), may_alias));
   typedef int32_t Bits __attribute__((vector_size(STATECORE_VECTOR_BYTES), aligned(4), may_alias));
+  using Integer = int32_t;
 };
 template <>
 struct VectorOf<double> {
   typedef double Type __attribute__((vector_size(STATECORE_VECTOR_BYTES), aligned(8), may_alias));
   typedef int64_t Bits __attribute__((vector_size(STATECORE_VECTOR_BYTES), aligned(8), may_alias));
+  using Integer = int64_t;
 };
 template <class T>
 using Vec = typename VectorOf<T>::Type;
@@ -154,22 +156,50 @@ void load(DType dtype, const void* src, int64_t src_stride, int rows, int cols, 
   });
 }
 
+// dst = src^T for 4 x 4 elements.
+template <class Real>
+inline void transpose_quad(const Real* src, int64_t src_ld, Real* dst, int64_t ld) {
+  typedef Real Quad __attribute__((vector_size(4 * sizeof(Real)), aligned(sizeof(Real)), may_alias));
+#if defined(__clang__)
+#define STATECORE_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+  typedef typename VectorOf<Real>::Integer Lanes __attribute__((vector_size(4 * sizeof(Real))));
+#define STATECORE_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Lanes{__VA_ARGS__})
+#endif
+  const Quad row0 = *reinterpret_cast<const Quad*>(src), row1 = *reinterpret_cast<const Quad*>(src + src_ld);
+  const Quad row2 = *reinterpret_cast<const Quad*>(src + 2 * src_ld);
+  const Quad row3 = *reinterpret_cast<const Quad*>(src + 3 * src_ld);
+  const Quad low01 = STATECORE_SHUFFLE(row0, row1, 0, 4, 1, 5);
+  const Quad high01 = STATECORE_SHUFFLE(row0, row1, 2, 6, 3, 7);
+  const Quad low23 = STATECORE_SHUFFLE(row2, row3, 0, 4, 1, 5);
+  const Quad high23 = STATECORE_SHUFFLE(row2, row3, 2, 6, 3, 7);
+  *reinterpret_cast<Quad*>(dst) = STATECORE_SHUFFLE(low01, low23, 0, 1, 4, 5);
+  *reinterpret_cast<Quad*>(dst + ld) = STATECORE_SHUFFLE(low01, low23, 2, 3, 6, 7);
+  *reinterpret_cast<Quad*>(dst + 2 * ld) = STATECORE_SHUFFLE(high01, high23, 0, 1, 4, 5);
+  *reinterpret_cast<Quad*>(dst + 3 * ld) = STATECORE_SHUFFLE(high01, high23, 2, 3, 6, 7);
+#undef STATECORE_SHUFFLE
+}
+
 template <class Real>
 void load_transposed(DType dtype, const void* src, int64_t src_stride, int rows, int cols, Real factor,
                      Real* dst, int64_t ld) {
-  with_format(dtype, [&](auto format) {
-    using Format = decltype(format);
-    // Squares of 16 x 16 keep both sides of the transposition in the L1 cache.
-    for (int j0 = 0; j0 < cols; j0 += 16) {
-      const int j1 = j0 + 16 < cols ? j0 + 16 : cols;
-      for (int i = 0; i < rows; ++i) {
-        const auto* from = static_cast<const typename Format::Storage*>(src) + i * src_stride;
-        for (int j = j0; j < j1; ++j) dst[j * ld + i] = factor * Real(Format::of(from[j]));
-      }
-      for (int j = j0; j < j1; ++j)
-        for (int i = rows; i < padded(rows); ++i) dst[j * ld + i] = 0;
+  constexpr int kRows = kTilePad, kCols = 128, kLd = tile_ld(kCols);
+  Real block[kRows *
+             kLd];  // rows are read along, converted, and transposed from here; zero below the last one
+  const int64_t element = element_bytes(dtype);
+  for (int i0 = 0; i0 < rows; i0 += kRows)
+    for (int j0 = 0; j0 < cols; j0 += kCols) {
+      const int height = rows - i0 < kRows ? rows - i0 : kRows, width = cols - j0 < kCols ? cols - j0 : kCols;
+      load(dtype, static_cast<const char*>(src) + (i0 * src_stride + j0) * element, src_stride, height, width,
+           factor, block, kLd);
+      for (int i = height * kLd; i < kRows * kLd; ++i) block[i] = 0;
+      Real* corner = dst + j0 * ld + i0;
+      int j = 0;
+      for (; j + 4 <= width; j += 4)
+        for (int i = 0; i < kRows; i += 4) transpose_quad(block + i * kLd + j, kLd, corner + j * ld + i, ld);
+      for (; j < width; ++j)
+        for (int i = 0; i < kRows; ++i) corner[j * ld + i] = block[i * kLd + j];
     }
-  });
 }
 
 template <class Real>
@@ -241,7 +271,8 @@ void scale_rows(int rows, int cols, const Real* factor, Real* x, int64_t ld) {
 }
 
 template <class Real>
-void multiply(int rows, int cols, const Real* x, int64_t ldx, const Real* y, int64_t ldy, Real* out, int64_t ldo) {
+void multiply(int rows, int cols, const Real* x, int64_t ldx, const Real* y, int64_t ldy, Real* out,
+              int64_t ldo) {
   for (int i = 0; i < rows; ++i)
     for (int j = 0; j < padded(cols); j += kLanes<Real>)
       store_vec(out + i * ldo + j, load_vec(x + i * ldx + j) * load_vec(y + i * ldy + j));
@@ -252,13 +283,22 @@ void axpby(int64_t n, Real a, Real* y, Real b, const Real* x) {
   for (int64_t i = 0; i < n; ++i) y[i] = a * y[i] + b * x[i];
 }
 
+template <int N, class Real>
+Real sum_pairwise(const Real* x) {
+  if constexpr (N == 1) {
+    return x[0];
+  } else {
+    Real half[N / 2];
+    for (int i = 0; i < N / 2; ++i) half[i] = x[i] + x[i + N / 2];
+    return sum_pairwise<N / 2>(half);
+  }
+}
+
 template <class Real>
 Real sum_lanes(Vec<Real> v) {
   Real x[kLanes<Real>];
   store_vec(x, v);
-  for (int n = kLanes<Real> / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; ++i) x[i] += x[i + n];
-  return x[0];
+  return sum_pairwise<kLanes<Real>>(x);
 }
 
 template <class Real>

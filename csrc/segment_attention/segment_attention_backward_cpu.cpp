@@ -1,10 +1,12 @@
 // Backward: P is recomputed from lse, tile of queries by tile of queries,
 //
-//   dV += P^T dO,  dS = P (dO V^T - delta),  dQ = scale dS K,  dK += scale dS^T Q,  delta = rowsum(dO O) - dlse.
+//   dV += P^T dO,  dS = P (dO V^T - delta),  dQ = scale dS K,  dK += scale dS^T Q,
+//   delta = rowsum(dO O) - dlse.
 //
-// Tiles share the keys they add to. A work item is a key head and a run of consecutive tiles of a sequence; it adds
-// in order into accumulators of its own, and where a sequence is several runs their sums are then added in order.
-// How sequences are cut into runs depends on shapes and ids only, so no result depends on the number of threads.
+// Tiles share the keys they add to. A work item is a key head and a run of consecutive tiles of a sequence;
+// it adds in order into accumulators of its own, and where a sequence is several runs their sums are then
+// added in order. How sequences are cut into runs depends on shapes and ids only, so no result depends on the
+// number of threads.
 
 #include "segment_attention/segment_tiles.h"
 
@@ -14,7 +16,8 @@ namespace {
 // Sequences are cut into runs until there are about this many items for threads to share.
 constexpr int64_t kMinimumItems = 16;
 
-// Consecutive tiles of a sequence and the keys they see. Its accumulators hold the prompt's keys, then the others.
+// Consecutive tiles of a sequence and the keys they see. Its accumulators hold the prompt's keys, then the
+// others.
 struct Run {
   Range tiles;
   Range prompt{}, own{};
@@ -144,10 +147,11 @@ class KeyGradientWriter {
   }
 
  private:
-  void store(void* result, int64_t batch, Range keys, int64_t kv_head, int width, const Real* src, int64_t ld) {
+  void store(void* result, int64_t batch, Range keys, int64_t kv_head, int width, const Real* src,
+             int64_t ld) {
     const TensorView x = contiguous_view(result, call_.p.dtype, call_.p.keys, call_.p.kv_heads, width);
-    kernels_.store(x.dtype, x.mutable_at(batch, keys.begin, kv_head), x.time_stride, int(keys.size()), width, src,
-                   ld);
+    kernels_.store(x.dtype, x.mutable_at(batch, keys.begin, kv_head), x.time_stride, int(keys.size()), width,
+                   src, ld);
   }
 
   const TileKernels<Real>& kernels_ = tile_kernels<Real>();
@@ -250,16 +254,16 @@ class RunWorker {
                                           value_width, v_.get());
 
     Real* weights = p_.get() + first;
-    kernels_.matmul(block.keys, columns, key_width, k.data, k.ld, 1, q_transposed_.get() + first, lds_, weights,
-                    lds_, false);
+    kernels_.matmul(block.keys, columns, key_width, k.data, k.ld, 1, q_transposed_.get() + first, lds_,
+                    weights, lds_, false);
     hide_invisible(call_.plan, tile, block, p_.get(), lds_);
     kernels_.exp_shifted(block.keys, columns, weights, lds_, lse_.get() + first);
-    kernels_.matmul(block.keys, value_width, rows, weights, lds_, 1, grad_out_.get() + first * ldv, ldv, sums.v,
-                    ldv, true);
+    kernels_.matmul(block.keys, value_width, rows, weights, lds_, 1, grad_out_.get() + first * ldv, ldv,
+                    sums.v, ldv, true);
 
     Real* ds = ds_.get() + first;
-    kernels_.matmul(block.keys, columns, value_width, v.data, v.ld, 1, grad_out_transposed_.get() + first, lds_,
-                    ds, lds_, false);
+    kernels_.matmul(block.keys, columns, value_width, v.data, v.ld, 1, grad_out_transposed_.get() + first,
+                    lds_, ds, lds_, false);
     kernels_.softmax_backward(block.keys, columns, weights, ds, lds_, delta_.get() + first);
     kernels_.matmul(block.keys, key_width, rows, ds, lds_, 1, q_.get() + first * ldk, ldk, sums.k, ldk, true);
     kernels_.matmul(rows, key_width, block.keys, ds, 1, lds_, k.data, k.ld, grad_q_.get() + first * ldk, ldk,
@@ -279,7 +283,8 @@ class RunWorker {
   const SegmentTiles<Real> tiles_;
   KeyGradientWriter<Real> writer_;
   const int rows_, lds_ = tile_ld(rows_);
-  Scratch<Real> q_, q_transposed_, grad_q_, out_, grad_out_, grad_out_transposed_, k_, v_, p_, ds_, lse_, delta_;
+  Scratch<Real> q_, q_transposed_, grad_q_, out_, grad_out_, grad_out_transposed_, k_, v_, p_, ds_, lse_,
+      delta_;
   Scratch<Real> alone_k_, alone_v_;
 };
 
@@ -287,7 +292,7 @@ template <class Real>
 void backward(const SegmentAttentionBackwardParams& params) {
   const Call<Real> call(params);
   const int64_t kv_heads = params.forward.kv_heads;
-  parallel_items(int64_t(call.runs.runs.size()) * kv_heads, 2.5 * call.plan.work(params.forward),
+  parallel_items(int64_t(call.runs.runs.size()) * kv_heads, 2 * call.plan.multiply_adds(params.forward),
                  [&] { return RunWorker<Real>(call); });
   for (const SequenceRuns& sequence : call.runs.sequences) {
     if (!sequence.shared()) continue;

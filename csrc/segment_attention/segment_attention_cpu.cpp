@@ -1,8 +1,8 @@
-// Forward: for each tile of queries an online softmax over the blocks of keys that the plan names. Scores stand
-// keys by rows, so that K is read as it lies and only the queries are transposed, once a tile.
+// Forward: for each tile of queries an online softmax over the blocks of keys that the plan names. Scores
+// stand keys by rows, so that K is read as it lies and only the queries are transposed, once a tile.
 //
-// A place for more: a decoding step has one item a key head and sequence. Where those are fewer than the threads,
-// the keys of a tile could be cut into fixed ranges whose (out, max, sum) are merged in order.
+// A place for more: a decoding step has one item a key head and sequence. Where those are fewer than the
+// threads, the keys of a tile could be cut into fixed ranges whose (out, max, sum) are merged in order.
 
 #include <cmath>
 
@@ -10,6 +10,10 @@
 
 namespace statecore {
 namespace {
+
+// Up to this many rows (a decoding step), scores are dot products: a product of whole vectors of rows would
+// be mostly padding.
+constexpr int kFewRows = 2;
 
 template <class Real>
 class ForwardWorker {
@@ -30,7 +34,8 @@ class ForwardWorker {
         row_max_(make_scratch<Real>(padded(rows_))),
         row_sum_(make_scratch<Real>(padded(rows_))),
         correction_(make_scratch<Real>(padded(rows_))) {
-    std::fill_n(scores_.get(), int64_t(kBlockKeys) * tile_ld(rows_), Real(0));  // score_few_rows() skips padding
+    // score_few_rows() leaves the padding alone.
+    std::fill_n(scores_.get(), int64_t(kBlockKeys) * tile_ld(rows_), Real(0));
   }
 
   void operator()(int64_t item) {
@@ -54,27 +59,27 @@ class ForwardWorker {
     const int first = block.row_begin, columns = block.row_end - first;
     const int rows = std::min(block.row_end, plan_.rows(tile)) - first;
     Real* scores = scores_.get() + first;
-    const Tile<Real> k =
-        tiles_.load_keys({p_.k, p_.dtype, p_.k_batch, p_.k_time, p_.k_head}, tile, block, kv_head, key_width_, k_.get());
+    const Tile<Real> k = tiles_.load_keys({p_.k, p_.dtype, p_.k_batch, p_.k_time, p_.k_head}, tile, block,
+                                          kv_head, key_width_, k_.get());
     if (plan_.rows(tile) <= kFewRows)
       score_few_rows(k, block.keys, plan_.rows(tile));
     else
-      kernels_.matmul(block.keys, columns, key_width_, k.data, k.ld, 1, q_transposed_.get() + first, lds, scores,
-                      lds, false);
+      kernels_.matmul(block.keys, columns, key_width_, k.data, k.ld, 1, q_transposed_.get() + first, lds,
+                      scores, lds, false);
     hide_invisible(plan_, tile, block, scores_.get(), lds);
     kernels_.softmax_block(block.keys, columns, scores, lds, row_max_.get() + first, row_sum_.get() + first,
                            correction_.get() + first);
     Real* out = out_.get() + int64_t(first) * ldv;
     kernels_.scale_rows(rows, value_width_, correction_.get() + first, out, ldv);
-    const Tile<Real> v = tiles_.load_keys({p_.v, p_.dtype, p_.v_batch, p_.v_time, p_.v_head}, tile, block, kv_head,
-                                          value_width_, v_.get());
+    const Tile<Real> v = tiles_.load_keys({p_.v, p_.dtype, p_.v_batch, p_.v_time, p_.v_head}, tile, block,
+                                          kv_head, value_width_, v_.get());
     kernels_.matmul(rows, value_width_, block.keys, scores, 1, lds, v.data, v.ld, out, ldv, true);
   }
 
-  // A product of whole vectors of rows would be mostly padding.
   void score_few_rows(const Tile<Real>& k, int keys, int rows) {
     for (int row = 0; row < rows; ++row) {
-      kernels_.dot_rows(keys, key_width_, k.data, k.ld, q_.get() + int64_t(row) * tile_ld(key_width_), 0, column_);
+      kernels_.dot_rows(keys, key_width_, k.data, k.ld, q_.get() + int64_t(row) * tile_ld(key_width_), 0,
+                        column_);
       for (int j = 0; j < keys; ++j) scores_[int64_t(j) * tile_ld(rows_) + row] = column_[j];
     }
   }
@@ -107,7 +112,7 @@ class ForwardWorker {
 template <class Real>
 void forward(const SegmentAttentionParams& params) {
   const SegmentPlan plan = plan_segments(params);
-  parallel_items(int64_t(plan.tiles.size()) * params.kv_heads, plan.work(params),
+  parallel_items(int64_t(plan.tiles.size()) * params.kv_heads, plan.multiply_adds(params),
                  [&] { return ForwardWorker<Real>(params, plan); });
 }
 

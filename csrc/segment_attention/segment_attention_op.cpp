@@ -127,5 +127,6 @@ std::tuple<Tensor, Tensor, Tensor> segment_attention_backward(
 STABLE_TORCH_LIBRARY_IMPL(statecore, CPU, m) {
   using namespace statecore;
   m.impl("segment_attention", TORCH_BOX(&segment_attention<segment_attention_cpu>));
-  m.impl("segment_attention_backward", TORCH_BOX(&segment_attention_backward<segment_attention_backward_cpu>));
+  m.impl("segment_attention_backward",
+         TORCH_BOX(&segment_attention_backward<segment_attention_backward_cpu>));
 }

@@ -9,8 +9,8 @@
 
 namespace statecore {
 
-// Refuses what ops.md refuses (on the CPU also by contents of step_ids and cu_seqlens) and fills in everything
-// but out, out_dtype and lse. The struct points into the tensors, which must outlive it.
+// Refuses what ops.md refuses (on the CPU also by contents of step_ids and cu_seqlens) and fills in
+// everything but out, out_dtype and lse. The struct points into the tensors, which must outlive it.
 SegmentAttentionParams checked_segment_params(const torch::stable::Tensor& q, const torch::stable::Tensor& k,
                                               const torch::stable::Tensor& v,
                                               const torch::stable::Tensor& step_ids,

@@ -23,34 +23,23 @@ void plan_sequence(const int32_t* ids, int64_t batch, int64_t key_begin, int64_t
     visible_end[t] = ids[t] < 0 ? 0 : ids[t] == 0 ? key_end : step_end;
   }
 
-  const int64_t tile_begin = plan.tiles.size();
-  int64_t step_begin = key_begin, t = key_begin;
+  const int64_t first_tile = plan.tiles.size(), first_query = std::max(key_begin, query_begin);
+  int64_t step_begin = key_begin;
   step = 0;
-  const auto skip_to = [&](int64_t end) {
-    for (; t < end; ++t)
-      if (ids[t] > 0 && ids[t] != step) {
-        step = ids[t];
-        step_begin = t;
-      }
-  };
-  for (int64_t begin = std::max(key_begin, query_begin); begin < key_end; begin += plan.tile_tokens) {
-    const int64_t end = std::min(begin + plan.tile_tokens, key_end);
-    int64_t own_begin = end;
-    int64_t last = begin;
-    for (int64_t i = begin; i < end; ++i) {
-      if (ids[i] < 0) continue;
-      last = i + 1;
-      if (ids[i] == 0 || own_begin < end) continue;
-      skip_to(i + 1);
-      own_begin = step_begin;
+  for (int64_t t = key_begin; t < key_end; ++t) {
+    if (ids[t] > 0 && ids[t] != step) {
+      step = ids[t];
+      step_begin = t;
     }
-    skip_to(end);
-    plan.tiles.push_back({.batch = batch,
-                          .tokens = {begin, end},
-                          .prompt = {std::min(prompt_begin, last), std::min(prompt_end, last)},
-                          .own = {std::min(own_begin, last), last}});
+    if (t < first_query) continue;
+    if ((t - first_query) % plan.tile_tokens == 0)
+      plan.tiles.push_back({batch, {t, std::min(t + plan.tile_tokens, key_end)}, {t, t}, {t, t}});
+    if (ids[t] < 0) continue;
+    QueryTile& tile = plan.tiles.back();
+    tile.prompt = {std::min(prompt_begin, t + 1), std::min(prompt_end, t + 1)};
+    if (ids[t] > 0) tile.own = {tile.own.size() == 0 ? step_begin : tile.own.begin, t + 1};
   }
-  plan.sequences.push_back({batch, {key_begin, key_end}, {tile_begin, int64_t(plan.tiles.size())}});
+  plan.sequences.push_back({batch, {key_begin, key_end}, {first_tile, int64_t(plan.tiles.size())}});
 }
 
 }  // namespace
@@ -70,10 +59,10 @@ SegmentPlan plan_segments(const SegmentAttentionParams& p) {
   return plan;
 }
 
-double SegmentPlan::work(const SegmentAttentionParams& p) const {
-  double pairs = 0;
-  for (const QueryTile& tile : tiles) pairs += double(rows(tile)) * double(keys_of(tile));
-  return pairs * double(p.kv_heads) * double(p.key_width + p.value_width);
+int64_t SegmentPlan::multiply_adds(const SegmentAttentionParams& p) const {
+  int64_t pairs = 0;
+  for (const QueryTile& tile : tiles) pairs += rows(tile) * keys_of(tile);
+  return pairs * p.kv_heads * (p.key_width + p.value_width);
 }
 
 }  // namespace statecore

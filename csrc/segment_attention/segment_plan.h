@@ -1,9 +1,9 @@
 // Who sees whom, as ranges of keys: made once a call in O(batch * tokens), shared by all heads.
 //
-// Ids do not decrease inside a sequence, so key j is visible to a contiguous range of queries, [j, visible_end[j]):
-// up to the end of the sequence for a key of the prompt, up to the end of its step for any other, empty where
-// there is nobody. A tile of queries therefore sees two ranges of keys, one in the prompt and one in its own
-// steps, and nothing ever looks at the tokens in between.
+// Ids do not decrease inside a sequence, so key j is visible to a contiguous range of queries, [j,
+// visible_end[j]): up to the end of the sequence for a key of the prompt, up to the end of its step for any
+// other, empty where there is nobody. A tile of queries therefore sees two ranges of keys, one in the prompt
+// and one in its own steps, and nothing ever looks at the tokens in between.
 #pragma once
 
 #include <algorithm>
@@ -45,12 +45,15 @@ struct SegmentPlan {
   std::vector<Sequence> sequences;
   std::vector<int64_t> visible_end;  // [B, Tk]
 
-  // A tile's rows are its tokens times the query heads of a group, heads innermost: they share keys and values.
+  // A tile's rows are its tokens times the query heads of a group, heads innermost: they share keys and
+  // values.
   int rows(const QueryTile& tile) const { return int(tile.tokens.size()) * group; }
   int max_rows() const { return tile_tokens * group; }
   int64_t keys_of(const QueryTile& tile) const { return tile.prompt.size() + tile.own.size(); }
-  double work(const SegmentAttentionParams& params) const;  // multiply-adds of the forward, about
-  const int64_t* visible_end_of(const QueryTile& tile) const { return visible_end.data() + tile.batch * keys; }
+  int64_t multiply_adds(const SegmentAttentionParams& params) const;  // of the forward, about
+  const int64_t* visible_end_of(const QueryTile& tile) const {
+    return visible_end.data() + tile.batch * keys;
+  }
 };
 
 SegmentPlan plan_segments(const SegmentAttentionParams& params);

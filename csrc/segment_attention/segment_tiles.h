@@ -37,9 +37,6 @@ struct Tile {
   int64_t ld;
 };
 
-// Rows of a tile that are fewer than this are a decoding step, whose cost is reading keys and values once.
-constexpr int kFewRows = 2;
-
 template <class Real>
 class SegmentTiles {
  public:
@@ -68,19 +65,20 @@ class SegmentTiles {
   void store_queries(const TensorView& x, const QueryTile& tile, int64_t kv_head, int width, const Real* src,
                      int64_t ld) const {
     for (int g = 0; g < plan_.group; ++g)
-      kernels_.store(x.dtype, x.mutable_at(tile.batch, tile.tokens.begin - first_query_, kv_head * plan_.group + g),
+      kernels_.store(x.dtype,
+                     x.mutable_at(tile.batch, tile.tokens.begin - first_query_, kv_head * plan_.group + g),
                      x.time_stride, int(tile.tokens.size()), width, src + g * ld, ld * plan_.group);
   }
 
-  // The block's rows of x as a tile [keys, width] in scratch memory, or where they lie if that is as good. Rows
-  // with nobody there are 0, since a cache may hold anything.
+  // The block's rows of x as a tile [keys, width] in scratch memory, or where they lie if that is as good.
+  // Rows with nobody there are 0, since a cache may hold anything.
   Tile<Real> load_keys(const TensorView& x, const QueryTile& tile, const KeyBlock& block, int64_t kv_head,
                        int width, Real* scratch) const {
     const void* source = x.at(tile.batch, block.begin, kv_head);
     const int64_t* visible_end = plan_.visible_end_of(tile) + block.begin;
     const bool holes = std::find(visible_end, visible_end + block.keys, 0) != visible_end + block.keys;
     // Copying pays when the tile is read for many rows: its lines then lie together.
-    if (x.dtype == kReal && width % kTilePad == 0 && !holes && plan_.rows(tile) <= kFewRows)
+    if (x.dtype == kReal && width % kTilePad == 0 && !holes && plan_.rows(tile) <= kTilePad)
       return {static_cast<const Real*>(source), x.time_stride};
     const int64_t ld = tile_ld(width);
     kernels_.load(x.dtype, source, x.time_stride, block.keys, width, Real(1), scratch, ld);
@@ -90,7 +88,8 @@ class SegmentTiles {
   }
 
   // Where a row stands in a contiguous [B, Hq, Tq].
-  int64_t lse_index(const QueryTile& tile, int64_t kv_head, int row, int64_t kv_heads, int64_t queries) const {
+  int64_t lse_index(const QueryTile& tile, int64_t kv_head, int row, int64_t kv_heads,
+                    int64_t queries) const {
     const int64_t head = kv_head * plan_.group + row % plan_.group;
     const int64_t time = tile.tokens.begin - first_query_ + row / plan_.group;
     return (tile.batch * kv_heads * plan_.group + head) * queries + time;
@@ -105,11 +104,9 @@ class SegmentTiles {
 
 // Runs make_worker() once a thread and its result on every item of [0, n), each by whichever thread is free:
 // the cost of items differs too much for equal shares. An item's result does not depend on who computes it.
-// work: multiply-adds in all; little work is not worth waking threads for.
 template <class MakeWorker>
-void parallel_items(int64_t n, double work, const MakeWorker& make_worker) {
-  constexpr double kWorkOfAThread = 1 << 19;  // some 10 microseconds
-  const int64_t threads = std::min<int64_t>(n, 1 + int64_t(work / kWorkOfAThread));
+void parallel_items(int64_t n, int64_t multiply_adds, const MakeWorker& make_worker) {
+  const int64_t threads = std::min(n, 1 + multiply_adds / kWorthSharing);
   std::atomic<int64_t> next{0};
   parallel_for(threads, [&](int64_t, int64_t) {
     auto worker = make_worker();

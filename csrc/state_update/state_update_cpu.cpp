@@ -25,7 +25,8 @@ void update(const StateUpdateParams& p) {
   const int64_t state_size = p.key_width * p.value_width, kind_size = p.slots * p.value_heads * state_size;
   const Real* log_decay = static_cast<const Real*>(p.log_decay);
 
-  parallel_for(p.rows * p.value_heads, [&](int64_t begin, int64_t end) {
+  const int64_t work = p.rows * p.value_heads * state_size * (1 + query_group);
+  parallel_for(p.rows * p.value_heads, work, [&](int64_t begin, int64_t end) {
     // load() writes whole vectors, so rows of tiles are padded; q and out of several heads are packed
     // afterwards.
     const auto k = make_scratch<Real>(padded(dk)), v = make_scratch<Real>(padded(dv));
