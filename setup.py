@@ -38,11 +38,12 @@ class CMakeBuild(build_ext):
             "CMAKE_BUILD_TYPE": "Debug" if self.debug else "Release",
             "BUILD_TESTING": "OFF",
         }
-        for name in ("STATECORE_CUDA", "STATECORE_CUDA_ARCHITECTURES"):
-            if os.environ.get(name):
-                options[name] = os.environ[name]
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        self._run("cmake", "-S", ROOT, "-B", build, *(f"-D{name}={value}" for name, value in options.items()))
+        settings = [f"-D{name}={value}" for name, value in options.items()]
+        for name in ("STATECORE_CUDA", "STATECORE_CUDA_ARCHITECTURES"):
+            # Unset means the default, not what an earlier build in this folder was told.
+            settings.append(f"-D{name}={os.environ[name]}" if os.environ.get(name) else f"-U{name}")
+        self._run("cmake", "-S", ROOT, "-B", build, *settings)
         self._run("cmake", "--build", build, "--parallel", jobs)
         self._run("cmake", "--install", build)
 
@@ -51,7 +52,7 @@ class CMakeBuild(build_ext):
         try:
             subprocess.run([str(part) for part in command], check=True)
         except subprocess.CalledProcessError as error:
-            raise SystemExit(f"statecore: building the C++ library failed; the reason is above ({error}).") from None
+            raise SystemExit(f"statecore: building the C++ library failed; the reason is above (exit code {error.returncode}).") from None
 
 
 class PlatformWheel(bdist_wheel):
