@@ -52,7 +52,8 @@ class CMakeBuild(build_ext):
         try:
             subprocess.run([str(part) for part in command], check=True)
         except subprocess.CalledProcessError as error:
-            raise SystemExit(f"statecore: building the C++ library failed; the reason is above (exit code {error.returncode}).") from None
+            reason = f"the reason is above (exit code {error.returncode})"
+            raise SystemExit(f"statecore: building the C++ library failed; {reason}.") from None
 
 
 class PlatformWheel(bdist_wheel):

@@ -10,7 +10,7 @@ from linear_oracles import assert_like_reference, leaf, masked_linear_attention,
 
 from statecore import ops, reference
 
-GROUPINGS = [(1, 1, 1), (3, 3, 3), (4, 2, 2), (6, 1, 1), (2, 2, 6), (1, 1, 5), (3, 3, 6)]
+GROUPINGS = [(1, 1, 1), (3, 3, 3), (4, 2, 2), (6, 1, 1), (2, 2, 6), (1, 1, 9), (3, 3, 6)]
 WIDTHS = [1, 3, 8, 16, 17, 31, 40]
 
 

@@ -146,28 +146,30 @@ def test_nothing_to_do(batch, time):
 
 
 def test_padding_is_nobody():
-    """Whatever padding holds, even NaN, changes nothing; its output and gradients are 0; wherever it stands."""
+    """Whatever padding holds, even NaN, changes nothing; its output and gradients are 0; a step ends across it too."""
     tensors = Heads(4, 2, 2, 8, 12).qkv(1, 100, torch.float32)
-    ids = random_step_ids(1, 100, longest=30)
-    where = [0, 1, 40, 101, 102, 103]
-    wide = torch.full((1, 106), True)
-    wide[0, where] = False
+    ids = random_step_ids(1, 100, prompt=0, longest=5) + 1
+    states, initial_step = torch.randn(3, 1, 2, 8, 12), torch.tensor([1], dtype=torch.int32)
+    real = torch.ones(1, 140, dtype=torch.bool)
+    real[0, [0, *range(3, 105, 3), *range(135, 140)]] = False
 
     def spread(x, filler):
-        padded = torch.full((1, 106, *x.shape[2:]), filler, dtype=x.dtype)
-        padded[wide] = x[0]
+        padded = torch.full((1, 140, *x.shape[2:]), filler, dtype=x.dtype)
+        padded[real] = x[0]
         return padded
 
-    padded_ids = spread(ids, -1)
     cotangents = [torch.randn(1, 100, 4, 12), torch.randn(3, 1, 2, 8, 12)]
-    alone, alone_grads, _ = run(ops.step_linear_attention, (*map(leaf, tensors), ids, ALPHA), {}, cotangents)
+    dense = [leaf(x) for x in (*tensors, states)]
+    args = (*dense[:3], ids, ALPHA, dense[3], initial_step)
+    wanted, wanted_grads, _ = run(ops.step_linear_attention, args, {}, cotangents)
     padded = [leaf(spread(x, float("nan"))) for x in tensors]
-    wide_cotangents = [spread(cotangents[0], 1.0), cotangents[1]]
-    got, got_grads, _ = run(ops.step_linear_attention, (*padded, padded_ids, ALPHA), {}, wide_cotangents)
-    assert relative_error(got[1], alone[1]) < 1e-6
-    for x, y in zip([got[0], *got_grads], [alone[0], *alone_grads], strict=True):
-        assert x[~wide].count_nonzero() == 0
-        assert relative_error(x[wide][None], y) < 1e-6
+    args = (*padded, spread(ids, -1), ALPHA, leaf(states), initial_step)
+    got, got_grads, _ = run(ops.step_linear_attention, args, {}, [spread(cotangents[0], 1.0), cotangents[1]])
+    for x, y in zip([got[1], got_grads[3]], [wanted[1], wanted_grads[3]], strict=True):
+        assert relative_error(x, y) < 1e-6
+    for x, y in zip([got[0], *got_grads[:3]], [wanted[0], *wanted_grads[:3]], strict=True):
+        assert x[~real].count_nonzero() == 0
+        assert relative_error(x[real][None], y) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
