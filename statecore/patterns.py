@@ -1,0 +1,239 @@
+"""Steps into thinking patterns: embeddings, K-means, the two tokens of each pattern.
+
+A thinking pattern is a cluster of steps that read alike. Pattern i has an opening and a closing token, `<|step_i|>` and
+`<|/step_i|>`. (State-Transition Framework, arXiv 2602.01198, data construction: MiniBatch K-Means, for example 128
+clusters, cosine similarity; its embedding model is not known.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.cluster import MiniBatchKMeans
+from sklearn.decomposition import TruncatedSVD
+from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
+from sklearn.metrics import silhouette_score
+from sklearn.preprocessing import normalize
+from tokenizers import AddedToken
+from tqdm.auto import tqdm
+
+from statecore.segmentation import context_size, encode, window_batches
+
+# Word weights and singular vectors are fitted on a sample; every step is then mapped with them, in chunks.
+_FIT_STEPS = 200_000
+_CHUNK = 50_000
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Embeddings
+
+
+def tfidf_embedding(
+    steps: Sequence[str], problems: Sequence[Hashable], *, width: int = 128, seed: int = 0
+) -> np.ndarray:
+    """Embeddings of step texts without a language model: TF-IDF, then `width` singular vectors.
+
+    Words and word pairs count, numbers and symbols do not. `problems[i]` is the problem of step i: only words
+    that occur in the steps of at least 1 problem in 20 (and of 2) count, so that steps lie together by what they do
+    ("let me double check") rather than by what they are about ("the wavelength"). Returns float32 `[steps, width]` with
+    unit rows, or zeros for a step without such a word; `width` shrinks to what a small vocabulary allows. Raises
+    ValueError where there is no such word.
+    """
+    words = {"token_pattern": r"(?u)\b[^\W\d_]+\b", "ngram_range": (1, 2)}
+    texts: dict[Hashable, list[str]] = {}
+    for step, problem in zip(steps, problems, strict=True):
+        texts.setdefault(problem, []).append(step)
+    rarest = min(len(texts), max(2, math.ceil(len(texts) / 20)))
+    counter = CountVectorizer(**words, min_df=rarest, binary=True)
+    try:
+        vocabulary = sorted(counter.fit("\n".join(own) for own in texts.values()).vocabulary_)
+    except ValueError as error:
+        raise ValueError(
+            f"the steps of {len(texts)} problems share no words to compare them by ({error}): embed them with a "
+            "language model instead"
+        ) from error
+    vectorizer = TfidfVectorizer(**words, vocabulary=vocabulary, sublinear_tf=True, dtype=np.float32)
+    chosen = np.random.default_rng(seed).permutation(len(steps))[:_FIT_STEPS]
+    fitted = vectorizer.fit_transform([steps[i] for i in np.sort(chosen)])
+    svd = TruncatedSVD(n_components=min(width, len(vocabulary)), random_state=seed).fit(fitted)
+    chunks = [svd.transform(vectorizer.transform(steps[at : at + _CHUNK])) for at in range(0, len(steps), _CHUNK)]
+    return normalize(np.concatenate(chunks).astype(np.float32, copy=False))
+
+
+@torch.inference_mode()
+def hidden_state_embedding(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    texts: Sequence[str],
+    steps: Sequence[Sequence[tuple[int, int]]],
+    *,
+    layer: int | None = None,
+    window: int | None = None,
+    batch_size: int = 4,
+    progress: bool = True,
+) -> np.ndarray:
+    """Embeddings of steps from a causal language model: its mean hidden state over each step. `[steps, hidden]`
+    float32, unit rows.
+
+    `steps[i]` are the character spans of the steps of `texts[i]`; a token belongs to the step that holds its last
+    character. The model reads each step behind what comes before it in its text. `layer` counts from 0 (the embeddings)
+    to the number of layers, negative from the end; default: the middle one, whose states say more of what a text does
+    than the last one's, which are made for the next token. The mean over all steps is taken away before the rows are
+    normalised: hidden states share a large common part that would leave all cosines near 1.
+    """
+    model.eval()
+    layers = model.config.num_hidden_layers
+    index = layers // 2 if layer is None else layer
+    if not -layers - 1 <= index <= layers:
+        raise ValueError(
+            f"layer {layer} does not exist: expected {-layers - 1} to {layers} for a model of {layers} layers"
+        )
+    ids, offsets = encode(tokenizer, texts)
+    first_step = np.cumsum([0, *(len(spans) for spans in steps)])
+    owner: list[np.ndarray] = []  # for each text: the row of the step that each token belongs to, -1 for none
+    for i, (spans, tokens) in enumerate(zip(steps, offsets, strict=True)):
+        last = np.array([end - 1 for _, end in tokens], dtype=np.int64)
+        begins = np.array([begin for begin, _ in spans], dtype=np.int64)
+        ends = np.array([end for _, end in spans], dtype=np.int64)
+        step = np.searchsorted(begins, last, side="right") - 1
+        inside = (step >= 0) & (last < ends[np.maximum(step, 0)])
+        owner.append(np.where(inside, step + first_step[i], -1))
+    sums = np.zeros((first_step[-1], model.config.hidden_size), dtype=np.float32)
+    counts = np.zeros(first_step[-1], dtype=np.int64)
+    device = next(model.parameters()).device
+    batches = window_batches(
+        ids, context_size(model, window), batch_size, device, "embedding steps" if progress else None
+    )
+    for batch, input_ids, mask in batches:
+        output = model(
+            input_ids=input_ids, attention_mask=mask, output_hidden_states=True, logits_to_keep=1, use_cache=False
+        )
+        states = output.hidden_states[index].float().cpu().numpy()
+        for b, (i, begin, end, first) in enumerate(batch):
+            rows = owner[i][first:end]
+            known = rows >= 0
+            np.add.at(sums, rows[known], states[b, first - begin : end - begin][known])
+            np.add.at(counts, rows[known], 1)
+    read = counts > 0
+    means = sums[read] / counts[read, None]
+    sums[read] = means - means.mean(axis=0)
+    return normalize(sums)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Clusters
+
+
+def cluster_steps(embeddings: np.ndarray, patterns: int, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Pattern of each step and the centres of the patterns: `[steps]` int32, `[patterns, width]` float32.
+
+    MiniBatch K-Means on unit vectors, which ranks by cosine. Patterns are numbered by size, the largest first. Raises
+    ValueError where there are fewer steps than patterns.
+    """
+    if len(embeddings) < patterns:
+        raise ValueError(
+            f"{patterns} thinking patterns cannot be made of {len(embeddings)} steps: ask for fewer patterns, or "
+            "read more rows"
+        )
+    kmeans = MiniBatchKMeans(patterns, random_state=seed, n_init=1).fit(embeddings)
+    order = np.argsort(-np.bincount(kmeans.labels_, minlength=patterns), kind="stable")
+    rank = np.empty(patterns, dtype=np.int32)
+    rank[order] = np.arange(patterns, dtype=np.int32)
+    return rank[kmeans.labels_], kmeans.cluster_centers_[order]
+
+
+def elbow(
+    embeddings: np.ndarray, counts: Sequence[int], *, seed: int = 0, sample: int = 20_000
+) -> list[dict[str, float]]:
+    """How well the steps fall into each number of patterns: inertia a step and silhouette, on at most `sample` steps.
+
+    `inertia` is the mean squared distance to the nearest centre (it falls as patterns are added; look for the bend);
+    `silhouette`, over 2,000 of the steps, runs from -1 to 1 (higher: patterns further apart). Counts that the sample is
+    too small for are left out.
+    """
+    rng = np.random.default_rng(seed)
+    points = embeddings[rng.choice(len(embeddings), min(len(embeddings), sample), replace=False)]
+    table = []
+    for count in tqdm([c for c in counts if 2 <= c < len(points)], desc="elbow", unit="fit"):
+        kmeans = MiniBatchKMeans(count, random_state=seed, n_init=1).fit(points)
+        some = slice(0, 2_000)
+        distinct = len(np.unique(kmeans.labels_[some]))
+        score = (
+            silhouette_score(points[some], kmeans.labels_[some]) if 1 < distinct < len(points[some]) else float("nan")
+        )
+        table.append({"patterns": count, "inertia": float(kmeans.inertia_ / len(points)), "silhouette": float(score)})
+    return table
+
+
+def typical_steps(
+    embeddings: np.ndarray, labels: np.ndarray, centres: np.ndarray, steps: Sequence[str], *, most: int = 5
+) -> list[list[int]]:
+    """For each pattern the indices of its most typical steps, nearest to the centre first, no text twice."""
+    similarity = np.einsum("ij,ij->i", embeddings, normalize(centres)[labels])
+    order = np.lexsort((-similarity, labels))
+    bounds = np.searchsorted(labels[order], np.arange(len(centres) + 1))
+    chosen: list[list[int]] = []
+    for begin, end in pairwise(bounds):
+        seen: dict[str, int] = {}
+        for i in order[begin:end]:
+            seen.setdefault(" ".join(steps[i].split()), int(i))
+            if len(seen) == most:
+                break
+        chosen.append(list(seen.values()))
+    return chosen
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokens and figures
+
+
+def add_pattern_tokens(tokenizer: Any, patterns: int) -> tuple[list[int], list[int]]:
+    """Adds `<|step_i|>` and `<|/step_i|>` for each pattern to the tokenizer; ids of the opening and of the closing
+    tokens.
+
+    New ids follow the tokenizer's last one. Where the model's embedding has spare rows behind it (Qwen2.5 has room for
+    271 tokens, 135 patterns), those are the rows that these ids name and the embedding need not grow. Raises ValueError
+    where the tokenizer has such tokens already.
+    """
+    names = [name for i in range(patterns) for name in pattern_tokens(i)]
+    known = sorted(tokenizer.get_vocab().keys() & set(names))
+    if known:
+        raise ValueError(
+            f"the tokenizer already has pattern tokens ({known[0]}, ...): expected the base model's tokenizer"
+        )
+    tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True)
+    ids = tokenizer.convert_tokens_to_ids(names)
+    return ids[0::2], ids[1::2]
+
+
+def pattern_tokens(pattern: int) -> tuple[str, str]:
+    """The texts of a pattern's opening and closing token."""
+    return f"<|step_{pattern}|>", f"<|/step_{pattern}|>"
+
+
+def draw_figures(folder: Path, table: Sequence[dict[str, float]], sizes: Sequence[int]) -> None:
+    """Writes `elbow.png` (inertia and silhouette against the number of patterns) and `pattern_sizes.png`."""
+    from matplotlib.figure import Figure  # here, not above: reading a prepared set should not wait for matplotlib
+
+    folder.mkdir(parents=True, exist_ok=True)
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    left = figure.add_subplot(xlabel="thinking patterns", ylabel="inertia a step", xscale="log")
+    right = left.twinx()
+    right.set_ylabel("silhouette")
+    counts = [row["patterns"] for row in table]
+    lines = left.plot(counts, [row["inertia"] for row in table], "o-", color="tab:blue", label="inertia a step")
+    lines += right.plot(counts, [row["silhouette"] for row in table], "s--", color="tab:orange", label="silhouette")
+    left.set_xticks(counts, [str(count) for count in counts])
+    left.minorticks_off()
+    figure.legend(handles=lines, loc="outside upper center", ncols=2)
+    figure.savefig(folder / "elbow.png", dpi=120)
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="thinking pattern, by size", ylabel="steps")
+    axes.bar(range(len(sizes)), sizes, width=1.0, color="tab:blue")
+    figure.savefig(folder / "pattern_sizes.png", dpi=120)

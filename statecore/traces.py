@@ -1,0 +1,298 @@
+"""Rows of text in, tokenised chains of thought with step boundaries out.
+
+Reads jsonl and parquet files and hub datasets, finds prompt, thinking and answer of each row, and places the step
+boundaries (statecore/segmentation.py) on tokens. A row that cannot be used becomes a RowProblem that says why.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import datasets
+import jinja2
+import numpy as np
+
+from statecore import segmentation
+from statecore.data import PromptFormat
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading rows
+
+
+class RowProblem(ValueError):
+    """A row that cannot be used: a short reason, which is counted, and what exactly is wrong."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """Where a row was left out, and why. `line` counts from 1 (for parquet and hub datasets: the row)."""
+
+    source: str
+    line: int
+    reason: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.source}, line {self.line}: {self.reason}: {self.detail}"
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Where a row keeps its parts.
+
+    Either the thinking and the answer stand in fields of their own, or `completion` names one field that holds both,
+    with the thinking between `think_tags`: a text, or a list of chat messages whose last one is the assistant's (the
+    messages before it are then the prompt, and the `prompt` field is not read).
+    """
+
+    prompt: str = "problem"
+    thinking: str = "thinking"
+    answer: str = "answer"
+    id: str = "id"
+    completion: str | None = None
+    think_tags: tuple[str, str] = ("<think>", "</think>")
+
+
+@dataclass
+class Trace:
+    """One usable row: chat messages of the prompt, thinking and answer, and where it came from.
+
+    `head` is the text before the thinking, which `read_traces` makes of the prompt.
+    """
+
+    id: str
+    prompt: list[dict[str, str]]
+    thinking: str
+    answer: str
+    source: str
+    line: int
+    head: str = ""
+
+    def text(self) -> str:
+        """What comes before the thinking, and the thinking."""
+        return self.head + self.thinking
+
+
+def read_lines(source: str, split: str) -> Iterator[tuple[int, Any]]:
+    """Numbered rows of a source: a dict, or the RowProblem that stands in its place.
+
+    `source` is a .jsonl, .jsonl.gz or .parquet file, or a hub dataset `owner/name` or `owner/name:configuration`.
+    """
+    if source.endswith((".jsonl", ".jsonl.gz")):
+        yield from read_jsonl(Path(source))
+    elif source.endswith(".parquet"):
+        rows = datasets.load_dataset("parquet", data_files=str(Path(source)), split="train")
+        yield from enumerate(rows, 1)
+    elif Path(source).exists():
+        raise ValueError(
+            f"cannot read {source}: expected a .jsonl, .jsonl.gz or .parquet file, or a dataset's name on the hub"
+        )
+    else:
+        name, _, configuration = source.partition(":")
+        yield from enumerate(datasets.load_dataset(name, configuration or None, split=split), 1)
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
+    number = 0
+    with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+        try:
+            for number, line in enumerate(file, 1):
+                yield number, _parse_line(line)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            yield (
+                number + 1,
+                RowProblem("unreadable", f"the compressed file breaks off here, what follows is lost ({error})"),
+            )
+
+
+def _parse_line(line: bytes) -> Any:
+    if not line.strip():
+        return RowProblem("empty", "the line is blank")
+    try:
+        row = json.loads(line)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return RowProblem("broken_json", str(error))
+    return row if isinstance(row, dict) else RowProblem("broken_json", f"expected an object, got {type(row).__name__}")
+
+
+def parse_trace(row: Mapping[str, Any], fields: Fields, source: str, line: int) -> Trace:
+    """The parts of a row. Raises RowProblem where it has no prompt, thinking or answer."""
+    if fields.completion is None:
+        prompt = [{"role": "user", "content": _text(row, fields.prompt, "no_prompt")}]
+        thinking = _text(row, fields.thinking, "no_thinking")
+        answer = _text(row, fields.answer, "no_answer")
+    else:
+        content = row.get(fields.completion)
+        if isinstance(content, list):
+            prompt, content = _conversation(content, fields.completion)
+        else:
+            prompt = [{"role": "user", "content": _text(row, fields.prompt, "no_prompt")}]
+            content = _text(row, fields.completion, "no_thinking")
+        thinking, answer = _split_completion(content, fields)
+    try:
+        "".join([*(message["content"] for message in prompt), thinking, answer]).encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can hold and no tokenizer reads
+        raise RowProblem("broken_text", str(error)) from error
+    name = row.get(fields.id)
+    return Trace(
+        str(name) if name is not None else f"{Path(source).name}:{line}", prompt, thinking, answer, source, line
+    )
+
+
+def read_traces(
+    source: str, split: str, fields: Fields, form: PromptFormat, tokenizer: Any
+) -> Iterator[tuple[int, Trace | RowProblem]]:
+    """Numbered traces of a source, with their heads; a RowProblem stands for a row that cannot be used."""
+    for line, row in read_lines(source, split):
+        try:
+            if isinstance(row, RowProblem):
+                raise row
+            trace = parse_trace(row, fields, source, line)
+            trace.head = form.prompt_text(tokenizer, trace.prompt)
+        except RowProblem as problem:
+            yield line, problem
+        except jinja2.TemplateError as error:
+            yield line, RowProblem("no_prompt", f"the chat template refuses the messages: {error}")
+        else:
+            yield line, trace
+
+
+def _text(row: Mapping[str, Any], name: str, reason: str) -> str:
+    if name not in row:
+        raise RowProblem(reason, f"field {name!r} is missing; the row has {', '.join(map(repr, row)) or 'no fields'}")
+    value = row[name]
+    if not isinstance(value, str):
+        raise RowProblem(reason, f"field {name!r}: expected text, got {type(value).__name__}")
+    if not value.strip():
+        raise RowProblem(reason, f"field {name!r} is empty")
+    return value.strip()
+
+
+def _conversation(messages: list[Any], name: str) -> tuple[list[dict[str, str]], str]:
+    """Prompt messages and the assistant's text, from `role`/`content` or ShareGPT's `from`/`value` messages."""
+    roles = {"human": "user", "gpt": "assistant"}
+    try:
+        turns = [
+            (m["role"], m["content"]) if "role" in m else (roles.get(m["from"], m["from"]), m["value"])
+            for m in messages
+        ]
+    except (KeyError, TypeError) as error:
+        raise RowProblem("no_prompt", f"field {name!r}: expected messages with role and content ({error!r})") from error
+    if len(turns) < 2 or turns[-1][0] != "assistant" or not all(isinstance(text, str) for _, text in turns):
+        raise RowProblem(
+            "no_thinking", f"field {name!r}: expected a prompt and then an assistant's message, all of them texts"
+        )
+    return [{"role": role, "content": text} for role, text in turns[:-1]], turns[-1][1]
+
+
+def _split_completion(text: str, fields: Fields) -> tuple[str, str]:
+    opening, closing = fields.think_tags
+    before, opened, rest = text.partition(opening)
+    if not opened:
+        rest = text  # the opening tag is often part of the prompt
+    elif before.strip():
+        raise RowProblem("no_thinking", f"field {fields.completion!r} has text before {opening}")
+    thinking, closed, answer = rest.partition(closing)
+    if not closed:
+        raise RowProblem("no_thinking", f"field {fields.completion!r} has no {closing}")
+    if not thinking.strip():
+        raise RowProblem("no_thinking", f"field {fields.completion!r} has nothing before {closing}")
+    if not answer.strip():
+        raise RowProblem("no_answer", f"field {fields.completion!r} has nothing after {closing}")
+    return thinking.strip(), answer.strip()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Text and tokens
+
+
+@dataclass
+class Tokenised:
+    """One row's text as tokens, without markers, and the token positions at which its parts start."""
+
+    trace: Trace
+    ids: np.ndarray  # [tokens] int32, with the end-of-sequence token
+    glued: bool  # whether the prompt's last characters share a token with the thinking
+    steps: list[int]  # token positions at which the steps start; steps[0] is the length of the prompt
+    answer: int  # token position at which the end of thinking (or the answer) starts
+    step_chars: list[int]  # the same starts as character offsets in the thinking
+    openings: list[str | None]  # what each step opens with
+
+    def step_spans(self) -> list[tuple[int, int]]:
+        """Character spans of the steps in the thinking."""
+        return list(pairwise([*self.step_chars, len(self.trace.thinking)]))
+
+    def step_tokens(self) -> list[int]:
+        """Tokens of each step, without its markers."""
+        return [end - begin for begin, end in pairwise([*self.steps, self.answer])]
+
+
+@dataclass
+class StepRules:
+    """What starts a step and how short or long it may be, in tokens without markers."""
+
+    is_transition: Any  # of a sentence's opening
+    unit: segmentation.OpeningUnit
+    shortest: int
+    longest: int
+    opening_tokenizer: Any  # whose tokens `unit="token"` means
+
+
+def tokenise(
+    traces: Sequence[Trace], tokenizer: Any, think_close: str, rules: StepRules
+) -> Iterator[Tokenised | RowProblem]:
+    """Tokenises each trace as a whole and places its step boundaries; a RowProblem stands for a row that cannot be
+    used.
+
+    A boundary lies before the token that holds the first visible character of the sentence (of the end of thinking, for
+    the last one), so a space or line break that the tokenizer glues to a word goes with the word.
+    """
+    texts = [trace.text() + think_close + trace.answer for trace in traces]
+    all_ids, all_offsets = segmentation.encode(tokenizer, texts)
+    opening_offsets: Sequence[Any] = [None] * len(texts)
+    if rules.unit == "token":
+        same = rules.opening_tokenizer is tokenizer
+        opening_offsets = all_offsets if same else segmentation.encode(rules.opening_tokenizer, texts)[1]
+    forbidden = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    eos = tokenizer.eos_token_id
+    for trace, text, ids, offsets, spans in zip(traces, texts, all_ids, all_offsets, opening_offsets, strict=True):
+        before, thinking_end = len(trace.head), len(trace.text())
+        sentences = [before + start for start in segmentation.sentence_starts(trace.thinking)]
+        closing = thinking_end + len(text[thinking_end:]) - len(text[thinking_end:].lstrip())
+        ends = np.array([end for _, end in offsets])
+        positions = np.searchsorted(ends, [*sentences, closing], side="right").tolist()
+        answer = positions.pop()
+        openings = segmentation.sentence_openings(text, sentences, rules.unit, spans)
+        starts: dict[int, tuple[int, str | None]] = {}  # token position -> character offset in the thinking, opening
+        for position, start, opening in zip(positions, sentences, openings, strict=True):
+            if position not in starts or rules.is_transition(opening):
+                starts[position] = (start - before, opening)
+        if answer <= positions[0]:
+            yield RowProblem("no_thinking", "the thinking is not a token of its own")
+            continue
+        special = sorted(forbidden.intersection(ids[positions[0] :]))
+        if special:
+            yield RowProblem("special_tokens", f"thinking or answer hold {tokenizer.decode([special[0]])!r} as a text")
+            continue
+        opens = [rules.is_transition(opening) for _, opening in starts.values()]
+        steps = segmentation.split_steps(list(starts), opens, answer, shortest=rules.shortest, longest=rules.longest)
+        yield Tokenised(
+            trace,
+            np.array(ids if ids[-1] == eos else [*ids, eos], dtype=np.int32),
+            glued=offsets[steps[0]][0] < before,
+            steps=steps,
+            answer=answer,
+            step_chars=[starts[step][0] for step in steps],
+            openings=[starts[step][1] for step in steps],
+        )
