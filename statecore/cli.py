@@ -16,8 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
+import yaml
 from typer.core import TyperGroup
 
 COMMANDS = {
@@ -32,26 +32,32 @@ COMMANDS = {
 class Commands(TyperGroup):
     """Commands by name, built when they are asked for."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: typer.Context) -> list[str]:
         return list(COMMANDS)
 
-    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+    def get_command(self, ctx: typer.Context, name: str) -> Any:
         if name not in COMMANDS:
             return None
         target, summary = COMMANDS[name]
-        if "--help" in sys.argv[1:2] or len(sys.argv) < 2:  # the list of commands needs no more than this
-            return click.Command(name, help=summary)
+        app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+        if sys.argv[1:] in ([], ["--help"]):  # the list of commands needs no more than this
+            app.command(name, help=summary)(lambda: None)
+            return typer.main.get_command(app)
         module, function = target.split(":")
         function = getattr(importlib.import_module(module), function)
-        app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
         if name == "train":  # transformers' own parser reads the options of TrainingArguments
-            return click.Command(
-                name, params=[click.Argument(["options"], nargs=-1, type=click.UNPROCESSED)], add_help_option=False,
-                callback=lambda options: report_errors(function)(list(options)),
-                context_settings={"ignore_unknown_options": True, "help_option_names": []},
-            )  # fmt: skip
-        app.command(name)(report_errors(documented(function)))
+            every = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+            app.command(name, help=summary, context_settings=every)(report_errors(with_rest_of_line(function)))
+        else:
+            app.command(name)(report_errors(documented(function)))
         return typer.main.get_command(app)
+
+
+def with_rest_of_line(function: Callable) -> Callable:
+    def command(ctx: typer.Context) -> None:
+        function(ctx.args)
+
+    return command
 
 
 def documented(function: Callable) -> Callable:
@@ -72,15 +78,40 @@ def documented(function: Callable) -> Callable:
         default = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
         default = str(default) if isinstance(default, Path) else default
         parameters.append(parameter.replace(annotation=Annotated[kind, info], default=default))
+    if parameters:
+        text = "a YAML file with any of these options; the command line has the last word."
+        option = typer.Option(help=text, callback=read_defaults, is_eager=True)
+        parameters.append(
+            inspect.Parameter(
+                "config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, option]
+            )
+        )
 
     @wraps(function)
     def command(**options):
+        options.pop("config", None)
         function(**options)
 
     command.__signature__ = inspect.Signature(parameters)
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     command.__doc__ = summary.strip()
     return command
+
+
+def read_defaults(ctx: typer.Context, config: str | None) -> None:
+    """Options of a YAML file become the command's defaults."""
+    if config is None:
+        return
+    if not Path(config).is_file():
+        raise typer.BadParameter(f"there is no file {config}")
+    values = yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {}
+    if not isinstance(values, dict):
+        raise typer.BadParameter(f"{config} must hold `name: value` lines")
+    known = sorted({p.name for p in ctx.command.params} - {"config"})
+    unknown = sorted(values.keys() - set(known))
+    if unknown:
+        raise typer.BadParameter(f"{config} has the unknown {', '.join(unknown)}; known are {', '.join(known)}")
+    ctx.default_map = values
 
 
 def command_line_type(hint: Any) -> Any:
@@ -132,8 +163,8 @@ def report_errors(function: Callable) -> Callable:
     def run(*args, **kwargs):
         try:
             return function(*args, **kwargs)
-        except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, ModuleNotFoundError) as error:
-            click.echo(f"statecore: {error}", err=True)
+        except (ValueError, OSError, ImportError) as error:
+            typer.echo(f"statecore: {error}", err=True)
             raise SystemExit(1) from None
 
     return run
@@ -158,7 +189,7 @@ def info() -> None:
         "threads": torch.get_num_threads(),
     }
     for name, value in rows.items():
-        click.echo(f"{name:<20} {value}")
+        typer.echo(f"{name:<20} {value}")
 
 
 app = typer.Typer(
