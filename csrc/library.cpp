@@ -1,6 +1,6 @@
 // Every schema of torch.ops.statecore on one screen. Implementations register themselves beside their
-// kernels (<op>/<op>_op.cpp); gradients, fakes and autocast are registered by statecore/ops.py.
-// Shapes, formulas and refusals: the docstrings of statecore/ops.py.
+// kernels (<op>/<op>_op.cpp); gradients, fakes, autocast and the composite mixed_attention by
+// statecore/ops.py. Shapes, formulas and refusals: the docstrings of statecore/ops.py.
 
 #include <torch/csrc/stable/library.h>
 

@@ -186,6 +186,17 @@ def build_info() -> dict[str, str | bool]:
     }
 
 
+# mixed_attention keeps nothing for a backward: it is mixed_attention_forward without its extras.
+@torch.library.impl("statecore::mixed_attention", "CompositeImplicitAutograd")
+def _(
+    q, k, v, lin_q, lin_k, lin_v, gate, step_ids, alpha, initial_states=None, initial_step=None, cu_seqlens=None, *,
+    scale=None, lin_scale=None,
+):  # fmt: skip
+    return _ops.mixed_attention_forward(
+        q, k, v, lin_q, lin_k, lin_v, gate, step_ids, alpha, initial_states, initial_step, cu_seqlens, scale, lin_scale
+    )[:2]
+
+
 # ---- fakes: the shapes and dtypes above, for torch.compile and meta tensors
 
 
@@ -276,9 +287,7 @@ def _save_segment(ctx, inputs, keyword_only_inputs, output):
 
 def _segment_backward(ctx, grad_out, grad_lse):
     q, k, v, step_ids, cu_seqlens, out, lse = ctx.saved_tensors
-    grads = _ops.segment_attention_backward(
-        grad_out.contiguous(), grad_lse.contiguous(), q, k, v, out, lse, step_ids, cu_seqlens, ctx.scale
-    )
+    grads = _ops.segment_attention_backward(grad_out, grad_lse, q, k, v, out, lse, step_ids, cu_seqlens, ctx.scale)
     return *grads, None, None
 
 

@@ -376,8 +376,7 @@ class Backward {
   }
 
  private:
-  // dq, zeros for padding, and for the decays: <q, dq> through the state and what flows out of the final
-  // state.
+  // dq, zeros for padding; for the decays <q, dq> through the state, and <S, dS> of the final state.
   void sweep_forwards() {
     for (int64_t h = 0; h < value_group_; ++h)
       for (int64_t s = 0; s < p_.states; ++s)
@@ -515,12 +514,15 @@ class Backward {
                          dv_, state(h, s), v_ld_);
   }
 
-  // The gradient of log_decay_t is the sum over all pairs j < t <= i of exp(G_i - G_j) scale (q_i . k_j)(dO_i
-  // . v_j), where the initial state counts as an earliest j and the gradient of the final state as a latest
-  // i. Pairs inside one chunk are summed there (add_chunk_flow). For the others, going backwards, the sum
-  // over what crosses t grows by <q_t, dq_t through the state> and shrinks by <k_t, dk_t through the state> =
-  // <v_t, dv_t through the state>. Keeping the two kinds apart leaves nothing large to cancel where the decay
-  // is strong.
+  // The gradient of log_decay_t is the sum over all pairs j < t <= i of
+  //
+  //   exp(G_i - G_j) scale (q_i . k_j) (dO_i . v_j)
+  //
+  // with the initial state as an earliest j and the gradient of the final state as a latest i. Pairs inside
+  // one chunk are summed there (add_chunk_flow). The sum over the others, going backwards, grows at t by what
+  // q_t reads, <q_t, dq_t> through the state, and shrinks by what k_t and v_t have written, <k_t, dk_t> =
+  // <v_t, dv_t> through the state. Kept apart, the two kinds leave nothing large to cancel where the decay is
+  // strong.
   void save_read_products(const Chunk& chunk, int64_t h, int64_t g) {
     kernels_.dot_rows(chunk.length, dk_, q_tile_.get(), k_ld_, grad_key_tile_.get(), k_ld_,
                       read_products_.data());

@@ -1,18 +1,14 @@
 // Mixed attention (arXiv 2602.01198 section 3): segment attention, then step linear attention whose epilogue
-// gates its result and adds it to the first. It has no kernels of its own.
+// gates its result and adds it to the first. It has no kernels of its own. The public operator, which drops
+// what only the backward needs, is registered by statecore/ops.py.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <array>
-#include <stdexcept>
 #include <tuple>
 
 #include "linear_attention/linear_attention_op.h"
 #include "segment_attention/segment_attention_op.h"
-
-// The C interface of torch returns no exceptions. From torch 2.13 on it keeps their messages.
-extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
 namespace statecore {
 namespace {
@@ -41,8 +37,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mixed_attention_forward(
   check_same_device("gate", gate, q);
   check_last_contiguous("gate", gate);
   HeldTensors held;
-  const Tensor own_ids =
-      torch::stable::narrow(const_cast<Tensor&>(step_ids), 1, segment.keys - queries, queries);
+  Tensor all_ids = step_ids;  // narrow() wants a variable
+  const Tensor own_ids = torch::stable::narrow(all_ids, 1, segment.keys - queries, queries);
   LinearAttentionParams linear{checked_step_linear_inputs({"lin_q", "lin_k", "lin_v"}, lin_q, lin_k, lin_v,
                                                           own_ids, alpha, initial_states, initial_step,
                                                           cu_seqlens, lin_scale, held)};
@@ -67,38 +63,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mixed_attention_forward(
   return {out, states, segment_out, lse, linear_out};
 }
 
-// Through the dispatcher, so that whatever is registered for mixed_attention_forward (gradients, fakes,
-// autocast) holds here too.
-std::tuple<Tensor, Tensor> mixed_attention(const Tensor& q, const Tensor& k, const Tensor& v,
-                                           const Tensor& lin_q, const Tensor& lin_k, const Tensor& lin_v,
-                                           const Tensor& gate, const Tensor& step_ids, const Tensor& alpha,
-                                           std::optional<Tensor> initial_states,
-                                           std::optional<Tensor> initial_step,
-                                           std::optional<Tensor> cu_seqlens, std::optional<double> scale,
-                                           std::optional<double> lin_scale) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 14> stack{
-      from(q),     from(k),        from(v),     from(lin_q),          from(lin_k),        from(lin_v),
-      from(gate),  from(step_ids), from(alpha), from(initial_states), from(initial_step), from(cu_seqlens),
-      from(scale), from(lin_scale)};
-  if (torch_call_dispatcher("statecore::mixed_attention_forward", "", stack.data(), TORCH_ABI_VERSION) !=
-      TORCH_SUCCESS)
-    throw std::runtime_error(torch_exception_get_what_without_backtrace
-                                 ? torch_exception_get_what_without_backtrace()
-                                 : "statecore: mixed_attention failed; torch has printed the reason above");
-  std::array<Tensor, 5> results;
-  for (size_t i = 0; i < results.size(); ++i) results[i] = torch::stable::detail::to<Tensor>(stack[i]);
-  return {results[0], results[1]};
-}
-
 }  // namespace
 }  // namespace statecore
 
 STABLE_TORCH_LIBRARY_IMPL(statecore, CPU, m) {
   using namespace statecore;
   m.impl("mixed_attention_forward", TORCH_BOX(&mixed_attention_forward<Cpu>));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(statecore, CompositeImplicitAutograd, m) {
-  m.impl("mixed_attention", TORCH_BOX(&statecore::mixed_attention));
 }
