@@ -1,8 +1,8 @@
 """Reasoning models that think in states: operators, models, training and step-wise decoding.  (arXiv 2602.01198)
 
-`import statecore` loads the C++ operators and nothing else. The models register themselves with transformers' Auto classes
-as soon as transformers is imported, before or after: `AutoModelForCausalLM.from_pretrained` knows state-transition
-checkpoints, and a program that only wants the operators does not wait for transformers.
+`import statecore` loads the C++ operators and nothing else. The models register themselves with transformers' Auto
+classes as soon as transformers is imported, before or after: `AutoModelForCausalLM.from_pretrained` knows
+state-transition checkpoints, and a program that only wants the operators does not wait for transformers.
 """
 
 import importlib

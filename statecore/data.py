@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
+PATTERNS_FILE = "patterns.json"  # thinking patterns, their tokens, and how prompts are put together
+
 
 @dataclass(frozen=True)
 class PromptFormat:
@@ -48,7 +50,7 @@ class Prepared:
     train: datasets.Dataset
     eval: datasets.Dataset | None
     tokenizer: Any
-    patterns: dict[str, Any]  # patterns.json
+    patterns: dict[str, Any]  # what PATTERNS_FILE holds
 
     @property
     def step_start_token_ids(self) -> list[int]:
@@ -62,7 +64,7 @@ class Prepared:
 def load_prepared(folder: str | Path) -> Prepared:
     """Reads the folder that `statecore prepare` wrote."""
     folder = Path(folder)
-    missing = [name for name in ("train.parquet", "patterns.json", "tokenizer") if not (folder / name).exists()]
+    missing = [name for name in ("train.parquet", PATTERNS_FILE, "tokenizer") if not (folder / name).exists()]
     if missing:
         raise FileNotFoundError(
             f"{folder} is not a prepared training set ({', '.join(missing)} missing): make one with `statecore prepare`"
@@ -75,7 +77,7 @@ def load_prepared(folder: str | Path) -> Prepared:
         parts["train"],
         parts.get("eval"),
         AutoTokenizer.from_pretrained(folder / "tokenizer"),
-        json.loads((folder / "patterns.json").read_text(encoding="utf-8")),
+        json.loads((folder / PATTERNS_FILE).read_text(encoding="utf-8")),
     )
 
 

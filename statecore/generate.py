@@ -24,7 +24,7 @@ from transformers.generation.streamers import BaseStreamer
 from .adapter import is_adapter, load_adapter
 from .cache import cache_bytes
 from .config import StepConfig
-from .data import PromptFormat
+from .data import PATTERNS_FILE, PromptFormat
 from .modeling import StateCoreForCausalLM
 from .segmentation import encode
 
@@ -470,7 +470,7 @@ def _encode(
     """Token ids of prompts, put together as `statecore prepare` put them (patterns.json beside the model says how)."""
 
     if not raw:
-        described = folder / "patterns.json" if folder is not None else None
+        described = folder / PATTERNS_FILE if folder is not None else None
         known = json.loads(described.read_text(encoding="utf-8")) if described and described.is_file() else {}
         form = PromptFormat(**known.get("prompt", {}))
         if form.template is None and not tokenizer.chat_template:

@@ -23,7 +23,7 @@ from sklearn.preprocessing import normalize
 from tokenizers import AddedToken
 from tqdm.auto import tqdm
 
-from statecore.segmentation import context_size, encode, window_batches
+from .segmentation import context_size, encode, window_batches
 
 # Word weights and singular vectors are fitted on a sample; every step is then mapped with them, in chunks.
 _FIT_STEPS = 200_000

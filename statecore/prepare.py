@@ -28,10 +28,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from statecore import patterns as pattern_clusters
-from statecore import segmentation
-from statecore.data import PromptFormat
-from statecore.traces import (
+from . import patterns as pattern_clusters
+from . import segmentation
+from .data import PATTERNS_FILE, PromptFormat
+from .traces import (
     BadRow,
     Fields,
     RowProblem,
@@ -228,7 +228,7 @@ def prepare(
                 ],
                 "prompt": asdict(form),
             }
-            _write_json(folder / "patterns.json", pattern_file)
+            _write_json(folder / PATTERNS_FILE, pattern_file)
 
         report: dict[str, Any] = {
             "settings": settings,
@@ -504,7 +504,7 @@ def _write_rows(folder: Path, rows: Iterable[tuple[str, dict[str, Any]]]) -> Cou
 @contextmanager
 def _new_folder(output: Path, overwrite: bool) -> Iterator[Path]:
     """A folder to write into that becomes `output` only when everything is written."""
-    if output.exists() and not (overwrite and (output / "patterns.json").exists()):
+    if output.exists() and not (overwrite and (output / PATTERNS_FILE).exists()):
         raise FileExistsError(
             f"{output} exists already: choose another output folder, or allow overwriting (of a prepared training set)"
         )

@@ -19,8 +19,8 @@ import datasets
 import jinja2
 import numpy as np
 
-from statecore import segmentation
-from statecore.data import PromptFormat
+from . import segmentation
+from .data import PromptFormat
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading rows
