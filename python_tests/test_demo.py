@@ -240,3 +240,14 @@ def test_student_variants_are_held_to_steps():
     assert allowed(start) == everything  # inside a step
     assert allowed(start, task.TOKEN_ID["x3="], end) == set(config.step_start_token_ids)  # a step that goes on
     assert allowed(start, task.TOKEN_ID[task.DONE], end) == everything  # the last step
+
+
+def test_cost_picture_shows_all_values():
+    rows = [
+        {"model": name, "length": length, "bytes": 1000 * length, "ms_per_token": 7.0}
+        for name in (measure.TEACHER, measure.STUDENT)
+        for length in (128, 256)
+    ]
+    _, time = page.draw_cost(rows).axes
+    assert time.get_ylim()[0] == 0
+    assert time.get_ylim()[1] > 7

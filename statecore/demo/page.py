@@ -75,7 +75,7 @@ def draw_cost(rows: Sequence[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     memory, time = figure.subplots(1, 2)
     memory.set(xlabel="tokens so far", ylabel="keys, values and states of a sequence", xscale="log", yscale="log")
-    time.set(xlabel="tokens so far", ylabel="ms a token", xscale="log", ylim=(0, None))
+    time.set(xlabel="tokens so far", ylabel="ms a token", xscale="log")
     lengths = sorted({row["length"] for row in rows})
     for name in (TEACHER, STUDENT):
         own = [row for row in rows if row["model"] == name]
