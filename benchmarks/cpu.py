@@ -1,6 +1,6 @@
 """Operators on the CPU against the same thing composed of eager PyTorch calls.
 
-    python -m benchmarks.cpu                 every case, about 8 minutes; writes benchmarks/results/cpu.{md,json,png}
+    python -m benchmarks.cpu                 every case, about 4 minutes; writes benchmarks/results/cpu.{md,json,png}
     python -m benchmarks.cpu --quick         short sequences only, prints and writes nothing
 
 Both sides of every ratio are measured in one process, interleaved; figures are medians, the spread is (slowest -
@@ -166,7 +166,10 @@ def write(rows: list[Row]) -> None:
             shown = [r for r in shown if (r.threads, r.heads, r.width) == (2, "12/2", 128)]
             axis.loglog([r.time for r in shown], [r.ours_ms for r in shown], "o-", label=f"statecore {dtype}")
             axis.loglog([r.time for r in shown], [r.peer_ms for r in shown], "x--", label=f"eager {dtype}")
+        lengths = sorted({r.time for r in rows if r.operator == name})
         axis.set(title=name, xlabel="tokens", ylabel="ms, forward + backward")
+        axis.set_xticks(lengths, [str(length) for length in lengths])
+        axis.minorticks_off()
         axis.legend(fontsize=7)
     figure.savefig(RESULTS / "cpu.png", dpi=110)
 
