@@ -147,7 +147,7 @@ def write(rows: list[Row]) -> None:
         "# Operators on the CPU",
         "",
         "Command: `python -m benchmarks.cpu`. Prompt and steps of 256 tokens, batch 1.",
-        "; ".join(f"{name}: {value}" for name, value in facts.items()) + ".",
+        "Machine: " + "; ".join(f"{name}: {value}" for name, value in facts.items()) + ".",
         "",
         f"Smallest ratio of all: {slowest.ratio:.2f} "
         f"({slowest.operator}, {slowest.direction}, {slowest.dtype}, {slowest.time} tokens).",
