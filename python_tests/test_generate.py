@@ -308,6 +308,15 @@ def test_steps_are_printed_as_they_end(capsys, tokenizer):
     assert capsys.readouterr().out == "\nb [step 4  pattern 2  4 tokens  alpha 0.125]\nw5 w6\n"
 
 
+def test_an_unfinished_step_is_printed_with_the_result(capsys, tokenizer):
+    start = tokenizer.convert_tokens_to_ids("<|step_0|>")
+    words = tokenizer.convert_tokens_to_ids(["w5", "w6"])
+    step = decoding.Step(number=1, pattern=0, alpha=0.0, tokens=[start, *words], closed=False)
+    cut = decoding.Generation(3, step.tokens, [step], False, "w5 w6", "", 1024, 2048, 4096, None)
+    decoding._StepPrinter(tokenizer, ["a"]).result("a", cut)
+    assert "[step 1  pattern 0  3 tokens  unfinished]\nw5 w6\n" in capsys.readouterr().out
+
+
 def test_file_in_file_out_and_resume(adapter, tmp_path):
     source, output = tmp_path / "in.jsonl", tmp_path / "out" / "results.jsonl"
     rows = [{"id": f"p{i}", "question": " ".join(f"w{j}" for j in range(2, 4 + i))} for i in range(5)]

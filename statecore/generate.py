@@ -382,14 +382,20 @@ class _StepPrinter:
         self.tokenizer, self.names = tokenizer, names
 
     def __call__(self, row: int, step: Step) -> None:
-        name = f"{self.names[row]} " if len(self.names) > 1 else ""
+        self._show(self.names[row], step)
+
+    def _show(self, name: str, step: Step) -> None:
+        name = f"{name} " if len(self.names) > 1 else ""
+        ending = f"alpha {step.alpha:.3f}" if step.closed else "unfinished"
         print(
-            f"\n{name}[step {step.number}  pattern {step.pattern}  {len(step.tokens)} tokens  alpha {step.alpha:.3f}]\n"
-            + self.tokenizer.decode(step.tokens[1:-1], skip_special_tokens=True).strip(),
+            f"\n{name}[step {step.number}  pattern {step.pattern}  {len(step.tokens)} tokens  {ending}]\n"
+            + self.tokenizer.decode(step.tokens[1 : -1 if step.closed else None], skip_special_tokens=True).strip(),
             flush=True,
         )
 
     def result(self, name: str, generation: Generation) -> None:
+        if generation.steps and not generation.steps[-1].closed:
+            self._show(name, generation.steps[-1])
         name = f"{name} " if len(self.names) > 1 else ""
         pace = "" if generation.ms_per_token is None else f", {generation.ms_per_token:.1f} ms a token"
         state = _size(generation.peak_kv_bytes), _size(generation.state_bytes), _size(generation.full_kv_bytes)
