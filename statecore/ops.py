@@ -274,7 +274,7 @@ def _save_linear(ctx, inputs, keyword_only_inputs, output):
 def _linear_backward(ctx, grad_out, grad_final_state):
     q, k, v, log_decay, initial_state, cu_seqlens = ctx.saved_tensors
     grads = _ops.linear_attention_backward(
-        grad_out.contiguous(), grad_final_state.contiguous(), q, k, v, log_decay, initial_state, cu_seqlens, ctx.scale
+        grad_out, grad_final_state, q, k, v, log_decay, initial_state, cu_seqlens, ctx.scale
     )
     *grads, grad_decay, grad_initial = grads
     return *grads, None if log_decay is None else grad_decay, None if initial_state is None else grad_initial, None
@@ -294,7 +294,7 @@ def _segment_backward(ctx, grad_out, grad_lse):
 def _step_linear_backward(ctx, grad_out, grad_states):
     q, k, v, step_ids, alpha, initial_states, initial_step, cu_seqlens = ctx.saved_tensors
     *grads, grad_initial = _ops.step_linear_attention_backward(
-        grad_out.contiguous(), grad_states.contiguous(), q, k, v, step_ids, alpha, initial_states, initial_step,
+        grad_out, grad_states, q, k, v, step_ids, alpha, initial_states, initial_step,
         cu_seqlens, ctx.scale,
     )  # fmt: skip
     return *grads, None, None, None if initial_states is None else grad_initial, None, None
@@ -312,13 +312,12 @@ def _mixed_backward(ctx, grad_out, grad_states, *_):
         ctx.saved_tensors
     )
     segment_out, lse, linear_out = saved
-    grad_out = grad_out.contiguous()
     open_ = gate.to(grad_states.dtype).sigmoid()
     grad_gate = (grad_out * linear_out * open_ * (1 - open_)).to(gate.dtype)
     grads = _ops.segment_attention_backward(grad_out, None, q, k, v, segment_out, lse, step_ids, cu_seqlens, ctx.scale)
     *lin_grads, grad_initial = _ops.step_linear_attention_backward(
-        (grad_out * open_).to(q.dtype), grad_states.contiguous(), lin_q, lin_k, lin_v,
-        step_ids[:, step_ids.shape[1] - q.shape[1] :].contiguous(), alpha, initial_states, initial_step, cu_seqlens,
+        (grad_out * open_).to(q.dtype), grad_states, lin_q, lin_k, lin_v,
+        step_ids[:, step_ids.shape[1] - q.shape[1] :], alpha, initial_states, initial_step, cu_seqlens,
         ctx.lin_scale,
     )  # fmt: skip
     grad_initial = None if initial_states is None else grad_initial
