@@ -3,6 +3,7 @@
 
 #include "common/tile_kernels.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -10,6 +11,8 @@
 #include <random>
 #include <stdexcept>
 #include <vector>
+
+#include "common/operands.h"
 
 using namespace statecore;
 
@@ -31,33 +34,97 @@ void expect_near(const char* what, double got, double wanted, double tolerance) 
   if (++failures <= 20) std::printf("%s: got %.9g, wanted %.9g\n", what, got, wanted);
 }
 
-template <class Real>
-void test_matmul() {
-  const double tolerance = std::is_same_v<Real, float> ? 2e-4 : 1e-11;
+// Values that a product takes without rounding them, so that sums have the same inputs everywhere.
+template <class Operand>
+std::vector<RealOf<Operand>> random_operands(int64_t size) {
+  auto x = random_tile<RealOf<Operand>>(size);
+  if constexpr (!kIsReal<Operand>) {
+    std::vector<uint16_t> rounded(size);
+    tile_kernels<float>().store(DType::kBFloat16, rounded.data(), 0, 1, int(size), x.data(), 0);
+    std::vector<float> padded_x(padded(int(size)));
+    tile_kernels<float>().load(DType::kBFloat16, rounded.data(), 0, 1, int(size), padded_x.data(), 0);
+    std::copy_n(padded_x.begin(), size, x.begin());
+  }
+  return x;
+}
+
+// Products of x[rows, cols] in every form: rows x^T..., whatever the packing, are the same sums.
+template <class Operand>
+void test_products() {
+  using Real = RealOf<Operand>;
+  const double tolerance = sizeof(Real) == 4 ? 2e-4 : 1e-11;
+  const DType real = OperandTraits<Real>::kDType;
   for (int m : {1, 2, 5, 7, 8, 13, 64})
     for (int n : {1, 16, 17, 40, 128})
-      for (int k : {0, 1, 3, 64, 100})
-        for (bool transposed : {false, true})
-          for (bool accumulate : {false, true}) {
-            const int64_t lda = tile_ld(transposed ? m : k), ldb = tile_ld(n);
-            const auto a = random_tile<Real>((transposed ? k : m) * lda + 1),
-                       b = random_tile<Real>(k * ldb + 1);
-            auto c = random_tile<Real>(m * ldb);
-            const auto before = c;
-            const int64_t a_row = transposed ? 1 : lda, a_col = transposed ? lda : 1;
-            tile_kernels<Real>().matmul(m, n, k, a.data(), a_row, a_col, b.data(), ldb, c.data(), ldb,
-                                        accumulate);
-            for (int i = 0; i < m; ++i) {
-              for (int j = 0; j < n; ++j) {
-                double sum = accumulate ? double(before[i * ldb + j]) : 0;
-                for (int p = 0; p < k; ++p) sum += double(a[i * a_row + p * a_col]) * double(b[p * ldb + j]);
-                expect_near("matmul", double(c[i * ldb + j]), sum, tolerance);
+      for (int k : {0, 1, 3, 64, 101})
+        for (bool left_columns : {false, true})
+          for (bool right_transposed : {false, true})
+            for (bool accumulate : {false, true}) {
+              const auto a = random_operands<Operand>(m * k), b = random_operands<Operand>(k * n);
+              std::vector<Real> a_turned(m * k), b_turned(k * n);
+              for (int i = 0; i < m; ++i)
+                for (int p = 0; p < k; ++p) a_turned[p * m + i] = a[i * k + p];
+              for (int p = 0; p < k; ++p)
+                for (int j = 0; j < n; ++j) b_turned[j * k + p] = b[p * n + j];
+              OperandTile<Operand> left(std::max(m, k) + 1, std::max(m, k) + 1), right(k + 1, n);
+              if (left_columns)
+                left.load_columns(real, a_turned.data(), m, k, m);
+              else
+                left.load_rows(real, a.data(), k, m, k);
+              OperandTile<Operand> turned(n, k + 1);
+              std::vector<Operand> transposed_b((depth<Operand>(k) + 1) * tile_ld(n));
+              if (right_transposed) {
+                turned.load_rows(real, b_turned.data(), k, n, k);
+                turned.transpose(n, k, transposed_b.data(), tile_ld(n));
+              } else {
+                right.load_columns(real, b.data(), n, k, n);
               }
-              for (int64_t j = padded(n); j < ldb; ++j)
-                expect_near("matmul leaves the rest alone", double(c[i * ldb + j]),
-                            double(before[i * ldb + j]), 0);
+              const int64_t ldc = tile_ld(n);
+              auto c = random_tile<Real>(m * ldc);
+              const auto before = c;
+              multiply(m, n, k, Real(0.5), left_columns ? transposed(left.columns()) : as_is(left.rows()),
+                       right_transposed ? Packed<Operand>{transposed_b.data(), tile_ld(n)} : right.columns(),
+                       c.data(), ldc, accumulate);
+              for (int i = 0; i < m; ++i) {
+                for (int j = 0; j < n; ++j) {
+                  double sum = accumulate ? double(before[i * ldc + j]) : 0;
+                  for (int p = 0; p < k; ++p) sum += 0.5 * double(a[i * k + p]) * double(b[p * n + j]);
+                  expect_near("product", double(c[i * ldc + j]), sum, tolerance);
+                }
+                for (int64_t j = padded(n); j < ldc; ++j)
+                  expect_near("a product leaves the rest alone", double(c[i * ldc + j]),
+                              double(before[i * ldc + j]), 0);
+              }
             }
-          }
+}
+
+// What is packed is rounded to nearest, columns_of(rows) is what packing columns gives, and cleared rows are
+// zero.
+void test_pairs() {
+  const int rows = 7, cols = 37;
+  const auto x = random_tile<float>(rows * cols, 3.f);
+  OperandTile<BFloat16Pair> tile(rows, cols), other(rows, cols);
+  tile.load(DType::kFloat32, x.data(), cols, rows, cols);
+  other.load_columns(DType::kFloat32, x.data(), cols, rows, cols);
+  const auto at = [&](const Packed<BFloat16Pair>& columns, int i, int j) {
+    const BFloat16Pair pair = columns.data[i / 2 * columns.ld + j];
+    return i % 2 ? pair.second : pair.first;
+  };
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < cols; ++j) {
+      uint16_t wanted;
+      tile_kernels<float>().store(DType::kBFloat16, &wanted, 0, 1, 1, &x[i * cols + j], 0);
+      const BFloat16Pair pair = tile.rows().data[i * tile.rows().ld + j / 2];
+      expect_near("packed rows", j % 2 ? pair.second : pair.first, wanted, 0);
+      expect_near("packed columns", at(tile.columns(), i, j), wanted, 0);
+      expect_near("columns of the source", at(other.columns(), i, j), wanted, 0);
+    }
+  for (int j = 0; j < cols; ++j) expect_near("half empty pair", at(tile.columns(), rows, j), 0, 0);
+  other.clear_row_of_columns(2, cols);
+  for (int j = 0; j < cols; ++j) {
+    expect_near("cleared row", at(other.columns(), 2, j), 0, 0);
+    expect_near("its neighbour", at(other.columns(), 3, j), at(tile.columns(), 3, j), 0);
+  }
 }
 
 // Every 16-bit pattern survives load and store; values between two of them round to the even one.
@@ -67,19 +134,20 @@ void test_conversions() {
   for (int i = 0; i < 1 << 16; ++i) all[i] = uint16_t(i);
   for (DType dtype : {DType::kBFloat16, DType::kFloat16}) {
     std::vector<float> wide(1 << 16);
-    kernels.load(dtype, all.data(), 1 << 16, 1, 1 << 16, 1.f, wide.data(), 1 << 16);
+    kernels.load(dtype, all.data(), 1 << 16, 1, 1 << 16, wide.data(), 1 << 16);
     kernels.store(dtype, back.data(), 1 << 16, 1, 1 << 16, wide.data(), 1 << 16);
     for (int i = 0; i < 1 << 16; ++i)
       if (!std::isnan(wide[i])) expect_near("16-bit round trip", back[i], all[i], 0);
     std::vector<float> again(1 << 16);
-    kernels.load(dtype, back.data(), 1 << 16, 1, 1 << 16, 1.f, again.data(), 1 << 16);
+    kernels.load(dtype, back.data(), 1 << 16, 1, 1 << 16, again.data(), 1 << 16);
     for (int i = 0; i < 1 << 16; ++i) expect_near("NaN stays NaN", again[i], wide[i], 0);
     for (int i = 0; i < 0x7b00; ++i) {
       if (!std::isfinite(wide[i]) || !std::isfinite(wide[i + 1])) continue;
-      float middle = float((double(wide[i]) + double(wide[i + 1])) / 2);
-      uint16_t rounded;
-      kernels.store(dtype, &rounded, 1, 1, 1, &middle, 1);
-      expect_near("rounds to even", rounded, i % 2 ? i + 1 : i, 0);
+      const std::vector<float> middle(
+          33, float((double(wide[i]) + double(wide[i + 1])) / 2));  // vectors and a rest
+      std::vector<uint16_t> rounded(33);
+      kernels.store(dtype, rounded.data(), 33, 1, 33, middle.data(), 33);
+      for (uint16_t x : rounded) expect_near("rounds to even", x, i % 2 ? i + 1 : i, 0);
     }
   }
 }
@@ -90,48 +158,84 @@ void test_load_transposed() {
   const auto src = random_tile<float>(rows * 50);
   const int64_t ld = tile_ld(rows);
   std::vector<Real> dst(cols * ld, Real(9));
-  tile_kernels<Real>().load_transposed(DType::kFloat32, src.data(), 50, rows, cols, Real(2), dst.data(), ld);
+  tile_kernels<Real>().load_transposed(DType::kFloat32, src.data(), 50, rows, cols, dst.data(), ld);
   for (int j = 0; j < cols; ++j)
     for (int i = 0; i < padded(rows); ++i)
-      expect_near("load_transposed", double(dst[j * ld + i]), i < rows ? 2 * double(src[i * 50 + j]) : 0, 0);
+      expect_near("load_transposed", double(dst[j * ld + i]), i < rows ? double(src[i * 50 + j]) : 0, 0);
 }
 
-template <class Real>
+double weight(float p) { return p; }
+double weight(double p) { return p; }
+double weight(uint16_t p) { return double(__builtin_bit_cast(float, uint32_t(p) << 16)); }
+
+template <class Operand>
 void test_softmax() {
-  const double tolerance = std::is_same_v<Real, float> ? 1e-6 : 1e-14;
-  const int rows = 19, blocks = 3, cols = 21;
+  using Real = RealOf<Operand>;
+  const double tolerance = sizeof(Real) == 4 ? 1e-6 : 1e-14;
+  const double rounding = kIsReal<Operand> ? tolerance : 4e-3;  // of one weight
+  const int rows = 19, blocks = 3, cols = 85;
   const int64_t ld = tile_ld(cols);
   const Real inf = std::numeric_limits<Real>::infinity();
   auto s = random_tile<Real>(blocks * rows * ld, Real(20));
   for (int i = 0; i < rows; ++i) s[i * ld] = -inf;               // column 0: nothing in the first block
   for (int i = 0; i < blocks * rows; ++i) s[i * ld + 4] = -inf;  // column 4: nothing at all
   const auto scores = s;
+  std::vector<Operand> p(depth<Operand>(rows) * ld);
   std::vector<Real> col_max(padded(cols), -inf), col_sum(padded(cols), 0), correction(padded(cols));
   std::vector<double> running(cols, 0);
   for (int b = 0; b < blocks; ++b) {
-    tile_kernels<Real>().softmax_block(rows, cols, s.data() + b * rows * ld, ld, col_max.data(),
-                                       col_sum.data(), correction.data());
+    product_kernels<Operand>().softmax_block(rows, cols, s.data() + b * rows * ld, ld, p.data(), ld,
+                                             col_max.data(), col_sum.data(), correction.data());
     for (int j = 0; j < cols; ++j) {
       running[j] *= double(correction[j]);
-      for (int i = 0; i < rows; ++i) running[j] += double(s[(b * rows + i) * ld + j]);
+      for (int i = 0; i < rows; ++i) {
+        double x;
+        if constexpr (kIsReal<Operand>)
+          x = weight(p[i * ld + j]);
+        else
+          x = weight(i % 2 ? p[i / 2 * ld + j].second : p[i / 2 * ld + j].first);
+        const Real below = scores[(b * rows + i) * ld + j] - col_max[j];  // rounded as in the kernel
+        const double wanted = std::isnan(below) ? 0 : std::exp2(double(below));
+        expect_near("softmax weight", x, wanted, rounding * wanted + 1e-37);
+        running[j] += wanted;
+      }
     }
   }
   for (int j = 0; j < cols; ++j) {
     double top = -INFINITY, sum = 0;
     for (int i = 0; i < blocks * rows; ++i) top = std::max(top, double(scores[i * ld + j]));
-    for (int i = 0; i < blocks * rows; ++i) sum += j == 4 ? 0 : std::exp(double(scores[i * ld + j]) - top);
+    for (int i = 0; i < blocks * rows; ++i) sum += j == 4 ? 0 : std::exp2(double(scores[i * ld + j]) - top);
     expect_near("softmax max", double(col_max[j]), top, 0);
     expect_near("softmax sum", double(col_sum[j]), sum, tolerance * sum);
     expect_near("softmax weights", running[j], sum, tolerance * sum);
   }
+}
+
+template <class Real>
+void test_exponentials() {
+  const double tolerance = sizeof(Real) == 4 ? 1e-6 : 1e-14;
+  const int rows = 19, cols = 21;
+  const int64_t ld = tile_ld(cols);
+  const Real inf = std::numeric_limits<Real>::infinity();
+  const auto scores = random_tile<Real>(rows * ld, Real(20));
   std::vector<Real> shift(padded(cols), Real(60));
   shift[3] = inf;
   auto p = scores;
-  tile_kernels<Real>().exp_shifted(rows, cols, p.data(), ld, shift.data());
+  tile_kernels<Real>().exp2_shifted(rows, cols, p.data(), ld, shift.data());
   for (int i = 0; i < rows; ++i)
     for (int j = 0; j < cols; ++j) {
-      const double wanted = std::exp(double(scores[i * ld + j] - shift[j]));
-      expect_near("exp_shifted", double(p[i * ld + j]), wanted, tolerance * wanted + 1e-37);
+      const double wanted = std::exp2(double(scores[i * ld + j] - shift[j]));
+      expect_near("exp2_shifted", double(p[i * ld + j]), wanted, tolerance * wanted + 1e-37);
+    }
+  auto x = scores;
+  for (Real& value : x) value = -std::abs(value);
+  x[5] = -inf;
+  const auto before = x;
+  tile_kernels<Real>().exponential(rows, cols, x.data(), ld);
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < cols; ++j) {
+      const double wanted = std::exp(double(before[i * ld + j]));
+      expect_near("exponential", double(x[i * ld + j]), wanted, tolerance * wanted + 1e-37);
     }
 }
 
@@ -215,9 +319,10 @@ void test_update_read() {
 
 template <class Real>
 void test_all() {
-  test_matmul<Real>();
+  test_products<Real>();
   test_load_transposed<Real>();
   test_softmax<Real>();
+  test_exponentials<Real>();
   test_elementwise<Real>();
   test_multiply<Real>();
   test_update_read<Real>();
@@ -235,6 +340,11 @@ int main() {
   test_all<float>();
   test_all<double>();
   test_conversions();
+  if (has_bfloat16_products()) {
+    test_products<BFloat16Pair>();
+    test_softmax<BFloat16Pair>();
+    test_pairs();
+  }
   std::printf("%d failures\n", failures);
   return failures != 0;
 }

@@ -152,4 +152,4 @@ def test_autocast_gradients_have_the_inputs_dtype(name):
 def test_build_info_names_the_library():
     info = ops.build_info()
     assert info["library"].endswith("_C.so")
-    assert info["cpu_isa"] in ("portable", "avx2", "avx512")
+    assert info["cpu_isa"] in ("portable", "avx2", "avx512", "avx512_bf16")

@@ -9,4 +9,6 @@ void parallel_ranges(int64_t n, ParallelBody body, void* context) {
   torch::stable::parallel_for(0, n, 1, [=](int64_t begin, int64_t end) { body(begin, end, context); });
 }
 
+int64_t thread_count() { return torch::stable::get_num_threads(); }
+
 }  // namespace statecore

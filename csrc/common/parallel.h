@@ -10,6 +10,8 @@ using ParallelBody = void (*)(int64_t begin, int64_t end, void* context);
 // Calls body on ranges that together cover [0, n), from as many threads as torch uses. It must not throw.
 void parallel_ranges(int64_t n, ParallelBody body, void* context);
 
+int64_t thread_count();  // of the pool, as the user set it
+
 // f(begin, end) on ranges that cover [0, n); scratch memory belongs at the top of f, once a thread.
 template <class F>
 void parallel_for(int64_t n, const F& f) {

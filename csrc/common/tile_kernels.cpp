@@ -12,8 +12,7 @@ namespace {
 struct Isa {
   const char* name;
   bool available;
-  const TileKernels<float>* float_kernels;
-  const TileKernels<double>* double_kernels;
+  const IsaKernels& kernels;
 };
 
 Isa choose_isa() {
@@ -25,12 +24,13 @@ Isa choose_isa() {
                           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                           __builtin_cpu_supports("avx512dq");
   const Isa known[] = {
-      {"avx512", has_avx512, &avx512::float_kernels(), &avx512::double_kernels()},
-      {"avx2", has_avx2, &avx2::float_kernels(), &avx2::double_kernels()},
+      {"avx512_bf16", has_avx512 && __builtin_cpu_supports("avx512bf16"), avx512_bf16_kernels},
+      {"avx512", has_avx512, avx512_kernels},
+      {"avx2", has_avx2, avx2_kernels},
 #else
   const Isa known[] = {
 #endif
-      {"portable", true, &portable::float_kernels(), &portable::double_kernels()},
+      {"portable", true, portable_kernels},
   };
   const char* wanted = std::getenv("STATECORE_CPU_ISA");
   std::string usable;
@@ -53,13 +53,30 @@ const Isa& isa() {
 
 template <>
 const TileKernels<float>& tile_kernels<float>() {
-  return *isa().float_kernels;
+  return *isa().kernels.float_tiles;
 }
 
 template <>
 const TileKernels<double>& tile_kernels<double>() {
-  return *isa().double_kernels;
+  return *isa().kernels.double_tiles;
 }
+
+template <>
+const ProductKernels<float>& product_kernels<float>() {
+  return *isa().kernels.float_products;
+}
+
+template <>
+const ProductKernels<double>& product_kernels<double>() {
+  return *isa().kernels.double_products;
+}
+
+template <>
+const ProductKernels<BFloat16Pair>& product_kernels<BFloat16Pair>() {
+  return *isa().kernels.bfloat16_products;
+}
+
+bool has_bfloat16_products() { return isa().kernels.bfloat16_products != nullptr; }
 
 const char* cpu_isa() { return isa().name; }
 

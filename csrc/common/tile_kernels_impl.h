@@ -4,7 +4,7 @@
 // inline from the standard library, so no code of a higher instruction set can be shared by the linker.
 #include <cstdint>
 
-#if defined(__F16C__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -20,16 +20,20 @@ template <>
 struct VectorOf<float> {
   typedef float Type __attribute__((vector_size(STATECORE_VECTOR_BYTES), aligned(4), may_alias));
   typedef int32_t Bits __attribute__((vector_size(STATECORE_VECTOR_BYTES), aligned(4), may_alias));
+  typedef uint32_t Unsigned __attribute__((vector_size(STATECORE_VECTOR_BYTES), aligned(4), may_alias));
+  typedef uint16_t Halves __attribute__((vector_size(STATECORE_VECTOR_BYTES / 2), aligned(2), may_alias));
   using Integer = int32_t;
 };
 template <>
 struct VectorOf<double> {
   typedef double Type __attribute__((vector_size(STATECORE_VECTOR_BYTES), aligned(8), may_alias));
-  typedef int64_t Bits __attribute__((vector_size(STATECORE_VECTOR_BYTES), aligned(8), may_alias));
   using Integer = int64_t;
 };
 template <class T>
 using Vec = typename VectorOf<T>::Type;
+using Bits = VectorOf<float>::Bits;
+using Unsigned = VectorOf<float>::Unsigned;
+using Halves = VectorOf<float>::Halves;
 template <class T>
 constexpr int kLanes = STATECORE_VECTOR_BYTES / int(sizeof(T));
 
@@ -41,6 +45,10 @@ template <class T>
 void store_vec(T* p, Vec<T> v) {
   *reinterpret_cast<Vec<T>*>(p) = v;
 }
+template <class To, class From>
+To bit_cast(const From& from) {
+  return __builtin_bit_cast(To, from);
+}
 
 constexpr float kInf = __builtin_inff();
 
@@ -50,7 +58,6 @@ constexpr float kInf = __builtin_inff();
 // under -87 (-inf among them) give 0 exactly, so that an invisible key never leaks in.
 Vec<float> exp_vec(Vec<float> x) {
   using V = Vec<float>;
-  using Bits = VectorOf<float>::Bits;
   const V clamped = x < -87.f ? V{} - 87.f : x;
   const V magic = V{} + 12582912.f;  // 1.5 * 2^23: adding it leaves round(x) in the low mantissa bits
   const V shifted = clamped * 1.44269504f + magic;
@@ -63,14 +70,43 @@ Vec<float> exp_vec(Vec<float> x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.f;
-  const Bits power = (reinterpret_cast<const Bits&>(shifted) << 23) + (127 << 23);
-  const V result = p * reinterpret_cast<const V&>(power);
-  return x < -87.f ? V{} : result;
+  const V power = bit_cast<V>((bit_cast<Bits>(shifted) << 23) + (127 << 23));
+  return x < -87.f ? V{} : p * power;
+}
+
+// 2^x for x <= 127, relative error below 2e-7; arguments under -126 (-inf among them) give 0 exactly.
+Vec<float> exp2_vec(Vec<float> x) {
+  using V = Vec<float>;
+#if defined(__AVX512F__)
+  const V n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const V clamped = x < -126.f ? V{} - 126.f : x;
+  const V magic = V{} + 12582912.f;
+  const V shifted = clamped + magic;
+  const V n = shifted - magic;
+#endif
+  const V r = x - n;  // in [-1/2, 1/2]
+  V p = V{} + 1.3276471519e-3f;
+  p = p * r + 9.6755413307e-3f;
+  p = p * r + 5.5507132750e-2f;
+  p = p * r + 2.4022119724e-1f;
+  p = p * r + 6.9314696706e-1f;
+  p = p * r + 1.f;
+#if defined(__AVX512F__)
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, V{} - 126.f, _CMP_NLT_UQ), p, n);
+#else
+  const V power = bit_cast<V>((bit_cast<Bits>(shifted) << 23) + (127 << 23));
+  return x < -126.f ? V{} : p * power;
+#endif
 }
 
 // double is the type of gradient checks: right to the last bits, speed does not matter.
 Vec<double> exp_vec(Vec<double> x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);
+  return x;
+}
+Vec<double> exp2_vec(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp2(x[i]);
   return x;
 }
 
@@ -110,26 +146,72 @@ uint16_t float_to_f16(float x) {
 }
 #endif
 
-// One type a storage format; `of` reads an element as Real, `from` rounds a Real to it.
+// One type a storage format: `of` reads an element, `from` rounds to one; load and store do a vector of
+// float.
 struct AsFloat32 {
   using Storage = float;
   static float of(float x) { return x; }
   static float from(float x) { return x; }
+  static Vec<float> load(const float* p) { return load_vec(p); }
+  static void store(float* p, Vec<float> x) { store_vec(p, x); }
 };
 struct AsFloat64 {
   using Storage = double;
   static double of(double x) { return x; }
   static double from(double x) { return x; }
+  static Vec<float> load(const double* p) {
+    Vec<float> x;
+    for (int i = 0; i < kLanes<float>; ++i) x[i] = float(p[i]);
+    return x;
+  }
+  static void store(double* p, Vec<float> x) {
+    for (int i = 0; i < kLanes<float>; ++i) p[i] = x[i];
+  }
 };
 struct AsBFloat16 {
   using Storage = uint16_t;
   static float of(uint16_t x) { return bf16_to_float(x); }
   static uint16_t from(float x) { return float_to_bf16(x); }
+  static Vec<float> load(const uint16_t* p) {
+    const Halves halves = *reinterpret_cast<const Halves*>(p);
+    return bit_cast<Vec<float>>(__builtin_convertvector(halves, Unsigned) << 16);
+  }
+  static void store(uint16_t* p, Vec<float> x) {
+    const Unsigned bits = bit_cast<Unsigned>(x);
+    const Unsigned rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+    const Unsigned nan = bits >> 16 | 0x40u;  // NaN stays NaN
+    const Unsigned result = (bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded;
+    *reinterpret_cast<Halves*>(p) = __builtin_convertvector(result, Halves);
+  }
 };
 struct AsFloat16 {
   using Storage = uint16_t;
   static float of(uint16_t x) { return f16_to_float(x); }
   static uint16_t from(float x) { return float_to_f16(x); }
+#if STATECORE_VECTOR_BYTES == 64
+  static Vec<float> load(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static void store(uint16_t* p, Vec<float> x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+  }
+#elif STATECORE_VECTOR_BYTES == 32
+  static Vec<float> load(const uint16_t* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static void store(uint16_t* p, Vec<float> x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+  }
+#else
+  static Vec<float> load(const uint16_t* p) {
+    Vec<float> x;
+    for (int i = 0; i < kLanes<float>; ++i) x[i] = of(p[i]);
+    return x;
+  }
+  static void store(uint16_t* p, Vec<float> x) {
+    for (int i = 0; i < kLanes<float>; ++i) p[i] = from(x[i]);
+  }
+#endif
 };
 
 template <class F>
@@ -143,27 +225,127 @@ void with_format(DType dtype, F&& f) {
 }
 
 template <class Real>
-void load(DType dtype, const void* src, int64_t src_stride, int rows, int cols, Real factor, Real* dst,
-          int64_t ld) {
+void load(DType dtype, const void* src, int64_t src_stride, int rows, int cols, Real* dst, int64_t ld) {
   with_format(dtype, [&](auto format) {
     using Format = decltype(format);
     for (int i = 0; i < rows; ++i) {
       const auto* from = static_cast<const typename Format::Storage*>(src) + i * src_stride;
       Real* to = dst + i * ld;
-      for (int j = 0; j < cols; ++j) to[j] = factor * Real(Format::of(from[j]));
-      for (int j = cols; j < padded(cols); ++j) to[j] = 0;
+      int j = 0;
+      if constexpr (sizeof(Real) == sizeof(float))
+        for (; j + kLanes<float> <= cols; j += kLanes<float>) store_vec(to + j, Format::load(from + j));
+      for (; j < cols; ++j) to[j] = Real(Format::of(from[j]));
+      for (; j < padded(cols); ++j) to[j] = 0;
     }
   });
 }
 
-// dst = src^T for 4 x 4 elements.
 template <class Real>
-inline void transpose_quad(const Real* src, int64_t src_ld, Real* dst, int64_t ld) {
-  typedef Real Quad __attribute__((vector_size(4 * sizeof(Real)), aligned(sizeof(Real)), may_alias));
+void store(DType dtype, void* dst, int64_t dst_stride, int rows, int cols, const Real* src, int64_t ld) {
+  with_format(dtype, [&](auto format) {
+    using Format = decltype(format);
+    for (int i = 0; i < rows; ++i) {
+      auto* to = static_cast<typename Format::Storage*>(dst) + i * dst_stride;
+      const Real* from = src + i * ld;
+      int j = 0;
+      if constexpr (sizeof(Real) == sizeof(float))
+        for (; j + kLanes<float> <= cols; j += kLanes<float>) Format::store(to + j, load_vec(from + j));
+      for (; j < cols; ++j) to[j] = Format::from(from[j]);
+    }
+  });
+}
+
+// ---- operands ----------------------------------------------------------------------------------------
+
+// A real number is an operand as it is.
+template <class Real>
+struct Packing {
+  static void rows(DType dtype, const void* src, int64_t src_stride, int rows, int cols, Real* dst,
+                   int64_t ld) {
+    load(dtype, src, src_stride, rows, cols, dst, ld);
+  }
+  static void columns(DType dtype, const void* src, int64_t src_stride, int rows, int cols, Real* dst,
+                      int64_t ld) {
+    load(dtype, src, src_stride, rows, cols, dst, ld);
+  }
+};
+
+#if defined(__AVX512BF16__)
+// The operands (even[j], odd[j]), rounded.
+Bits pair_up(Vec<float> even, Vec<float> odd) {
+  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
+                                              23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return bit_cast<Bits>(
+      _mm512_permutexvar_epi16(interleave, bit_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even))));
+}
+
+template <class Format>
+Bits load_pairs(const typename Format::Storage* even, const typename Format::Storage* odd) {
+  return pair_up(Format::load(even), Format::load(odd));
+}
+template <>
+Bits load_pairs<AsBFloat16>(const uint16_t* even, const uint16_t* odd) {
+  const Unsigned low = __builtin_convertvector(*reinterpret_cast<const Halves*>(even), Unsigned);
+  const Unsigned high = __builtin_convertvector(*reinterpret_cast<const Halves*>(odd), Unsigned);
+  return bit_cast<Bits>(low | high << 16);
+}
+
+template <>
+struct Packing<BFloat16Pair> {
+  static constexpr int kWidth = kLanes<float>;
+
+  static void rows(DType dtype, const void* src, int64_t src_stride, int rows, int cols, BFloat16Pair* dst,
+                   int64_t ld) {
+    const int pairs = depth<BFloat16Pair>(cols), whole = cols / (2 * kWidth) * (2 * kWidth);
+    for (int i = 0; i < rows; ++i) {
+      uint16_t* to = reinterpret_cast<uint16_t*>(dst + i * ld);
+      int j = 0;
+      if (dtype == DType::kBFloat16) {
+        const uint16_t* from = static_cast<const uint16_t*>(src) + i * src_stride;
+        for (; j < whole; j += 2 * kWidth)
+          _mm512_storeu_si512(to + j, _mm512_loadu_si512(reinterpret_cast<const __m512i*>(from + j)));
+        for (; j < cols; ++j) to[j] = from[j];
+      } else {
+        const float* from = static_cast<const float*>(src) + i * src_stride;
+        for (; j < whole; j += 2 * kWidth)
+          _mm512_storeu_si512(to + j, bit_cast<__m512i>(_mm512_cvtne2ps_pbh(load_vec(from + j + kWidth),
+                                                                            load_vec(from + j))));
+        for (; j < cols; ++j) to[j] = float_to_bf16(from[j]);
+      }
+      for (; j < 2 * padded(pairs); ++j) to[j] = 0;
+    }
+  }
+
+  static void columns(DType dtype, const void* src, int64_t src_stride, int rows, int cols, BFloat16Pair* dst,
+                      int64_t ld) {
+    with_format(dtype, [&](auto format) {
+      using Format = decltype(format);
+      const auto* from = static_cast<const typename Format::Storage*>(src);
+      for (int i = 0; i < rows; i += 2, from += 2 * src_stride) {
+        BFloat16Pair* to = dst + i / 2 * ld;
+        const auto* below = from + src_stride;
+        const bool both = i + 1 < rows;
+        int j = 0;
+        for (; both && j + kWidth <= cols; j += kWidth)
+          *reinterpret_cast<Bits*>(to + j) = load_pairs<Format>(from + j, below + j);
+        for (; j < cols; ++j)
+          to[j] = {float_to_bf16(float(Format::of(from[j]))),
+                   both ? float_to_bf16(float(Format::of(below[j]))) : uint16_t(0)};
+        for (; j < padded(cols); ++j) to[j] = {0, 0};
+      }
+    });
+  }
+};
+#endif
+
+// dst = src^T for 4 x 4 elements.
+template <class Element>
+inline void transpose_quad(const Element* src, int64_t src_ld, Element* dst, int64_t ld) {
+  typedef Element Quad __attribute__((vector_size(4 * sizeof(Element)), aligned(sizeof(Element)), may_alias));
 #if defined(__clang__)
 #define STATECORE_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-  typedef typename VectorOf<Real>::Integer Lanes __attribute__((vector_size(4 * sizeof(Real))));
+  typedef typename VectorOf<Element>::Integer Lanes __attribute__((vector_size(4 * sizeof(Element))));
 #define STATECORE_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Lanes{__VA_ARGS__})
 #endif
   const Quad row0 = *reinterpret_cast<const Quad*>(src), row1 = *reinterpret_cast<const Quad*>(src + src_ld);
@@ -180,38 +362,36 @@ inline void transpose_quad(const Real* src, int64_t src_ld, Real* dst, int64_t l
 #undef STATECORE_SHUFFLE
 }
 
-template <class Real>
-void load_transposed(DType dtype, const void* src, int64_t src_stride, int rows, int cols, Real factor,
-                     Real* dst, int64_t ld) {
+// An operand moves as a whole, a pair as if it were a float.
+template <class Operand>
+void pack_transposed(DType dtype, const void* src, int64_t src_stride, int rows, int cols, Operand* dst,
+                     int64_t ld) {
+  using Element = RealOf<Operand>;
+  static_assert(sizeof(Element) == sizeof(Operand));
   constexpr int kRows = kTilePad, kCols = 128, kLd = tile_ld(kCols);
-  Real block[kRows *
-             kLd];  // rows are read along, converted, and transposed from here; zero below the last one
-  const int64_t element = element_bytes(dtype);
+  Operand block[kRows * kLd];  // rows are read along and packed, and transposed from here
+  const Element* from = reinterpret_cast<const Element*>(block);
   for (int i0 = 0; i0 < rows; i0 += kRows)
     for (int j0 = 0; j0 < cols; j0 += kCols) {
       const int height = rows - i0 < kRows ? rows - i0 : kRows, width = cols - j0 < kCols ? cols - j0 : kCols;
-      load(dtype, static_cast<const char*>(src) + (i0 * src_stride + j0) * element, src_stride, height, width,
-           factor, block, kLd);
-      for (int i = height * kLd; i < kRows * kLd; ++i) block[i] = 0;
-      Real* corner = dst + j0 * ld + i0;
+      const char* corner_src = static_cast<const char*>(src) + (i0 * src_stride + j0) * element_bytes(dtype);
+      Packing<Operand>::rows(dtype, corner_src, src_stride, height, width, block, kLd);
+      for (int i = height * kLd; i < kRows * kLd; ++i) block[i] = Operand{};
+      Operand* corner = dst + depth<Operand>(j0) * ld + i0;
+      const int operands = depth<Operand>(width);
       int j = 0;
-      for (; j + 4 <= width; j += 4)
-        for (int i = 0; i < kRows; i += 4) transpose_quad(block + i * kLd + j, kLd, corner + j * ld + i, ld);
-      for (; j < width; ++j)
+      for (; j + 4 <= operands; j += 4)
+        for (int i = 0; i < kRows; i += 4)
+          transpose_quad(from + i * kLd + j, kLd, reinterpret_cast<Element*>(corner + j * ld + i), ld);
+      for (; j < operands; ++j)
         for (int i = 0; i < kRows; ++i) corner[j * ld + i] = block[i * kLd + j];
     }
 }
 
 template <class Real>
-void store(DType dtype, void* dst, int64_t dst_stride, int rows, int cols, const Real* src, int64_t ld) {
-  with_format(dtype, [&](auto format) {
-    using Format = decltype(format);
-    for (int i = 0; i < rows; ++i) {
-      auto* to = static_cast<typename Format::Storage*>(dst) + i * dst_stride;
-      const Real* from = src + i * ld;
-      for (int j = 0; j < cols; ++j) to[j] = Format::from(from[j]);
-    }
-  });
+void load_transposed(DType dtype, const void* src, int64_t src_stride, int rows, int cols, Real* dst,
+                     int64_t ld) {
+  pack_transposed<Real>(dtype, src, src_stride, rows, cols, dst, ld);
 }
 
 // ---- matrix product --------------------------------------------------------------------------------
@@ -220,46 +400,67 @@ void store(DType dtype, void* dst, int64_t dst_stride, int rows, int cols, const
 // latency of two FMA units; AVX2 and SSE have 16 registers in all.
 constexpr int kBlockRows = STATECORE_VECTOR_BYTES == 64 ? 8 : STATECORE_VECTOR_BYTES == 32 ? 6 : 4;
 
-template <class Real, int Rows, int Vectors>
-inline void matmul_block(int k, const Real* a, int64_t a_row, int64_t a_col, const Real* b, int64_t ldb,
-                         Real* c, int64_t ldc, bool accumulate) {
+// sum + (x, x, ...) * row, element by element.
+template <class Real>
+inline Vec<Real> multiply_add(Vec<Real> sum, Real x, const Real* row) {
+  return sum + x * load_vec(row);
+}
+#if defined(__AVX512BF16__)
+inline Vec<float> multiply_add(Vec<float> sum, BFloat16Pair x, const BFloat16Pair* row) {
+  const Bits pairs = *reinterpret_cast<const Bits*>(row), same = Bits{} + bit_cast<int32_t>(x);
+  // Not the intrinsic: around that GCC 12 moves every accumulator to another register and back, each time.
+  asm("vdpbf16ps %1, %2, %0" : "+v"(sum) : "v"(pairs), "v"(same));
+  return sum;
+}
+#endif
+
+template <class Operand, int Rows, int Vectors>
+inline void matmul_block(int depth, RealOf<Operand> factor, const Operand* a, int64_t a_row, int64_t a_col,
+                         const Operand* b, int64_t ldb, RealOf<Operand>* c, int64_t ldc, bool accumulate) {
+  using Real = RealOf<Operand>;
   constexpr int kWidth = kLanes<Real>;
-  Vec<Real> sum[Rows][Vectors];
+  Vec<Real> sum[Rows][Vectors] = {};
+  for (int p = 0; p < depth; ++p)
+#pragma GCC unroll 8
+    for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 2
+      for (int v = 0; v < Vectors; ++v)
+        sum[i][v] = multiply_add(sum[i][v], a[i * a_row + p * a_col], b + p * ldb + v * kWidth);
+  // All loops are unrolled by hand, or the accumulators pass through the stack at the end.
+#pragma GCC unroll 8
   for (int i = 0; i < Rows; ++i)
-    for (int v = 0; v < Vectors; ++v)
-      sum[i][v] = accumulate ? load_vec(c + i * ldc + v * kWidth) : Vec<Real>{};
-  for (int p = 0; p < k; ++p) {
-    Vec<Real> row[Vectors];
-    for (int v = 0; v < Vectors; ++v) row[v] = load_vec(b + p * ldb + v * kWidth);
-    for (int i = 0; i < Rows; ++i) {
-      const Real x = a[i * a_row + p * a_col];
-      for (int v = 0; v < Vectors; ++v) sum[i][v] += x * row[v];
+#pragma GCC unroll 2
+    for (int v = 0; v < Vectors; ++v) {
+      Real* to = c + i * ldc + v * kWidth;
+      const Vec<Real> before = accumulate ? load_vec(to) : Vec<Real>{};
+      store_vec(to, before + factor * sum[i][v]);
     }
-  }
-  for (int i = 0; i < Rows; ++i)
-    for (int v = 0; v < Vectors; ++v) store_vec(c + i * ldc + v * kWidth, sum[i][v]);
 }
 
-template <class Real, int Rows, int Vectors>
-inline void matmul_rows(int m, int k, const Real* a, int64_t a_row, int64_t a_col, const Real* b, int64_t ldb,
-                        Real* c, int64_t ldc, bool accumulate) {
+template <class Operand, int Rows, int Vectors>
+inline void matmul_rows(int m, int depth, RealOf<Operand> factor, const Operand* a, int64_t a_row,
+                        int64_t a_col, const Operand* b, int64_t ldb, RealOf<Operand>* c, int64_t ldc,
+                        bool accumulate) {
   int i = 0;
   for (; i + Rows <= m; i += Rows)
-    matmul_block<Real, Rows, Vectors>(k, a + i * a_row, a_row, a_col, b, ldb, c + i * ldc, ldc, accumulate);
-  if constexpr (Rows > 1)
-    matmul_rows<Real, Rows / 2, Vectors>(m - i, k, a + i * a_row, a_row, a_col, b, ldb, c + i * ldc, ldc,
+    matmul_block<Operand, Rows, Vectors>(depth, factor, a + i * a_row, a_row, a_col, b, ldb, c + i * ldc, ldc,
                                          accumulate);
+  if constexpr (Rows > 1)
+    matmul_rows<Operand, Rows / 2, Vectors>(m - i, depth, factor, a + i * a_row, a_row, a_col, b, ldb,
+                                            c + i * ldc, ldc, accumulate);
 }
 
-template <class Real>
-void matmul(int m, int n, int k, const Real* a, int64_t a_row, int64_t a_col, const Real* b, int64_t ldb,
-            Real* c, int64_t ldc, bool accumulate) {
-  constexpr int kWidth = kLanes<Real>;
+template <class Operand>
+void matmul(int m, int n, int depth, RealOf<Operand> factor, const Operand* a, int64_t a_row, int64_t a_col,
+            const Operand* b, int64_t ldb, RealOf<Operand>* c, int64_t ldc, bool accumulate) {
+  constexpr int kWidth = kLanes<RealOf<Operand>>;
   int j = 0;
   for (; j + 2 * kWidth <= padded(n); j += 2 * kWidth)
-    matmul_rows<Real, kBlockRows, 2>(m, k, a, a_row, a_col, b + j, ldb, c + j, ldc, accumulate);
+    matmul_rows<Operand, kBlockRows, 2>(m, depth, factor, a, a_row, a_col, b + j, ldb, c + j, ldc,
+                                        accumulate);
   for (; j < padded(n); j += kWidth)
-    matmul_rows<Real, kBlockRows, 1>(m, k, a, a_row, a_col, b + j, ldb, c + j, ldc, accumulate);
+    matmul_rows<Operand, kBlockRows, 1>(m, depth, factor, a, a_row, a_col, b + j, ldb, c + j, ldc,
+                                        accumulate);
 }
 
 // ---- element-wise ----------------------------------------------------------------------------------
@@ -279,8 +480,11 @@ void multiply(int rows, int cols, const Real* x, int64_t ldx, const Real* y, int
 }
 
 template <class Real>
-void axpby(int64_t n, Real a, Real* y, Real b, const Real* x) {
-  for (int64_t i = 0; i < n; ++i) y[i] = a * y[i] + b * x[i];
+void axpby(int64_t n, Real a, const Real* x, Real b, const Real* y, Real* out) {
+  int64_t i = 0;
+  for (; i + kLanes<Real> <= n; i += kLanes<Real>)
+    store_vec(out + i, a * load_vec(x + i) + b * load_vec(y + i));
+  for (; i < n; ++i) out[i] = a * x[i] + b * y[i];
 }
 
 template <int N, class Real>
@@ -312,33 +516,77 @@ void dot_rows(int rows, int cols, const Real* x, int64_t ldx, const Real* y, int
 }
 
 template <class Real>
-void softmax_block(int rows, int cols, Real* s, int64_t ld, Real* col_max, Real* col_sum, Real* correction) {
-  for (int j = 0; j < padded(cols); j += kLanes<Real>) {
-    const Vec<Real> before = load_vec(col_max + j);
-    Vec<Real> top = before;
-    for (int i = 0; i < rows; ++i) {
-      const Vec<Real> x = load_vec(s + i * ld + j);
-      top = x > top ? x : top;
+Vec<Real> larger(Vec<Real> x, Vec<Real> y) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Real) == sizeof(float)) return _mm512_max_ps(x, y);
+#endif
+  return x > y ? x : y;
+}
+
+// Rows i and i + 1 (if `both`) of p, as operands summed down the rows.
+template <class Real>
+void store_weights(Real* p, int64_t ld, int i, Vec<Real> even, Vec<Real> odd, bool both) {
+  store_vec(p + i * ld, even);
+  if (both) store_vec(p + (i + 1) * ld, odd);
+}
+#if defined(__AVX512BF16__)
+void store_weights(BFloat16Pair* p, int64_t ld, int i, Vec<float> even, Vec<float> odd, bool) {
+  *reinterpret_cast<Bits*>(p + i / 2 * ld) = pair_up(even, odd);
+}
+#endif
+
+// Some columns of softmax_block.
+template <class Operand, int Vectors>
+inline void softmax_strip(int rows, const RealOf<Operand>* s, int64_t ld, Operand* p, int64_t ldp,
+                          RealOf<Operand>* col_max, RealOf<Operand>* col_sum, RealOf<Operand>* correction) {
+  using Real = RealOf<Operand>;
+  constexpr int kWidth = kLanes<Real>;
+  Vec<Real> top[Vectors], shift[Vectors], sum[Vectors] = {};
+  for (int v = 0; v < Vectors; ++v) top[v] = load_vec(col_max + v * kWidth);
+  for (int i = 0; i < rows; ++i)
+    for (int v = 0; v < Vectors; ++v) top[v] = larger<Real>(load_vec(s + i * ld + v * kWidth), top[v]);
+  for (int v = 0; v < Vectors; ++v) shift[v] = top[v] == Real(-kInf) ? Vec<Real>{} : top[v];
+  for (int i = 0; i < rows; i += 2) {
+    const bool both = i + 1 < rows;
+    for (int v = 0; v < Vectors; ++v) {
+      const Vec<Real> even = exp2_vec(load_vec(s + i * ld + v * kWidth) - shift[v]);
+      const Vec<Real> odd = both ? exp2_vec(load_vec(s + (i + 1) * ld + v * kWidth) - shift[v]) : Vec<Real>{};
+      sum[v] += even + odd;
+      store_weights(p + v * kWidth, ldp, i, even, odd, both);
     }
-    const Vec<Real> shift = top == Real(-kInf) ? Vec<Real>{} : top;
-    Vec<Real> sum{};
-    for (int i = 0; i < rows; ++i) {
-      const Vec<Real> p = exp_vec(load_vec(s + i * ld + j) - shift);
-      store_vec(s + i * ld + j, p);
-      sum += p;
-    }
-    const Vec<Real> factor = exp_vec(before - shift);
-    store_vec(col_max + j, top);
+  }
+  for (int v = 0; v < Vectors; ++v) {
+    const int j = v * kWidth;
+    const Vec<Real> factor = exp2_vec(load_vec(col_max + j) - shift[v]);
+    store_vec(col_max + j, top[v]);
     store_vec(correction + j, factor);
-    store_vec(col_sum + j, load_vec(col_sum + j) * factor + sum);
+    store_vec(col_sum + j, load_vec(col_sum + j) * factor + sum[v]);
   }
 }
 
+template <class Operand>
+void softmax_block(int rows, int cols, RealOf<Operand>* s, int64_t ld, Operand* p, int64_t ldp,
+                   RealOf<Operand>* col_max, RealOf<Operand>* col_sum, RealOf<Operand>* correction) {
+  constexpr int kWidth = kLanes<RealOf<Operand>>;
+  int j = 0;
+  for (; j + 4 * kWidth <= padded(cols); j += 4 * kWidth)
+    softmax_strip<Operand, 4>(rows, s + j, ld, p + j, ldp, col_max + j, col_sum + j, correction + j);
+  for (; j < padded(cols); j += kWidth)
+    softmax_strip<Operand, 1>(rows, s + j, ld, p + j, ldp, col_max + j, col_sum + j, correction + j);
+}
+
 template <class Real>
-void exp_shifted(int rows, int cols, Real* s, int64_t ld, const Real* shift) {
+void exponential(int rows, int cols, Real* x, int64_t ld) {
   for (int i = 0; i < rows; ++i)
     for (int j = 0; j < padded(cols); j += kLanes<Real>)
-      store_vec(s + i * ld + j, exp_vec(load_vec(s + i * ld + j) - load_vec(shift + j)));
+      store_vec(x + i * ld + j, exp_vec(load_vec(x + i * ld + j)));
+}
+
+template <class Real>
+void exp2_shifted(int rows, int cols, Real* s, int64_t ld, const Real* shift) {
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < padded(cols); j += kLanes<Real>)
+      store_vec(s + i * ld + j, exp2_vec(load_vec(s + i * ld + j) - load_vec(shift + j)));
 }
 
 template <class Real>
@@ -401,9 +649,17 @@ void update_read(int rows, int cols, Real decay, const Real* k, const Real* v, R
   }
 }
 
+template <class Operand>
+constexpr ProductKernels<Operand> kProducts{
+    .matmul = matmul<Operand>,
+    .pack_rows = Packing<Operand>::rows,
+    .pack_columns = Packing<Operand>::columns,
+    .pack_transposed = pack_transposed<Operand>,
+    .softmax_block = softmax_block<Operand>,
+};
+
 template <class Real>
-constexpr TileKernels<Real> kTable{
-    .matmul = matmul<Real>,
+constexpr TileKernels<Real> kTiles{
     .load = load<Real>,
     .load_transposed = load_transposed<Real>,
     .store = store<Real>,
@@ -411,8 +667,8 @@ constexpr TileKernels<Real> kTable{
     .multiply = multiply<Real>,
     .axpby = axpby<Real>,
     .dot_rows = dot_rows<Real>,
-    .softmax_block = softmax_block<Real>,
-    .exp_shifted = exp_shifted<Real>,
+    .exponential = exponential<Real>,
+    .exp2_shifted = exp2_shifted<Real>,
     .softmax_backward = softmax_backward<Real>,
     .gated_add = gated_add<Real>,
     .update_read = update_read<Real>,
@@ -420,7 +676,15 @@ constexpr TileKernels<Real> kTable{
 
 }  // namespace
 
-const TileKernels<float>& STATECORE_ISA::float_kernels() { return kTable<float>; }
-const TileKernels<double>& STATECORE_ISA::double_kernels() { return kTable<double>; }
+extern const IsaKernels STATECORE_ISA;
+const IsaKernels STATECORE_ISA{
+    .float_tiles = &kTiles<float>,
+    .double_tiles = &kTiles<double>,
+    .float_products = &kProducts<float>,
+    .double_products = &kProducts<double>,
+#if defined(__AVX512BF16__)
+    .bfloat16_products = &kProducts<BFloat16Pair>,
+#endif
+};
 
 }  // namespace statecore

@@ -1,14 +1,18 @@
-// The instruction sets that tile_kernels() chooses from; one namespace and one source file each.
+// The instruction sets that tile_kernels.cpp chooses from; one source file each.
 #pragma once
 
 #include "common/tile_kernels.h"
 
-#define STATECORE_DECLARE_ISA(isa)             \
-  namespace statecore::isa {                   \
-  const TileKernels<float>& float_kernels();   \
-  const TileKernels<double>& double_kernels(); \
-  }
+namespace statecore {
 
-STATECORE_DECLARE_ISA(portable)
-STATECORE_DECLARE_ISA(avx2)
-STATECORE_DECLARE_ISA(avx512)
+struct IsaKernels {
+  const TileKernels<float>* float_tiles;
+  const TileKernels<double>* double_tiles;
+  const ProductKernels<float>* float_products;
+  const ProductKernels<double>* double_products;
+  const ProductKernels<BFloat16Pair>* bfloat16_products = nullptr;  // not everywhere
+};
+
+extern const IsaKernels portable_kernels, avx2_kernels, avx512_kernels, avx512_bf16_kernels;
+
+}  // namespace statecore

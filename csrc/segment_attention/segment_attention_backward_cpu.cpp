@@ -138,8 +138,9 @@ class KeyGradientWriter {
         if (both.size() <= 0) continue;
         const KeyGradients<Real> from = gradients_of(run);
         const int64_t row = run.row_of(both.begin), to = both.begin - keys.begin;
-        kernels_.axpby(both.size() * call_.ldk, 1, k_.get() + to * call_.ldk, 1, from.k + row * call_.ldk);
-        kernels_.axpby(both.size() * call_.ldv, 1, v_.get() + to * call_.ldv, 1, from.v + row * call_.ldv);
+        Real *k = k_.get() + to * call_.ldk, *v = v_.get() + to * call_.ldv;
+        kernels_.axpby(both.size() * call_.ldk, 1, k, 1, from.k + row * call_.ldk, k);
+        kernels_.axpby(both.size() * call_.ldv, 1, v, 1, from.v + row * call_.ldv, v);
       }
     }
     store(call_.b.grad_k, sequence.sequence.batch, keys, kv_head, call_.key_width, k_.get(), call_.ldk);
@@ -166,28 +167,12 @@ Range key_block(const Sequence& sequence, int64_t block) {
 
 int64_t key_blocks(const Sequence& sequence) { return (sequence.keys.size() + kBlockKeys - 1) / kBlockKeys; }
 
-template <class Real>
+template <class Operand>
 class RunWorker {
  public:
-  explicit RunWorker(const Call<Real>& call)
-      : call_(call),
-        tiles_(call.p, call.plan),
-        writer_(call),
-        rows_(call.plan.max_rows()),
-        q_(make_scratch<Real>(int64_t(rows_) * call.ldk)),
-        q_transposed_(make_scratch<Real>(int64_t(call.key_width) * lds_)),
-        grad_q_(make_scratch<Real>(int64_t(rows_) * call.ldk)),
-        out_(make_scratch<Real>(int64_t(rows_) * call.ldv)),
-        grad_out_(make_scratch<Real>(int64_t(rows_) * call.ldv)),
-        grad_out_transposed_(make_scratch<Real>(int64_t(call.value_width) * lds_)),
-        k_(make_scratch<Real>(int64_t(kBlockKeys) * call.ldk)),
-        v_(make_scratch<Real>(int64_t(kBlockKeys) * call.ldv)),
-        p_(make_scratch<Real>(int64_t(kBlockKeys) * lds_)),
-        ds_(make_scratch<Real>(int64_t(kBlockKeys) * lds_)),
-        lse_(make_scratch<Real>(padded(rows_))),
-        delta_(make_scratch<Real>(padded(rows_))),
-        alone_k_(make_scratch<Real>(call.runs.longest_alone * call.ldk)),
-        alone_v_(make_scratch<Real>(call.runs.longest_alone * call.ldv)) {}
+  using Real = RealOf<Operand>;
+
+  explicit RunWorker(const Call<Real>& call) : call_(call), tiles_(call.p, call.plan), writer_(call) {}
 
   void operator()(int64_t item) {
     // As in the forward, what comes last costs most and is begun first.
@@ -216,18 +201,22 @@ class RunWorker {
   void load(const QueryTile& tile, int64_t kv_head) {
     const SegmentAttentionParams& p = call_.p;
     const SegmentAttentionBackwardParams& b = call_.b;
-    const int rows = call_.plan.rows(tile), ldk = call_.ldk, ldv = call_.ldv;
+    const int rows = call_.plan.rows(tile);
+    const int64_t ldv = call_.ldv;
     const TensorView q{p.q, p.dtype, p.q_batch, p.q_time, p.q_head};
     const TensorView grad_out{b.grad_out, p.dtype, b.grad_out_batch, b.grad_out_time, b.grad_out_head};
     const TensorView out = contiguous_view(p.out, p.dtype, p.queries, p.query_heads, p.value_width);
-    tiles_.load_queries(q, tile, kv_head, call_.key_width, Real(p.scale), q_.get(), ldk);
-    tiles_.load_queries(grad_out, tile, kv_head, call_.value_width, Real(1), grad_out_.get(), ldv);
-    tiles_.load_queries(out, tile, kv_head, call_.value_width, Real(1), out_.get(), ldv);
-    tiles_.transpose(q_.get(), ldk, rows, call_.key_width, q_transposed_.get(), lds_);
-    tiles_.transpose(grad_out_.get(), ldv, rows, call_.value_width, grad_out_transposed_.get(), lds_);
-    std::fill_n(grad_q_.get(), int64_t(rows) * ldk, Real(0));
+    tiles_.load_queries(q, tile, kv_head, call_.key_width, q_);
+    q_.pack_columns(rows, call_.key_width);
+    q_.transpose(rows, call_.key_width, q_transposed_.get(), lds_);
+    tiles_.load_queries(grad_out, tile, kv_head, call_.value_width, grad_out_);
+    grad_out_.pack_columns(rows, call_.value_width);
+    grad_out_.transpose(rows, call_.value_width, grad_out_transposed_.get(), lds_);
+    std::fill_n(grad_q_.get(), rows * call_.ldk, Real(0));
 
-    kernels_.dot_rows(rows, call_.value_width, grad_out_.get(), ldv, out_.get(), ldv, delta_.get());
+    tiles_.load_queries(grad_out, tile, kv_head, call_.value_width, real_grad_out_.get(), ldv);
+    tiles_.load_queries(out, tile, kv_head, call_.value_width, out_.get(), ldv);
+    kernels_.dot_rows(rows, call_.value_width, real_grad_out_.get(), ldv, out_.get(), ldv, delta_.get());
     const Real* lse = static_cast<const Real*>(p.lse);
     const Real* grad_lse = static_cast<const Real*>(b.grad_lse);
     for (int row = 0; row < padded(rows); ++row) {
@@ -237,63 +226,75 @@ class RunWorker {
         continue;
       }
       const int64_t at = tiles_.lse_index(tile, kv_head, row, p.kv_heads, p.queries);
-      lse_[row] = lse[at];
+      lse_[row] = lse[at] * Real(kLog2e);
       if (grad_lse) delta_[row] -= grad_lse[at];
     }
   }
 
   void attend(const QueryTile& tile, const KeyBlock& block, int64_t kv_head, const KeyGradients<Real>& sums) {
     const SegmentAttentionParams& p = call_.p;
-    const int key_width = call_.key_width, value_width = call_.value_width, ldk = call_.ldk, ldv = call_.ldv;
-    const int64_t first = block.row_begin;
+    const int key_width = call_.key_width, value_width = call_.value_width;
+    const int64_t first = block.row_begin, ldk = call_.ldk, ldv = call_.ldv;
     const int columns = block.row_end - block.row_begin;
     const int rows = std::min(block.row_end, call_.plan.rows(tile)) - block.row_begin;
-    const Tile<Real> k = tiles_.load_keys({p.k, p.dtype, p.k_batch, p.k_time, p.k_head}, tile, block, kv_head,
-                                          key_width, k_.get());
-    const Tile<Real> v = tiles_.load_keys({p.v, p.dtype, p.v_batch, p.v_time, p.v_head}, tile, block, kv_head,
-                                          value_width, v_.get());
+    const TensorView keys{p.k, p.dtype, p.k_batch, p.k_time, p.k_head};
+    const Packed<Operand> k = tiles_.key_rows(keys, tile, block, kv_head, key_width, k_);
+    const Packed<Operand> v =
+        tiles_.key_rows({p.v, p.dtype, p.v_batch, p.v_time, p.v_head}, tile, block, kv_head, value_width, v_);
+    const int64_t operands = depth<Operand>(int(first));  // packed queries before the first
 
     Real* weights = p_.get() + first;
-    kernels_.matmul(block.keys, columns, key_width, k.data, k.ld, 1, q_transposed_.get() + first, lds_,
-                    weights, lds_, false);
+    multiply(block.keys, columns, key_width, Real(p.scale * kLog2e), as_is(k),
+             Packed<Operand>{q_transposed_.get() + first, lds_}, weights, lds_, false);
     hide_invisible(call_.plan, tile, block, p_.get(), lds_);
-    kernels_.exp_shifted(block.keys, columns, weights, lds_, lse_.get() + first);
-    kernels_.matmul(block.keys, value_width, rows, weights, lds_, 1, grad_out_.get() + first * ldv, ldv,
-                    sums.v, ldv, true);
+    kernels_.exp2_shifted(block.keys, columns, weights, lds_, lse_.get() + first);
+    const Packed<Operand> grad_out = grad_out_.columns(), q = q_.columns();
+    multiply(block.keys, value_width, rows, Real(1), as_is(packing_.rows(weights, lds_, block.keys, rows)),
+             Packed<Operand>{grad_out.data + operands * grad_out.ld, grad_out.ld}, sums.v, ldv, true);
 
     Real* ds = ds_.get() + first;
-    kernels_.matmul(block.keys, columns, value_width, v.data, v.ld, 1, grad_out_transposed_.get() + first,
-                    lds_, ds, lds_, false);
+    multiply(block.keys, columns, value_width, Real(1), as_is(v),
+             Packed<Operand>{grad_out_transposed_.get() + first, lds_}, ds, lds_, false);
     kernels_.softmax_backward(block.keys, columns, weights, ds, lds_, delta_.get() + first);
-    kernels_.matmul(block.keys, key_width, rows, ds, lds_, 1, q_.get() + first * ldk, ldk, sums.k, ldk, true);
-    kernels_.matmul(rows, key_width, block.keys, ds, 1, lds_, k.data, k.ld, grad_q_.get() + first * ldk, ldk,
-                    true);
+    multiply(block.keys, key_width, rows, Real(p.scale), as_is(packing_.rows(ds, lds_, block.keys, rows)),
+             Packed<Operand>{q.data + operands * q.ld, q.ld}, sums.k, ldk, true);
+    multiply(rows, key_width, block.keys, Real(p.scale),
+             transposed(packing_.columns(ds, lds_, block.keys, rows)),
+             k_.columns_of(k, block.keys, key_width), grad_q_.get() + first * ldk, ldk, true);
   }
 
   void store(const QueryTile& tile, int64_t kv_head) {
     const SegmentAttentionParams& p = call_.p;
-    const int rows = call_.plan.rows(tile);
-    kernels_.axpby(int64_t(rows) * call_.ldk, Real(p.scale), grad_q_.get(), 0, grad_q_.get());
     const TensorView x = contiguous_view(call_.b.grad_q, p.dtype, p.queries, p.query_heads, p.key_width);
     tiles_.store_queries(x, tile, kv_head, call_.key_width, grad_q_.get(), call_.ldk);
   }
 
   const TileKernels<Real>& kernels_ = tile_kernels<Real>();
   const Call<Real>& call_;
-  const SegmentTiles<Real> tiles_;
+  const SegmentTiles<Operand> tiles_;
   KeyGradientWriter<Real> writer_;
-  const int rows_, lds_ = tile_ld(rows_);
-  Scratch<Real> q_, q_transposed_, grad_q_, out_, grad_out_, grad_out_transposed_, k_, v_, p_, ds_, lse_,
-      delta_;
-  Scratch<Real> alone_k_, alone_v_;
+  const int rows_ = call_.plan.max_rows();
+  const int64_t lds_ = tile_ld(rows_);
+  OperandTile<Operand> q_{rows_, call_.key_width}, grad_out_{rows_, call_.value_width};
+  OperandTile<Operand> k_{kBlockKeys, call_.key_width}, v_{kBlockKeys, call_.value_width};
+  Scratch<Operand> q_transposed_ = make_scratch<Operand>(depth<Operand>(call_.key_width) * lds_);
+  Scratch<Operand> grad_out_transposed_ = make_scratch<Operand>(depth<Operand>(call_.value_width) * lds_);
+  Scratch<Real> grad_q_ = make_scratch<Real>(rows_ * call_.ldk), out_ = make_scratch<Real>(rows_ * call_.ldv);
+  Scratch<Real> real_grad_out_ = make_scratch<Real>(rows_ * call_.ldv);
+  Scratch<Real> p_ = make_scratch<Real>(kBlockKeys * lds_), ds_ = make_scratch<Real>(kBlockKeys * lds_);
+  ResultPacking<Operand> packing_{kBlockKeys, rows_};
+  Scratch<Real> lse_ = make_scratch<Real>(padded(rows_)), delta_ = make_scratch<Real>(padded(rows_));
+  Scratch<Real> alone_k_ = make_scratch<Real>(call_.runs.longest_alone * call_.ldk);
+  Scratch<Real> alone_v_ = make_scratch<Real>(call_.runs.longest_alone * call_.ldv);
 };
 
-template <class Real>
+template <class Operand>
 void backward(const SegmentAttentionBackwardParams& params) {
+  using Real = RealOf<Operand>;
   const Call<Real> call(params);
   const int64_t kv_heads = params.forward.kv_heads;
   parallel_items(int64_t(call.runs.runs.size()) * kv_heads, 2 * call.plan.multiply_adds(params.forward),
-                 [&] { return RunWorker<Real>(call); });
+                 [&] { return RunWorker<Operand>(call); });
   for (const SequenceRuns& sequence : call.runs.sequences) {
     if (!sequence.shared()) continue;
     parallel_for(key_blocks(sequence.sequence) * kv_heads, [&](int64_t begin, int64_t end) {
@@ -310,7 +311,10 @@ void backward(const SegmentAttentionBackwardParams& params) {
 }  // namespace
 
 void segment_attention_backward_cpu(const SegmentAttentionBackwardParams& params) {
-  params.forward.dtype == DType::kFloat64 ? backward<double>(params) : backward<float>(params);
+  const DType dtype = params.forward.dtype;
+  if (dtype == DType::kFloat64) return backward<double>(params);
+  if (dtype == DType::kBFloat16 && has_bfloat16_products()) return backward<BFloat16Pair>(params);
+  backward<float>(params);
 }
 
 }  // namespace statecore

@@ -10,18 +10,14 @@
 #include <cstdint>
 #include <vector>
 
+#include "common/range.h"
 #include "common/tile_kernels.h"
 #include "segment_attention/segment_attention.h"
 
 namespace statecore {
 
 constexpr int kBlockKeys = 64;
-
-struct Range {
-  int64_t begin, end;
-
-  int64_t size() const { return end - begin; }
-};
+constexpr double kLog2e = 1.4426950408889634;  // scores are kept in units of ln 2
 
 // Consecutive queries of one sequence. All positions are indices of keys in a row of the batch.
 struct QueryTile {

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdint>
 
+#include "common/operands.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
 #include "common/tile_kernels.h"
@@ -31,15 +32,11 @@ inline TensorView contiguous_view(const void* data, DType dtype, int64_t time, i
   return {data, dtype, time * heads * width, heads * width, width};
 }
 
-template <class Real>
-struct Tile {
-  const Real* data;
-  int64_t ld;
-};
-
-template <class Real>
+template <class Operand>
 class SegmentTiles {
  public:
+  using Real = RealOf<Operand>;
+
   SegmentTiles(const SegmentAttentionParams& params, const SegmentPlan& plan)
       : plan_(plan), first_query_(params.keys - params.queries) {}
 
@@ -47,44 +44,55 @@ class SegmentTiles {
     return plan_.visible_end_of(tile)[tile.tokens.begin + row / plan_.group] == 0;
   }
 
-  // dst [rows, width] = factor * the tile's rows of x; 0 for padding, whatever x holds there.
-  void load_queries(const TensorView& x, const QueryTile& tile, int64_t kv_head, int width, Real factor,
-                    Real* dst, int64_t ld) const {
+  // dst.rows() [rows, width] = the tile's rows of x; 0 for padding, whatever x holds there.
+  void load_queries(const TensorView& x, const QueryTile& tile, int64_t kv_head, int width,
+                    OperandTile<Operand>& dst) const {
     for (int g = 0; g < plan_.group; ++g)
-      kernels_.load(x.dtype, x.at(tile.batch, tile.tokens.begin - first_query_, kv_head * plan_.group + g),
-                    x.time_stride, int(tile.tokens.size()), width, factor, dst + g * ld, ld * plan_.group);
+      products_.pack_rows(x.dtype, query_at(x, tile, kv_head, g), x.time_stride, int(tile.tokens.size()),
+                          width, dst.mutable_row(g), dst.row_stride() * plan_.group);
     for (int row = 0; row < plan_.rows(tile); ++row)
-      if (hidden(tile, row)) std::fill_n(dst + row * ld, width, Real(0));
+      if (hidden(tile, row)) std::fill_n(dst.mutable_row(row), depth<Operand>(width), Operand{});
   }
 
-  // dst [width, rows] = the transpose of src [rows, width].
-  void transpose(const Real* src, int64_t src_ld, int rows, int width, Real* dst, int64_t ld) const {
-    kernels_.load_transposed(kReal, src, src_ld, rows, width, Real(1), dst, ld);
+  // The same as real numbers.
+  void load_queries(const TensorView& x, const QueryTile& tile, int64_t kv_head, int width, Real* dst,
+                    int64_t ld) const {
+    for (int g = 0; g < plan_.group; ++g)
+      tiles_.load(x.dtype, query_at(x, tile, kv_head, g), x.time_stride, int(tile.tokens.size()), width,
+                  dst + g * ld, ld * plan_.group);
+    for (int row = 0; row < plan_.rows(tile); ++row)
+      if (hidden(tile, row)) std::fill_n(dst + row * ld, width, Real(0));
   }
 
   void store_queries(const TensorView& x, const QueryTile& tile, int64_t kv_head, int width, const Real* src,
                      int64_t ld) const {
     for (int g = 0; g < plan_.group; ++g)
-      kernels_.store(x.dtype,
-                     x.mutable_at(tile.batch, tile.tokens.begin - first_query_, kv_head * plan_.group + g),
-                     x.time_stride, int(tile.tokens.size()), width, src + g * ld, ld * plan_.group);
+      tiles_.store(x.dtype, const_cast<void*>(query_at(x, tile, kv_head, g)), x.time_stride,
+                   int(tile.tokens.size()), width, src + g * ld, ld * plan_.group);
   }
 
-  // The block's rows of x as a tile [keys, width] in scratch memory, or where they lie if that is as good.
-  // Rows with nobody there are 0, since a cache may hold anything.
-  Tile<Real> load_keys(const TensorView& x, const QueryTile& tile, const KeyBlock& block, int64_t kv_head,
-                       int width, Real* scratch) const {
+  // The block's rows of x [keys, width], in `scratch` or where they lie if that is as good. Rows with nobody
+  // there are 0, since a cache may hold anything.
+  Packed<Operand> key_rows(const TensorView& x, const QueryTile& tile, const KeyBlock& block, int64_t kv_head,
+                           int width, OperandTile<Operand>& scratch) const {
     const void* source = x.at(tile.batch, block.begin, kv_head);
-    const int64_t* visible_end = plan_.visible_end_of(tile) + block.begin;
-    const bool holes = std::find(visible_end, visible_end + block.keys, 0) != visible_end + block.keys;
-    // Copying pays when the tile is read for many rows: its lines then lie together.
-    if (x.dtype == kReal && width % kTilePad == 0 && !holes && plan_.rows(tile) <= kTilePad)
-      return {static_cast<const Real*>(source), x.time_stride};
-    const int64_t ld = tile_ld(width);
-    kernels_.load(x.dtype, source, x.time_stride, block.keys, width, Real(1), scratch, ld);
-    for (int j = 0; holes && j < block.keys; ++j)
-      if (visible_end[j] == 0) std::fill_n(scratch + j * ld, width, Real(0));
-    return {scratch, ld};
+    if (lies_well(x, tile, width) && !has_holes(tile, block))
+      return {static_cast<const Operand*>(source), x.time_stride / OperandTraits<Operand>::kSummands};
+    scratch.load_rows(x.dtype, source, x.time_stride, block.keys, width);
+    clear_holes(tile, block, scratch, width, /*rows=*/true);
+    return scratch.rows();
+  }
+
+  // ... in columns form.
+  Packed<Operand> key_columns(const TensorView& x, const QueryTile& tile, const KeyBlock& block,
+                              int64_t kv_head, int width, OperandTile<Operand>& scratch) const {
+    if constexpr (kIsReal<Operand>) {
+      return key_rows(x, tile, block, kv_head, width, scratch);
+    } else {
+      scratch.load_columns(x.dtype, x.at(tile.batch, block.begin, kv_head), x.time_stride, block.keys, width);
+      clear_holes(tile, block, scratch, width, /*rows=*/false);
+      return scratch.columns();
+    }
   }
 
   // Where a row stands in a contiguous [B, Hq, Tq].
@@ -96,8 +104,31 @@ class SegmentTiles {
   }
 
  private:
-  static constexpr DType kReal = sizeof(Real) == 8 ? DType::kFloat64 : DType::kFloat32;
-  const TileKernels<Real>& kernels_ = tile_kernels<Real>();
+  const void* query_at(const TensorView& x, const QueryTile& tile, int64_t kv_head, int g) const {
+    return x.at(tile.batch, tile.tokens.begin - first_query_, kv_head * plan_.group + g);
+  }
+
+  // Copying pays when the tile is read for many rows: its lines then lie together.
+  bool lies_well(const TensorView& x, const QueryTile& tile, int width) const {
+    constexpr int kSummands = OperandTraits<Operand>::kSummands;
+    return x.dtype == OperandTraits<Operand>::kDType && width % (kTilePad * kSummands) == 0 &&
+           x.time_stride % kSummands == 0 && plan_.rows(tile) <= kTilePad;
+  }
+
+  bool has_holes(const QueryTile& tile, const KeyBlock& block) const {
+    const int64_t* visible_end = plan_.visible_end_of(tile) + block.begin;
+    return std::find(visible_end, visible_end + block.keys, 0) != visible_end + block.keys;
+  }
+
+  void clear_holes(const QueryTile& tile, const KeyBlock& block, OperandTile<Operand>& x, int width,
+                   bool rows) const {
+    const int64_t* visible_end = plan_.visible_end_of(tile) + block.begin;
+    for (int j = 0; j < block.keys; ++j)
+      if (visible_end[j] == 0) rows ? x.clear_row(j, width) : x.clear_row_of_columns(j, width);
+  }
+
+  const ProductKernels<Operand>& products_ = product_kernels<Operand>();
+  const TileKernels<Real>& tiles_ = tile_kernels<Real>();
   const SegmentPlan& plan_;
   int64_t first_query_;
 };

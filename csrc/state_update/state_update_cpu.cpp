@@ -43,12 +43,12 @@ void update(const StateUpdateParams& p) {
         std::fill_n(static_cast<char*>(to), query_group * dv * element_bytes(p.dtype), char(0));
         continue;
       }
-      kernels.load(p.dtype, element(p.k, p.dtype, row * p.k_row + key_head * p.k_head), 0, 1, dk, 1, k.get(),
-                   0);
-      kernels.load(p.dtype, element(p.v, p.dtype, row * p.v_row + head * p.v_head), 0, 1, dv, 1, v.get(), 0);
+      kernels.load(p.dtype, element(p.k, p.dtype, row * p.k_row + key_head * p.k_head), 0, 1, dk, k.get(), 0);
+      kernels.load(p.dtype, element(p.v, p.dtype, row * p.v_row + head * p.v_head), 0, 1, dv, v.get(), 0);
       for (int64_t g = 0; g < query_group; ++g)
         kernels.load(p.dtype, element(p.q, p.dtype, row * p.q_row + (first_query + g) * p.q_head), 0, 1, dk,
-                     Real(p.scale), q.get() + g * dk, 0);
+                     q.get() + g * dk, 0);
+      kernels.axpby(query_group * dk, Real(p.scale), q.get(), 0, q.get(), q.get());
       Real* running = static_cast<Real*>(p.states) + (slot * p.value_heads + head) * state_size;
       const Real decay = log_decay ? std::exp(log_decay[row * p.value_heads + head]) : Real(1);
       kernels.update_read(dk, dv, decay, k.get(), v.get(), running, int(query_group), q.get(), out.get());
