@@ -224,34 +224,39 @@ void with_format(DType dtype, F&& f) {
   }
 }
 
+// Row by row in functions of their own: stores through vectors may alias anything that a lambda has captured.
+template <class Format, class Real>
+inline void load_row(const typename Format::Storage* src, int cols, Real* dst) {
+  int j = 0;
+  if constexpr (sizeof(Real) == sizeof(float))
+    for (; j + kLanes<float> <= cols; j += kLanes<float>) store_vec(dst + j, Format::load(src + j));
+  for (; j < cols; ++j) dst[j] = Real(Format::of(src[j]));
+  for (; j < padded(cols); ++j) dst[j] = 0;
+}
+
+template <class Format, class Real>
+inline void store_row(const Real* src, int cols, typename Format::Storage* dst) {
+  int j = 0;
+  if constexpr (sizeof(Real) == sizeof(float))
+    for (; j + kLanes<float> <= cols; j += kLanes<float>) Format::store(dst + j, load_vec(src + j));
+  for (; j < cols; ++j) dst[j] = Format::from(src[j]);
+}
+
 template <class Real>
 void load(DType dtype, const void* src, int64_t src_stride, int rows, int cols, Real* dst, int64_t ld) {
-  with_format(dtype, [&](auto format) {
+  with_format(dtype, [=](auto format) {
     using Format = decltype(format);
-    for (int i = 0; i < rows; ++i) {
-      const auto* from = static_cast<const typename Format::Storage*>(src) + i * src_stride;
-      Real* to = dst + i * ld;
-      int j = 0;
-      if constexpr (sizeof(Real) == sizeof(float))
-        for (; j + kLanes<float> <= cols; j += kLanes<float>) store_vec(to + j, Format::load(from + j));
-      for (; j < cols; ++j) to[j] = Real(Format::of(from[j]));
-      for (; j < padded(cols); ++j) to[j] = 0;
-    }
+    const auto* from = static_cast<const typename Format::Storage*>(src);
+    for (int i = 0; i < rows; ++i) load_row<Format>(from + i * src_stride, cols, dst + i * ld);
   });
 }
 
 template <class Real>
 void store(DType dtype, void* dst, int64_t dst_stride, int rows, int cols, const Real* src, int64_t ld) {
-  with_format(dtype, [&](auto format) {
+  with_format(dtype, [=](auto format) {
     using Format = decltype(format);
-    for (int i = 0; i < rows; ++i) {
-      auto* to = static_cast<typename Format::Storage*>(dst) + i * dst_stride;
-      const Real* from = src + i * ld;
-      int j = 0;
-      if constexpr (sizeof(Real) == sizeof(float))
-        for (; j + kLanes<float> <= cols; j += kLanes<float>) Format::store(to + j, load_vec(from + j));
-      for (; j < cols; ++j) to[j] = Format::from(from[j]);
-    }
+    auto* to = static_cast<typename Format::Storage*>(dst);
+    for (int i = 0; i < rows; ++i) store_row<Format>(src + i * ld, cols, to + i * dst_stride);
   });
 }
 
@@ -296,44 +301,57 @@ struct Packing<BFloat16Pair> {
 
   static void rows(DType dtype, const void* src, int64_t src_stride, int rows, int cols, BFloat16Pair* dst,
                    int64_t ld) {
-    const int pairs = depth<BFloat16Pair>(cols), whole = cols / (2 * kWidth) * (2 * kWidth);
     for (int i = 0; i < rows; ++i) {
       uint16_t* to = reinterpret_cast<uint16_t*>(dst + i * ld);
-      int j = 0;
-      if (dtype == DType::kBFloat16) {
-        const uint16_t* from = static_cast<const uint16_t*>(src) + i * src_stride;
-        for (; j < whole; j += 2 * kWidth)
-          _mm512_storeu_si512(to + j, _mm512_loadu_si512(reinterpret_cast<const __m512i*>(from + j)));
-        for (; j < cols; ++j) to[j] = from[j];
-      } else {
-        const float* from = static_cast<const float*>(src) + i * src_stride;
-        for (; j < whole; j += 2 * kWidth)
-          _mm512_storeu_si512(to + j, bit_cast<__m512i>(_mm512_cvtne2ps_pbh(load_vec(from + j + kWidth),
-                                                                            load_vec(from + j))));
-        for (; j < cols; ++j) to[j] = float_to_bf16(from[j]);
-      }
-      for (; j < 2 * padded(pairs); ++j) to[j] = 0;
+      if (dtype == DType::kBFloat16)
+        row(static_cast<const uint16_t*>(src) + i * src_stride, cols, to);
+      else
+        row(static_cast<const float*>(src) + i * src_stride, cols, to);
+      for (int j = cols; j < 2 * padded(depth<BFloat16Pair>(cols)); ++j) to[j] = 0;
     }
   }
 
   static void columns(DType dtype, const void* src, int64_t src_stride, int rows, int cols, BFloat16Pair* dst,
                       int64_t ld) {
-    with_format(dtype, [&](auto format) {
+    with_format(dtype, [=](auto format) {
       using Format = decltype(format);
       const auto* from = static_cast<const typename Format::Storage*>(src);
-      for (int i = 0; i < rows; i += 2, from += 2 * src_stride) {
-        BFloat16Pair* to = dst + i / 2 * ld;
-        const auto* below = from + src_stride;
-        const bool both = i + 1 < rows;
-        int j = 0;
-        for (; both && j + kWidth <= cols; j += kWidth)
-          *reinterpret_cast<Bits*>(to + j) = load_pairs<Format>(from + j, below + j);
-        for (; j < cols; ++j)
-          to[j] = {float_to_bf16(float(Format::of(from[j]))),
-                   both ? float_to_bf16(float(Format::of(below[j]))) : uint16_t(0)};
-        for (; j < padded(cols); ++j) to[j] = {0, 0};
-      }
+      for (int i = 0; i + 1 < rows; i += 2)
+        two_rows<Format>(from + i * src_stride, from + (i + 1) * src_stride, cols, dst + i / 2 * ld);
+      if (rows % 2) last_row<Format>(from + (rows - 1) * src_stride, cols, dst + rows / 2 * ld);
     });
+  }
+
+ private:
+  static void row(const uint16_t* src, int cols, uint16_t* dst) {
+    int j = 0;
+    for (; j + 2 * kWidth <= cols; j += 2 * kWidth)
+      _mm512_storeu_si512(dst + j, _mm512_loadu_si512(reinterpret_cast<const __m512i*>(src + j)));
+    for (; j < cols; ++j) dst[j] = src[j];
+  }
+  static void row(const float* src, int cols, uint16_t* dst) {
+    int j = 0;
+    for (; j + 2 * kWidth <= cols; j += 2 * kWidth)
+      _mm512_storeu_si512(
+          dst + j, bit_cast<__m512i>(_mm512_cvtne2ps_pbh(load_vec(src + j + kWidth), load_vec(src + j))));
+    for (; j < cols; ++j) dst[j] = float_to_bf16(src[j]);
+  }
+
+  template <class Format>
+  static void two_rows(const typename Format::Storage* even, const typename Format::Storage* odd, int cols,
+                       BFloat16Pair* dst) {
+    int j = 0;
+    for (; j + kWidth <= cols; j += kWidth)
+      *reinterpret_cast<Bits*>(dst + j) = load_pairs<Format>(even + j, odd + j);
+    for (; j < cols; ++j)
+      dst[j] = {float_to_bf16(float(Format::of(even[j]))), float_to_bf16(float(Format::of(odd[j])))};
+    for (; j < padded(cols); ++j) dst[j] = {0, 0};
+  }
+  template <class Format>
+  static void last_row(const typename Format::Storage* even, int cols, BFloat16Pair* dst) {
+    int j = 0;
+    for (; j < cols; ++j) dst[j] = {float_to_bf16(float(Format::of(even[j]))), 0};
+    for (; j < padded(cols); ++j) dst[j] = {0, 0};
   }
 };
 #endif

@@ -20,6 +20,7 @@
 
 #include <algorithm>
 
+#include "common/huge_pages.h"
 #include "linear_attention/carry.h"
 #include "linear_attention/linear_attention.h"
 #include "linear_attention/linear_tiles.h"
@@ -495,6 +496,10 @@ void backward(const LinearAttentionBackwardParams& p) {
 }  // namespace
 
 void linear_attention_backward_cpu(const LinearAttentionBackwardParams& p) {
+  const int64_t row_bytes = p.batch * p.tokens * element_bytes(p.dtype);
+  prefer_huge_pages(p.grad_q, row_bytes * p.query_heads * p.key_width);
+  prefer_huge_pages(p.grad_k, row_bytes * p.key_heads * p.key_width);
+  prefer_huge_pages(p.grad_v, row_bytes * p.value_heads * p.value_width);
   if (p.dtype == DType::kFloat64) return backward<double>(p);
   // The gradient of log_decay is a sum of differences, which products of rounded states would drown.
   const bool pairs = p.dtype == DType::kBFloat16 && has_bfloat16_products() && !p.log_decay.data;

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 
+#include "common/huge_pages.h"
 #include "linear_attention/carry.h"
 #include "linear_attention/linear_attention.h"
 #include "linear_attention/linear_tiles.h"
@@ -17,11 +18,30 @@
 namespace statecore {
 namespace {
 
-constexpr int64_t kValueBlock = 4;  // value heads of a group (GVA) that one unit takes
+constexpr int64_t kUnitStates = 4;  // as many as stay in the L2 cache beside their tiles
 
-int64_t value_blocks(const LinearAttentionInputs& p) {
-  return (p.value_heads / p.key_heads + kValueBlock - 1) / kValueBlock;
-}
+// A unit takes some value heads: those of some key heads, or some of one key head (GVA). Which ones has no influence
+// on results, so that it may depend on the number of threads.
+struct Units {
+  Units(const LinearAttentionInputs& p, int64_t threads) : group(p.value_heads / p.key_heads) {
+    if (group > 1) {
+      heads = std::min(group, kUnitStates);
+      a_group = (group + heads - 1) / heads;
+      count = p.key_heads * a_group;
+    } else {
+      heads = std::clamp<int64_t>(p.sequences * p.key_heads / threads, 1, kUnitStates);
+      count = (p.key_heads + heads - 1) / heads;
+    }
+  }
+  // Value heads of a unit.
+  Range operator[](int64_t unit) const {
+    if (group == 1) return {unit * heads, std::min(unit * heads + heads, count * heads)};
+    const int64_t key_head = unit / a_group, begin = key_head * group + unit % a_group * heads;
+    return {begin, std::min(begin + heads, (key_head + 1) * group)};
+  }
+
+  int64_t group, heads, a_group = 1, count;
+};
 
 template <class Operand>
 class ForwardSweep {
@@ -29,19 +49,19 @@ class ForwardSweep {
   using Real = RealOf<Operand>;
   static constexpr bool kBackwards = false;
 
-  ForwardSweep(const LinearAttentionParams& p, const LinearPlan& plan) : p_(p), plan_(plan) {}
+  ForwardSweep(const LinearAttentionParams& p, const LinearPlan& plan, const Units& units)
+      : p_(p), plan_(plan), units_(units) {}
 
-  int64_t units() const { return p_.key_heads * value_blocks(p_); }
+  int64_t units() const { return units_.count; }
   int64_t states() const { return p_.states; }
-  int64_t state_size() const { return std::min(value_group_, kValueBlock) * head_size_; }
+  int64_t state_size() const { return units_.heads * head_size_; }
 
   void select(int64_t item) {
-    const int64_t blocks = value_blocks(p_), unit = item % units();
-    n_ = item / units();
+    n_ = item / units_.count;
     row_ = plan_.sequences[n_].row;
-    key_head_ = unit / blocks;
-    first_value_ = key_head_ * value_group_ + unit % blocks * kValueBlock;
-    end_value_ = std::min((key_head_ + 1) * value_group_, first_value_ + kValueBlock);
+    const Range heads = units_[item % units_.count];
+    first_value_ = heads.begin, end_value_ = std::min(heads.end, p_.value_heads);
+    first_key_ = first_value_ / value_group_, end_key_ = (end_value_ - 1) / value_group_ + 1;
   }
 
   void start(Real* base) {
@@ -65,9 +85,10 @@ class ForwardSweep {
     for (int64_t h = first_value_; h < end_value_; ++h)
       state_[h - first_value_].begin(head_size_, nullptr, state_of(sums, h));
     each_chunk(segment, [&](const TokenChunk& chunk) {
-      k_.load_columns(p_.dtype, rows_of(p_.k, chunk, key_head_), p_.k.time, chunk.length, dk_);
+      k_.load_columns(p_.k, p_.dtype, row_, chunk, first_key_, end_key_ - first_key_);
+      v_.load_columns(p_.v, p_.dtype, row_, chunk, first_value_, end_value_ - first_value_);
       for (int64_t h = first_value_; h < end_value_; ++h) {
-        load_values(chunk, h);
+        if (decays_) decay_.set(p_, row_, chunk, h);
         absorb(chunk, h);
       }
     });
@@ -77,13 +98,18 @@ class ForwardSweep {
     for (int64_t h = first_value_; h < end_value_; ++h)
       state_[h - first_value_].begin(head_size_, state_of(base, h), sums ? state_of(sums, h) : nullptr);
     each_chunk(segment, [&](const TokenChunk& chunk) {
-      k_.load(p_.dtype, rows_of(p_.k, chunk, key_head_), p_.k.time, chunk.length, dk_);
-      k_.transpose(chunk.length, dk_, k_transposed_.get(), kTransposedLd);
+      q_.load_rows(p_.q, p_.dtype, row_, chunk, first_key_ * query_group_, (end_key_ - first_key_) * query_group_);
+      k_.load_rows(p_.k, p_.dtype, row_, chunk, first_key_, end_key_ - first_key_);
+      v_.load_columns(p_.v, p_.dtype, row_, chunk, first_value_, end_value_ - first_value_);
       for (int64_t h = first_value_; h < end_value_; ++h) {
-        load_values(chunk, h);
+        if (h == first_value_ || value_group_ == 1) {
+          k_.pack_columns(key_of(h), chunk.length);
+          k_.transpose(key_of(h), chunk.length, k_transposed_.get(), kTransposedLd);
+        }
+        if (decays_) decay_.set(p_, row_, chunk, h);
         const Packed<Operand> state =
             state_packing_.columns(state_[h - first_value_].value(running_.get()), v_ld_, dk_, dv_);
-        for (int64_t g = 0; g < query_group_; ++g) attend(chunk, h, key_head_ * query_group_ + g, state);
+        for (int64_t g = 0; g < query_group_; ++g) attend(chunk, h, key_of(h) * query_group_ + g, state);
         absorb(chunk, h);
       }
     });
@@ -113,37 +139,30 @@ class ForwardSweep {
         f(chunk);
         continue;
       }
-      for (int64_t g = 0; g < query_group_; ++g) {
-        zero_rows(out_, p_.dtype, row_, chunk, key_head_ * query_group_ + g, dv_);
-        if (p_.gated_out) zero_rows(gated_out_, p_.dtype, row_, chunk, key_head_ * query_group_ + g, dv_);
+      for (int64_t head = first_key_ * query_group_; head < end_key_ * query_group_; ++head) {
+        zero_rows(out_, p_.dtype, row_, chunk, head, dv_);
+        if (p_.gated_out) zero_rows(gated_out_, p_.dtype, row_, chunk, head, dv_);
       }
     }
   }
 
-  void load_values(const TokenChunk& chunk, int64_t h) {
-    v_.load_columns(p_.dtype, rows_of(p_.v, chunk, h), p_.v.time, chunk.length, dv_);
-    if (decays_) decay_.set(p_, row_, chunk, h);
-  }
-
-  // Results of one query head. The scores are those of its first value head.
-  void attend(const TokenChunk& chunk, int64_t h, int64_t query_head, Packed<Operand> state) {
+  // Results of one query head, the i-th of the unit. The scores are those of its first value head.
+  void attend(const TokenChunk& chunk, int64_t h, int64_t i, Packed<Operand> state) {
     const int length = chunk.length;
     const Real scale = Real(p_.scale);
     Real* out = out_tile_.get();
-    if (h == first_value_ || query_group_ > 1) {
-      q_.load_rows(p_.dtype, rows_of(p_.q, chunk, query_head), p_.q.time, length, dk_);
-      scores_.product(length, dk_, scale, q_.rows(), {k_transposed_.get(), kTransposedLd});
-    }
-    multiply(length, dv_, dk_, scale, as_is(q_.rows()), state, out, v_ld_, false);
+    if (h == first_value_ || value_group_ == 1)
+      scores_.product(length, dk_, scale, q_.rows(i), {k_transposed_.get(), kTransposedLd});
+    multiply(length, dv_, dk_, scale, as_is(q_.rows(i)), state, out, v_ld_, false);
     LowerTriangle<Operand>* weights = &scores_;
     if (decays_) {
       tiles_.scale_rows(length, dv_, decay_.from_start(), out, v_ld_);
       decayed_.weigh(length, decay_.weights(), decay_.kLd, scores_);
       weights = &decayed_;
     }
-    weights->add_times(length, dv_, v_.columns(), out, v_ld_);
+    weights->add_times(length, dv_, v_.columns(h - first_value_), out, v_ld_);
 
-    const int64_t head = std::max(h, query_head);
+    const int64_t head = std::max(h, first_key_ * query_group_ + i);
     tiles_.store(p_.dtype, writable(rows_of(out_, chunk, head)), out_.time, length, dv_, out, v_ld_);
     if (!p_.gated_out) return;
     tiles_.load(p_.dtype, rows_of(segment_out_, chunk, head), segment_out_.time, length, dv_,
@@ -161,12 +180,14 @@ class ForwardSweep {
     if (decays_) {
       tiles_.load(p_.dtype, rows_of(p_.v, chunk, h), p_.v.time, length, dv_, out_tile_.get(), v_ld_);
       tiles_.scale_rows(length, dv_, decay_.to_end(), out_tile_.get(), v_ld_);
-      exact_sum_.add(dk_, dv_, length, 1, k_.columns(), out_tile_.get(), v_ld_, state, v_ld_);
+      exact_sum_.add(dk_, dv_, length, 1, k_.columns(key_of(h)), out_tile_.get(), v_ld_, state, v_ld_);
     } else {
-      multiply(dk_, dv_, length, Real(1), transposed(k_.columns()), v_.columns(), state, v_ld_, true);
+      multiply(dk_, dv_, length, Real(1), transposed(k_.columns(key_of(h))), v_.columns(h - first_value_), state, v_ld_,
+               true);
     }
   }
 
+  int64_t key_of(int64_t h) const { return h / value_group_ - first_key_; }  // among those of the unit
   const void* rows_of(const HeadsView& x, const TokenChunk& chunk, int64_t head) const {
     return head_at(x, p_.dtype, row_, chunk.begin, head);
   }
@@ -179,6 +200,7 @@ class ForwardSweep {
   static constexpr int kLength = kChunk<Operand>, kTransposedLd = tile_ld(kLength);
   const LinearAttentionParams& p_;
   const LinearPlan& plan_;
+  const Units& units_;
   const TileKernels<Real>& tiles_ = tile_kernels<Real>();
   const bool decays_ = p_.log_decay.data != nullptr;
   const int dk_ = int(p_.key_width), dv_ = int(p_.value_width);
@@ -188,7 +210,8 @@ class ForwardSweep {
   const HeadsView out_ = dense(p_.out, p_.tokens, out_heads_, dv_);
   const HeadsView segment_out_ = dense(p_.segment_out, p_.tokens, out_heads_, dv_);
   const HeadsView gated_out_ = dense(p_.gated_out, p_.tokens, out_heads_, dv_);
-  OperandTile<Operand> q_{kLength, dk_}, k_{kLength, dk_}, v_{kLength, dv_};
+  const int64_t key_heads_ = value_group_ == 1 ? units_.heads : 1;  // at most, of a unit
+  HeadTiles<Operand> q_{key_heads_ * query_group_, dk_}, k_{key_heads_, dk_}, v_{units_.heads, dv_};
   Scratch<Operand> k_transposed_ = make_scratch<Operand>(depth<Operand>(dk_) * kTransposedLd);
   Scratch<Real> out_tile_ = make_scratch<Real>(kLength * v_ld_);
   Scratch<Real> base_tile_ = make_scratch<Real>(p_.gated_out ? kLength * v_ld_ : 0);
@@ -197,21 +220,26 @@ class ForwardSweep {
   ResultPacking<Operand> state_packing_{dk_, dv_};
   ExactSum<Operand> exact_sum_{kLength, dv_};
   ChunkDecay<Real> decay_;
-  std::array<RunningState<Real>, kValueBlock> state_;
+  std::array<RunningState<Real>, kUnitStates> state_;
   Scratch<Real> running_ = make_scratch<Real>(plan_.summed ? head_size_ : 0);
-  int64_t n_ = 0, row_ = 0, key_head_ = 0, first_value_ = 0, end_value_ = 0;
+  int64_t n_ = 0, row_ = 0, first_key_ = 0, end_key_ = 0, first_value_ = 0, end_value_ = 0;
 };
 
 template <class Operand>
 void forward(const LinearAttentionParams& p) {
   const LinearPlan plan = plan_linear(p, kChunk<Operand>);
-  carry<RealOf<Operand>>(plan, p.key_heads * value_blocks(p), state_multiply_adds(p),
-                         [&] { return ForwardSweep<Operand>(p, plan); });
+  const Units units(p, thread_count());
+  carry<RealOf<Operand>>(plan, units.count, state_multiply_adds(p),
+                         [&] { return ForwardSweep<Operand>(p, plan, units); });
 }
 
 }  // namespace
 
 void linear_attention_cpu(const LinearAttentionParams& p) {
+  const int64_t out_bytes =
+      p.batch * p.tokens * std::max(p.query_heads, p.value_heads) * p.value_width * element_bytes(p.dtype);
+  prefer_huge_pages(p.out, out_bytes);
+  if (p.gated_out) prefer_huge_pages(p.gated_out, out_bytes);
   if (p.dtype == DType::kFloat64) return forward<double>(p);
   if (p.dtype == DType::kBFloat16 && has_bfloat16_products()) return forward<BFloat16Pair>(p);
   forward<float>(p);

@@ -60,6 +60,66 @@ Scratch<Real> zeroed(int64_t elements) {
   return memory;
 }
 
+// A chunk of several heads, loaded together: where they lie side by side, memory is read in longer runs.
+template <class Operand>
+class HeadTiles {
+ public:
+  HeadTiles(int64_t heads, int width)
+      : width_(width),
+        rows_offset_(padded(depth<Operand>(width))),
+        columns_offset_(padded(width)),
+        rows_ld_(tile_ld(heads * rows_offset_)),
+        columns_ld_(tile_ld(heads * columns_offset_)),
+        rows_(make_scratch<Operand>(kChunk<Operand> * rows_ld_)),
+        columns_(make_scratch<Operand>(kIsReal<Operand> ? 0 : depth<Operand>(kChunk<Operand>) * columns_ld_)) {}
+
+  void load_rows(const HeadsView& x, DType dtype, int64_t row, const TokenChunk& chunk, int64_t first, int64_t heads) {
+    load(x, dtype, row, chunk, first, heads, kernels_.pack_rows, rows_.get(), rows_offset_, rows_ld_);
+  }
+  void load_columns(const HeadsView& x, DType dtype, int64_t row, const TokenChunk& chunk, int64_t first,
+                    int64_t heads) {
+    if constexpr (kIsReal<Operand>)
+      load_rows(x, dtype, row, chunk, first, heads);
+    else
+      load(x, dtype, row, chunk, first, heads, kernels_.pack_columns, columns_.get(), columns_offset_, columns_ld_);
+  }
+  // columns() of the i-th of the heads that load_rows() took, from its rows().
+  void pack_columns(int64_t i, int length) {
+    if constexpr (!kIsReal<Operand>)
+      kernels_.pack_columns(kDType, rows(i).data, rows_ld_ * kSummands, length, width_,
+                            columns_.get() + i * columns_offset_, columns_ld_);
+  }
+  void transpose(int64_t i, int length, Operand* dst, int64_t ld) const {
+    kernels_.pack_transposed(kDType, rows(i).data, rows_ld_ * kSummands, length, width_, dst, ld);
+  }
+
+  Packed<Operand> rows(int64_t i) const { return {rows_.get() + i * rows_offset_, rows_ld_}; }
+  Packed<Operand> columns(int64_t i) const {
+    if constexpr (kIsReal<Operand>)
+      return rows(i);
+    else
+      return {columns_.get() + i * columns_offset_, columns_ld_};
+  }
+
+ private:
+  static constexpr DType kDType = OperandTraits<Operand>::kDType;
+  static constexpr int kSummands = OperandTraits<Operand>::kSummands;
+  using Pack = decltype(ProductKernels<Operand>::pack_rows);
+
+  void load(const HeadsView& x, DType dtype, int64_t row, const TokenChunk& chunk, int64_t first, int64_t heads,
+            Pack pack, Operand* dst, int64_t offset, int64_t ld) const {
+    const bool together = x.head == width_ && width_ % (kTilePad * kSummands) == 0;
+    for (int64_t i = 0; i < heads; i += together ? heads : 1)
+      pack(dtype, head_at(x, dtype, row, chunk.begin, first + i), x.time, chunk.length,
+           together ? int(heads) * width_ : width_, dst + i * offset, ld);
+  }
+
+  const ProductKernels<Operand>& kernels_ = product_kernels<Operand>();
+  int width_;
+  int64_t rows_offset_, columns_offset_, rows_ld_, columns_ld_;
+  Scratch<Operand> rows_, columns_;
+};
+
 // ---- lower triangles -----------------------------------------------------------------------------------
 
 // Scores of the tokens of a chunk with each other, [i, j] for j <= i; the rest is 0 in the 16 rows around the

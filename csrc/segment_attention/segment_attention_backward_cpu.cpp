@@ -8,6 +8,7 @@
 // added in order. How sequences are cut into runs depends on shapes and ids only, so no result depends on the
 // number of threads.
 
+#include "common/huge_pages.h"
 #include "segment_attention/segment_tiles.h"
 
 namespace statecore {
@@ -311,7 +312,12 @@ void backward(const SegmentAttentionBackwardParams& params) {
 }  // namespace
 
 void segment_attention_backward_cpu(const SegmentAttentionBackwardParams& params) {
-  const DType dtype = params.forward.dtype;
+  const SegmentAttentionParams& p = params.forward;
+  const DType dtype = p.dtype;
+  const int64_t key_bytes = p.batch * p.keys * p.kv_heads * element_bytes(dtype);
+  prefer_huge_pages(params.grad_q, p.batch * p.queries * p.query_heads * p.key_width * element_bytes(dtype));
+  prefer_huge_pages(params.grad_k, key_bytes * p.key_width);
+  prefer_huge_pages(params.grad_v, key_bytes * p.value_width);
   if (dtype == DType::kFloat64) return backward<double>(params);
   if (dtype == DType::kBFloat16 && has_bfloat16_products()) return backward<BFloat16Pair>(params);
   backward<float>(params);

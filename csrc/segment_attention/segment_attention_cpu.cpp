@@ -6,6 +6,7 @@
 
 #include <cmath>
 
+#include "common/huge_pages.h"
 #include "segment_attention/segment_tiles.h"
 
 namespace statecore {
@@ -120,6 +121,8 @@ void forward(const SegmentAttentionParams& params, const SegmentPlan& plan) {
 }  // namespace
 
 void segment_attention_cpu(const SegmentAttentionParams& params) {
+  prefer_huge_pages(params.out, params.batch * params.queries * params.query_heads * params.value_width *
+                                    element_bytes(params.out_dtype));
   const SegmentPlan plan = plan_segments(params);
   if (params.dtype == DType::kFloat64)
     forward<double>(params, plan);
