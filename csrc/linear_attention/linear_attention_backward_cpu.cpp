@@ -16,7 +16,7 @@
 // state. Kept apart, the two kinds leave nothing large to cancel where the decay is strong. It starts from
 // <S, dS> of the final state.
 //
-// A unit is one key head with all the heads that share it.
+// A unit is one key head with all the heads that share it, or some key heads where nothing is shared by value heads.
 
 #include <algorithm>
 
@@ -28,6 +28,8 @@
 
 namespace statecore {
 namespace {
+
+constexpr int64_t kUnitHeads = 4;  // key heads whose states stay in the L2 cache beside their tiles
 
 // What both sweeps of all threads know of one call.
 template <class Operand>
@@ -55,6 +57,10 @@ struct Call {
   const int dk = int(p.key_width), dv = int(p.value_width);
   const int64_t k_ld = tile_ld(dk), v_ld = tile_ld(dv);
   const int64_t query_group = p.query_heads / p.key_heads, value_group = p.value_heads / p.key_heads;
+  // Key heads of a unit: without influence on results, so that it may depend on the number of threads.
+  const int64_t unit_heads =
+      value_group > 1 ? 1 : std::clamp<int64_t>(p.sequences * p.key_heads / thread_count(), 1, kUnitHeads);
+  const int64_t units = (p.key_heads + unit_heads - 1) / unit_heads;
   const HeadsView grad_q = dense(p.grad_q, p.tokens, p.query_heads, dk);
   const HeadsView grad_k = dense(p.grad_k, p.tokens, p.key_heads, dk);
   const HeadsView grad_v = dense(p.grad_v, p.tokens, p.value_heads, dv);
@@ -69,26 +75,27 @@ class Sweep {
 
   Sweep(Call<Operand>& call, int64_t head_size) : call_(call), head_size_(head_size) {}
 
-  int64_t units() const { return p_.key_heads; }
+  int64_t units() const { return call_.units; }
   int64_t states() const { return p_.states; }
-  int64_t state_size() const { return call_.value_group * head_size_; }
+  int64_t state_size() const { return call_.unit_heads * call_.value_group * head_size_; }
 
   void select(int64_t item) {
-    n_ = item / p_.key_heads;
-    key_head_ = item % p_.key_heads;
+    n_ = item / call_.units;
     row_ = call_.plan.sequences[n_].row;
+    first_key_ = item % call_.units * call_.unit_heads;
+    key_heads_ = std::min(call_.unit_heads, p_.key_heads - first_key_);
   }
 
  protected:
   void begin(Real* base, Real* sums) {
-    for (int64_t h = 0; h < call_.value_group; ++h)
+    for (int64_t h = 0; h < value_heads(); ++h)
       state_[h].begin(head_size_, base ? base + h * head_size_ : nullptr,
                       sums ? sums + h * head_size_ : nullptr);
   }
 
   void add_segments(const CarrySegment& segment, Real* base, const Real* sums) {
     if (!sums) return;
-    for (int64_t h = 0; h < call_.value_group; ++h)
+    for (int64_t h = 0; h < value_heads(); ++h)
       add_segment(head_size_, segment_log_decay<Real>(p_, call_.plan, segment, row_, value_head(h)),
                   base + h * head_size_, sums + h * head_size_);
   }
@@ -99,12 +106,12 @@ class Sweep {
     const Real* sum = tile;
     if (call_.value_group > 1) {
       sum = group_sum_.get();
-      if (h == 0)
+      if (first_of_group(h))
         std::copy_n(tile, chunk.length * call_.k_ld, group_sum_.get());
       else
         tiles_.axpby(chunk.length * call_.k_ld, 1, sum, 1, tile, group_sum_.get());
     }
-    if (h == call_.value_group - 1)
+    if (first_of_group(h + 1))
       tiles_.store(p_.dtype, writable(rows_of(to, chunk, head)), to.time, chunk.length, call_.dk, sum,
                    call_.k_ld);
   }
@@ -116,8 +123,18 @@ class Sweep {
                  int64_t ld) {
     tiles_.load(p_.dtype, rows_of(x, chunk, head), x.time, chunk.length, width, tile, ld);
   }
-  int64_t value_head(int64_t h) const { return key_head_ * call_.value_group + h; }
-  int64_t query_head(int64_t g) const { return key_head_ * call_.query_group + g; }
+  // Heads are counted within the unit: value heads h, key heads key_of(h), query heads query_of(h, g), and out_of(h,
+  // g), which read what h holds. first_... is where those of the unit begin.
+  int64_t value_heads() const { return key_heads_ * call_.value_group; }
+  int64_t query_heads() const { return key_heads_ * call_.query_group; }
+  int64_t key_of(int64_t h) const { return h / call_.value_group; }
+  int64_t query_of(int64_t h, int64_t g) const { return key_of(h) * call_.query_group + g; }
+  int64_t out_of(int64_t h, int64_t g) const { return std::max(h, query_of(h, g)); }
+  int64_t first_value() const { return first_key_ * call_.value_group; }
+  int64_t first_query() const { return first_key_ * call_.query_group; }
+  int64_t first_out() const { return std::max(first_value(), first_query()); }
+  int64_t value_head(int64_t h) const { return first_value() + h; }
+  bool first_of_group(int64_t h) const { return h % call_.value_group == 0; }
 
   static constexpr DType kReal = OperandTraits<Real>::kDType;
   static constexpr int kLength = kChunk<Operand>, kTransposedLd = tile_ld(kLength);
@@ -128,14 +145,17 @@ class Sweep {
   const int64_t head_size_;
   const Real* alpha_ = static_cast<const Real*>(p_.alpha);
   const Real scale_ = Real(p_.scale);
-  std::vector<RunningState<Real>> state_{size_t(call_.value_group)};
+  const int64_t max_values_ = call_.unit_heads * call_.value_group;  // heads of a unit, at most
+  const int64_t max_queries_ = call_.unit_heads * call_.query_group;
+  std::vector<RunningState<Real>> state_ = std::vector<RunningState<Real>>(max_values_);
   Scratch<Real> running_ = make_scratch<Real>(call_.plan.summed ? head_size_ : 0);
   Scratch<Real> group_sum_ = make_scratch<Real>(call_.value_group > 1 ? kLength * call_.k_ld : 0);
-  OperandTile<Operand> q_{kLength, dk_}, k_{kLength, dk_}, v_{kLength, dv_}, grad_out_{kLength, dv_};
+  HeadTiles<Operand> k_{call_.unit_heads, dk_}, v_{max_values_, dv_};
+  HeadTiles<Operand> grad_out_{std::max(max_values_, max_queries_), dv_};
   Scratch<Operand> v_transposed_ = make_scratch<Operand>(depth<Operand>(dv_) * kTransposedLd);
   LowerTriangle<Operand> grad_scores_;
   ChunkDecay<Real> decay_;
-  int64_t n_ = 0, key_head_ = 0, row_ = 0;
+  int64_t n_ = 0, first_key_ = 0, key_heads_ = 0, row_ = 0;
 };
 
 // dq, zeros for padding; for the decays what q reads through the state, and <S, dS> of the final state. The
@@ -151,7 +171,7 @@ class ForwardsSweep : public Sweep<Operand> {
 
   void start(Real* base) {
     for (int64_t s = 0; s < p_.states; ++s)
-      for (int64_t h = 0; h < call_.value_group; ++h) {
+      for (int64_t h = 0; h < this->value_heads(); ++h) {
         Real* to = base + s * this->state_size() + h * head_size_;
         if (p_.initial_states)
           tiles_.load_transposed(kReal, state_at<Real>(p_, p_.initial_states, s, n_, this->value_head(h)),
@@ -170,10 +190,9 @@ class ForwardsSweep : public Sweep<Operand> {
   void add(const CarrySegment& segment, Real* sums) {
     this->begin(nullptr, sums);
     each_chunk(segment, [&](const TokenChunk& chunk) {
-      load_keys(chunk);
-      for (int64_t h = 0; h < call_.value_group; ++h) {
-        v_.load_columns(p_.dtype, this->rows_of(p_.v, chunk, this->value_head(h)), p_.v.time, chunk.length,
-                        dv_);
+      k_.load_columns(p_.k, p_.dtype, row_, chunk, first_key_, key_heads_);
+      v_.load_columns(p_.v, p_.dtype, row_, chunk, this->first_value(), this->value_heads());
+      for (int64_t h = 0; h < this->value_heads(); ++h) {
         if (call_.decays) decay_.set(p_, row_, chunk, this->value_head(h));
         absorb(chunk, h);
       }
@@ -183,10 +202,13 @@ class ForwardsSweep : public Sweep<Operand> {
   void run(const CarrySegment& segment, Real* base, Real* sums) {
     this->begin(base, sums);
     each_chunk(segment, [&](const TokenChunk& chunk) {
-      load_keys(chunk);
-      for (int64_t h = 0; h < call_.value_group; ++h) {
-        v_.load(p_.dtype, this->rows_of(p_.v, chunk, this->value_head(h)), p_.v.time, chunk.length, dv_);
-        v_.transpose(chunk.length, dv_, v_transposed_.get(), Base::kTransposedLd);
+      k_.load_columns(p_.k, p_.dtype, row_, chunk, first_key_, key_heads_);
+      v_.load_rows(p_.v, p_.dtype, row_, chunk, this->first_value(), this->value_heads());
+      grad_out_.load_rows(p_.grad_out, p_.dtype, row_, chunk, this->first_out(),
+                          std::max(this->value_heads(), this->query_heads()));
+      for (int64_t h = 0; h < this->value_heads(); ++h) {
+        v_.pack_columns(h, chunk.length);
+        v_.transpose(h, chunk.length, v_transposed_.get(), Base::kTransposedLd);
         if (call_.decays) decay_.set(p_, row_, chunk, this->value_head(h));
         const Packed<Operand> state =
             state_packing_.columns(state_[h].value(running_.get()), call_.k_ld, dv_, dk_);
@@ -201,7 +223,7 @@ class ForwardsSweep : public Sweep<Operand> {
   }
 
   void finish(const Real* base) {
-    for (int64_t h = 0; call_.decays && h < call_.value_group; ++h) {
+    for (int64_t h = 0; call_.decays && h < this->value_heads(); ++h) {
       const Real* grad = state_at<Real>(p_, p_.grad_final_states, 0, n_, this->value_head(h));
       double product = 0;
       for (int i = 0; i < dk_; ++i)
@@ -221,37 +243,33 @@ class ForwardsSweep : public Sweep<Operand> {
         f(chunk);
         continue;
       }
-      for (int64_t g = 0; g < call_.query_group; ++g)
-        zero_rows(call_.grad_q, p_.dtype, row_, chunk, this->query_head(g), dk_);
-      zero_rows(call_.grad_k, p_.dtype, row_, chunk, key_head_, dk_);
-      for (int64_t h = 0; h < call_.value_group; ++h)
+      for (int64_t i = 0; i < this->query_heads(); ++i)
+        zero_rows(call_.grad_q, p_.dtype, row_, chunk, this->first_query() + i, dk_);
+      for (int64_t i = 0; i < key_heads_; ++i)
+        zero_rows(call_.grad_k, p_.dtype, row_, chunk, first_key_ + i, dk_);
+      for (int64_t h = 0; h < this->value_heads(); ++h)
         zero_rows(call_.grad_v, p_.dtype, row_, chunk, this->value_head(h), dv_);
     }
   }
 
-  void load_keys(const TokenChunk& chunk) {
-    k_.load_columns(p_.dtype, this->rows_of(p_.k, chunk, key_head_), p_.k.time, chunk.length, dk_);
-  }
-
   void attend(const TokenChunk& chunk, int64_t h, int64_t g, Packed<Operand> state) {
     const int length = chunk.length;
-    const int64_t head = std::max(this->value_head(h), this->query_head(g));
+    const Packed<Operand> grad_out = grad_out_.rows(this->out_of(h, g));
     Real* grad_q = grad_q_tile_.get();
-    grad_out_.load_rows(p_.dtype, this->rows_of(p_.grad_out, chunk, head), p_.grad_out.time, length, dv_);
-    grad_scores_.product(length, dv_, scale_, grad_out_.rows(), {v_transposed_.get(), Base::kTransposedLd});
-    multiply(length, dk_, dv_, scale_, as_is(grad_out_.rows()), state, grad_q, call_.k_ld, false);
+    grad_scores_.product(length, dv_, scale_, grad_out, {v_transposed_.get(), Base::kTransposedLd});
+    multiply(length, dk_, dv_, scale_, as_is(grad_out), state, grad_q, call_.k_ld, false);
     if (call_.decays) {
       tiles_.scale_rows(length, dk_, decay_.from_start(), grad_q, call_.k_ld);
       grad_scores_.weigh(length, decay_.weights(), decay_.kLd, grad_scores_);
       save_reads(chunk, h, g);
     }
-    grad_scores_.add_times(length, dk_, k_.columns(), grad_q, call_.k_ld);
-    this->add_and_store(call_.grad_q, this->query_head(g), chunk, h, grad_q);
+    grad_scores_.add_times(length, dk_, k_.columns(this->key_of(h)), grad_q, call_.k_ld);
+    this->add_and_store(call_.grad_q, this->first_query() + this->query_of(h, g), chunk, h, grad_q);
   }
 
   void save_reads(const TokenChunk& chunk, int64_t h, int64_t g) {
     std::array<Real, kMaxChunk> products;
-    this->load_real(p_.q, chunk, this->query_head(g), dk_, real_tile_.get(), call_.k_ld);
+    this->load_real(p_.q, chunk, this->first_query() + this->query_of(h, g), dk_, real_tile_.get(), call_.k_ld);
     tiles_.dot_rows(chunk.length, dk_, real_tile_.get(), call_.k_ld, grad_q_tile_.get(), call_.k_ld,
                     products.data());
     for (int i = 0; i < chunk.length; ++i) {
@@ -264,17 +282,18 @@ class ForwardsSweep : public Sweep<Operand> {
     const int length = chunk.length;
     Real* state = state_[h].decayed(call_.decays ? decay_.log_total() : 0);
     if (call_.decays) {
-      this->load_real(p_.k, chunk, key_head_, dk_, real_tile_.get(), call_.k_ld);
+      this->load_real(p_.k, chunk, first_key_ + this->key_of(h), dk_, real_tile_.get(), call_.k_ld);
       tiles_.scale_rows(length, dk_, decay_.to_end(), real_tile_.get(), call_.k_ld);
-      multiply(dv_, dk_, length, Real(1), transposed(v_.columns()),
+      multiply(dv_, dk_, length, Real(1), transposed(v_.columns(h)),
                real_packing_.columns(real_tile_.get(), call_.k_ld, length, dk_), state, call_.k_ld, true);
     } else {
-      multiply(dv_, dk_, length, Real(1), transposed(v_.columns()), k_.columns(), state, call_.k_ld, true);
+      multiply(dv_, dk_, length, Real(1), transposed(v_.columns(h)), k_.columns(this->key_of(h)), state, call_.k_ld,
+               true);
     }
   }
 
   using Base::alpha_, Base::call_, Base::decay_, Base::dk_, Base::dv_, Base::grad_out_, Base::grad_scores_;
-  using Base::head_size_, Base::k_, Base::key_head_, Base::kReal, Base::n_, Base::p_, Base::row_,
+  using Base::first_key_, Base::head_size_, Base::k_, Base::key_heads_, Base::kReal, Base::n_, Base::p_, Base::row_,
       Base::running_;
   using Base::scale_, Base::state_, Base::tiles_, Base::v_, Base::v_transposed_;
   Scratch<Real> grad_q_tile_ = make_scratch<Real>(Base::kLength * call_.k_ld);
@@ -296,7 +315,7 @@ class BackwardsSweep : public Sweep<Operand> {
 
   void start(Real* base) {
     for (int64_t s = 0; s < p_.states; ++s)
-      for (int64_t h = 0; h < call_.value_group; ++h)
+      for (int64_t h = 0; h < this->value_heads(); ++h)
         tiles_.load(kReal, state_at<Real>(p_, p_.grad_final_states, s, n_, this->value_head(h)), dv_, dk_,
                     dv_, base + s * this->state_size() + h * head_size_, call_.v_ld);
   }
@@ -306,15 +325,12 @@ class BackwardsSweep : public Sweep<Operand> {
   void add(const CarrySegment& segment, Real* sums) {
     this->begin(nullptr, sums);
     each_chunk(segment, [&](const TokenChunk& chunk) {
-      for (int64_t h = 0; h < call_.value_group; ++h) {
+      q_.load_columns(p_.q, p_.dtype, row_, chunk, this->first_query(), this->query_heads());
+      grad_out_.load_columns(p_.grad_out, p_.dtype, row_, chunk, this->first_out(), out_heads());
+      for (int64_t h = 0; h < this->value_heads(); ++h) {
         if (call_.decays) decay_.set(p_, row_, chunk, this->value_head(h));
         Real* sum = state_[h].decayed(call_.decays ? decay_.log_total() : 0);
-        for (int64_t g = 0; g < call_.query_group; ++g) {
-          q_.load_columns(p_.dtype, this->rows_of(p_.q, chunk, this->query_head(g)), p_.q.time, chunk.length,
-                          dk_);
-          grad_out_.load_columns(p_.dtype, grad_out_rows(chunk, h, g), p_.grad_out.time, chunk.length, dv_);
-          absorb(chunk, h, g, sum);
-        }
+        for (int64_t g = 0; g < call_.query_group; ++g) absorb(chunk, h, g, sum);
       }
     });
   }
@@ -323,11 +339,15 @@ class BackwardsSweep : public Sweep<Operand> {
     this->begin(base, sums);
     std::fill(flow_.begin(), flow_.end(), 0.0);
     each_chunk(segment, [&](const TokenChunk& chunk) {
-      k_.load_rows(p_.dtype, this->rows_of(p_.k, chunk, key_head_), p_.k.time, chunk.length, dk_);
-      k_.transpose(chunk.length, dk_, k_transposed_.get(), Base::kTransposedLd);
-      for (int64_t h = 0; h < call_.value_group; ++h) {
-        v_.load_rows(p_.dtype, this->rows_of(p_.v, chunk, this->value_head(h)), p_.v.time, chunk.length, dv_);
-        v_.transpose(chunk.length, dv_, v_transposed_.get(), Base::kTransposedLd);
+      const int length = chunk.length;
+      q_.load_rows(p_.q, p_.dtype, row_, chunk, this->first_query(), this->query_heads());
+      k_.load_rows(p_.k, p_.dtype, row_, chunk, first_key_, key_heads_);
+      v_.load_rows(p_.v, p_.dtype, row_, chunk, this->first_value(), this->value_heads());
+      grad_out_.load_rows(p_.grad_out, p_.dtype, row_, chunk, this->first_out(), out_heads());
+      for (int64_t h = 0; h < this->value_heads(); ++h) {
+        if (this->first_of_group(h))
+          k_.transpose(this->key_of(h), length, k_transposed_.get(), Base::kTransposedLd);
+        v_.transpose(h, length, v_transposed_.get(), Base::kTransposedLd);
         if (call_.decays) decay_.set(p_, row_, chunk, this->value_head(h));
         through_state(chunk, h);
         Real* sum = state_[h].decayed(call_.decays ? decay_.log_total() : 0);
@@ -336,12 +356,12 @@ class BackwardsSweep : public Sweep<Operand> {
           absorb(chunk, h, g, sum);
         }
         tiles_.store(p_.dtype, writable(this->rows_of(call_.grad_v, chunk, this->value_head(h))),
-                     call_.grad_v.time, chunk.length, dv_, grad_v_tile_.get(), call_.v_ld);
-        this->add_and_store(call_.grad_k, key_head_, chunk, h, grad_k_tile_.get());
+                     call_.grad_v.time, length, dv_, grad_v_tile_.get(), call_.v_ld);
+        this->add_and_store(call_.grad_k, first_key_ + this->key_of(h), chunk, h, grad_k_tile_.get());
         if (call_.decays) save_flow(chunk, h);
       }
     });
-    for (int64_t h = 0; call_.decays && h < call_.value_group; ++h)
+    for (int64_t h = 0; call_.decays && h < this->value_heads(); ++h)
       call_.segment_flow_at(&segment - call_.plan.segments.data(), this->value_head(h)) = flow_[h];
   }
 
@@ -355,7 +375,7 @@ class BackwardsSweep : public Sweep<Operand> {
   void finish(const Real* base) {
     if (!p_.grad_initial_states) return;
     for (int64_t s = 0; s < p_.states; ++s)
-      for (int64_t h = 0; h < call_.value_group; ++h)
+      for (int64_t h = 0; h < this->value_heads(); ++h)
         tiles_.store(kReal, state_at<Real>(p_, p_.grad_initial_states, s, n_, this->value_head(h)), dv_, dk_,
                      dv_, base + s * this->state_size() + h * head_size_, call_.v_ld);
   }
@@ -367,15 +387,13 @@ class BackwardsSweep : public Sweep<Operand> {
       if (!call_.plan.chunks[c].padding) f(call_.plan.chunks[c]);
   }
 
-  const void* grad_out_rows(const TokenChunk& chunk, int64_t h, int64_t g) const {
-    return this->rows_of(p_.grad_out, chunk, std::max(this->value_head(h), this->query_head(g)));
-  }
+  int64_t out_heads() const { return std::max(this->value_heads(), this->query_heads()); }
 
   // dk and dv through the state after the chunk. dk comes out transposed, which needs no transposed state.
   void through_state(const TokenChunk& chunk, int64_t h) {
     const int length = chunk.length;
     const Real* after = state_[h].value(running_.get());
-    multiply(length, dv_, dk_, Real(1), as_is(k_.rows()), state_packing_.columns(after, call_.v_ld, dk_, dv_),
+    multiply(length, dv_, dk_, Real(1), as_is(k_.rows(this->key_of(h))), state_packing_.columns(after, call_.v_ld, dk_, dv_),
              grad_v_tile_.get(), call_.v_ld, false);
     multiply(dk_, length, dv_, Real(1), as_is(state_packing_.rows(after, call_.v_ld, dk_, dv_)),
              Packed<Operand>{v_transposed_.get(), Base::kTransposedLd}, grad_k_transposed_.get(),
@@ -393,12 +411,13 @@ class BackwardsSweep : public Sweep<Operand> {
 
   void inside_chunk(const TokenChunk& chunk, int64_t h, int64_t g) {
     const int length = chunk.length;
-    if (h == 0 || call_.query_group > 1) {
-      q_.load(p_.dtype, this->rows_of(p_.q, chunk, this->query_head(g)), p_.q.time, length, dk_);
-      scores_.product(length, dk_, scale_, q_.rows(), {k_transposed_.get(), Base::kTransposedLd});
+    const int64_t query = this->query_of(h, g), out = this->out_of(h, g);
+    if (this->first_of_group(h)) {
+      q_.pack_columns(query, length);
+      scores_.product(length, dk_, scale_, q_.rows(query), {k_transposed_.get(), Base::kTransposedLd});
     }
-    grad_out_.load(p_.dtype, grad_out_rows(chunk, h, g), p_.grad_out.time, length, dv_);
-    grad_scores_.product(length, dv_, Real(1), grad_out_.rows(), {v_transposed_.get(), Base::kTransposedLd});
+    grad_out_.pack_columns(out, length);
+    grad_scores_.product(length, dv_, Real(1), grad_out_.rows(out), {v_transposed_.get(), Base::kTransposedLd});
     LowerTriangle<Operand>* weights = &scores_;
     if (call_.decays) {
       decayed_.weigh(length, decay_.weights(), decay_.kLd, scores_);
@@ -406,21 +425,21 @@ class BackwardsSweep : public Sweep<Operand> {
       weights = &decayed_;
       add_chunk_flow(length);
     }
-    weights->add_transposed_times(length, dv_, 1, grad_out_.columns(), grad_v_tile_.get(), call_.v_ld);
-    grad_scores_.add_transposed_times(length, dk_, scale_, q_.columns(), grad_k_tile_.get(), call_.k_ld);
+    weights->add_transposed_times(length, dv_, 1, grad_out_.columns(out), grad_v_tile_.get(), call_.v_ld);
+    grad_scores_.add_transposed_times(length, dk_, scale_, q_.columns(query), grad_k_tile_.get(), call_.k_ld);
   }
 
   void absorb(const TokenChunk& chunk, int64_t h, int64_t g, Real* sum) {
     const int length = chunk.length;
+    const int64_t out = this->out_of(h, g);
+    const Left<Operand> queries = transposed(q_.columns(this->query_of(h, g)));
     if (call_.decays) {
-      tiles_.load(p_.dtype, grad_out_rows(chunk, h, g), p_.grad_out.time, length, dv_, real_tile_.get(),
-                  call_.v_ld);
+      this->load_real(p_.grad_out, chunk, this->first_out() + out, dv_, real_tile_.get(), call_.v_ld);
       tiles_.scale_rows(length, dv_, decay_.from_start(), real_tile_.get(), call_.v_ld);
-      multiply(dk_, dv_, length, scale_, transposed(q_.columns()),
+      multiply(dk_, dv_, length, scale_, queries,
                real_packing_.columns(real_tile_.get(), call_.v_ld, length, dv_), sum, call_.v_ld, true);
     } else {
-      multiply(dk_, dv_, length, scale_, transposed(q_.columns()), grad_out_.columns(), sum, call_.v_ld,
-               true);
+      multiply(dk_, dv_, length, scale_, queries, grad_out_.columns(out), sum, call_.v_ld, true);
     }
   }
 
@@ -444,8 +463,9 @@ class BackwardsSweep : public Sweep<Operand> {
   }
 
   using Base::alpha_, Base::call_, Base::decay_, Base::dk_, Base::dv_, Base::grad_out_, Base::grad_scores_;
-  using Base::head_size_, Base::k_, Base::key_head_, Base::kReal, Base::n_, Base::p_, Base::q_, Base::row_;
+  using Base::first_key_, Base::head_size_, Base::k_, Base::key_heads_, Base::kReal, Base::n_, Base::p_, Base::row_;
   using Base::running_, Base::scale_, Base::state_, Base::tiles_, Base::v_, Base::v_transposed_;
+  HeadTiles<Operand> q_{Base::max_queries_, dk_};
   Scratch<Operand> k_transposed_ = make_scratch<Operand>(depth<Operand>(dk_) * Base::kTransposedLd);
   Scratch<Real> grad_k_transposed_ = make_scratch<Real>(dk_ * Base::kTransposedLd);
   Scratch<Real> grad_k_tile_ = make_scratch<Real>(Base::kLength * call_.k_ld);
@@ -457,7 +477,7 @@ class BackwardsSweep : public Sweep<Operand> {
   std::array<Real, kMaxChunk> writes_;
   std::array<double, kMaxChunk> chunk_flow_;
   std::vector<double> flow_ =
-      std::vector<double>(call_.value_group);  // over the present border of two chunks
+      std::vector<double>(Base::max_values_);  // over the present border of two chunks
 };
 
 // From flows inside segments to the gradient of log_decay.
@@ -488,8 +508,8 @@ void backward(const LinearAttentionBackwardParams& p) {
   Call<Operand> call(p);
   using Real = RealOf<Operand>;
   const int64_t work = state_multiply_adds(p);
-  carry<Real>(call.plan, p.key_heads, work, [&] { return ForwardsSweep<Operand>(call); });
-  carry<Real>(call.plan, p.key_heads, work, [&] { return BackwardsSweep<Operand>(call); });
+  carry<Real>(call.plan, call.units, work, [&] { return ForwardsSweep<Operand>(call); });
+  carry<Real>(call.plan, call.units, work, [&] { return BackwardsSweep<Operand>(call); });
   if (call.decays) store_decay_gradients(call);
 }
 
