@@ -625,45 +625,68 @@ void gated_add(int rows, int cols, Real* out, const Real* base, const Real* gate
 
 // ---- decoding --------------------------------------------------------------------------------------
 
-// out[0, Vectors) (+)= q state for `rows` rows of the state, `cols` apart.
-template <class Real, int Vectors>
-inline void read_rows(int rows, int cols, const Real* q, const Real* state, Real* out, bool accumulate) {
+// out[g, 0 .. Vectors) (+)= q[g] state over some rows of the state, for some queries that share what is read.
+template <class Real, int Queries, int Vectors>
+inline void read_block(int rows, int cols, const Real* q, int q_ld, const Real* state, Real* out,
+                       bool accumulate) {
   constexpr int kWidth = kLanes<Real>;
-  Vec<Real> sum[Vectors];
-  for (int x = 0; x < Vectors; ++x) sum[x] = accumulate ? load_vec(out + x * kWidth) : Vec<Real>{};
+  Vec<Real> sum[Queries][Vectors] = {};
   for (int i = 0; i < rows; ++i)
-    for (int x = 0; x < Vectors; ++x) sum[x] += q[i] * load_vec(state + int64_t(i) * cols + x * kWidth);
-  for (int x = 0; x < Vectors; ++x) store_vec(out + x * kWidth, sum[x]);
+#pragma GCC unroll 4
+    for (int g = 0; g < Queries; ++g)
+#pragma GCC unroll 4
+      for (int x = 0; x < Vectors; ++x)
+        sum[g][x] = multiply_add(sum[g][x], q[g * q_ld + i], state + int64_t(i) * cols + x * kWidth);
+#pragma GCC unroll 4
+  for (int g = 0; g < Queries; ++g)
+#pragma GCC unroll 4
+    for (int x = 0; x < Vectors; ++x) {
+      Real* to = out + int64_t(g) * cols + x * kWidth;
+      store_vec(to, accumulate ? load_vec(to) + sum[g][x] : sum[g][x]);
+    }
+}
+
+// The same for all columns.
+template <class Real, int Queries>
+inline void read_rows(int rows, int cols, const Real* q, int q_ld, const Real* state, Real* out,
+                      bool accumulate) {
+  constexpr int kWidth = kLanes<Real>, kVectors = STATECORE_VECTOR_BYTES == 64 ? 4 : 2;
+  int j = 0;
+  for (; j + kVectors * kWidth <= cols; j += kVectors * kWidth)
+    read_block<Real, Queries, kVectors>(rows, cols, q, q_ld, state + j, out + j, accumulate);
+  for (; j + kWidth <= cols; j += kWidth)
+    read_block<Real, Queries, 1>(rows, cols, q, q_ld, state + j, out + j, accumulate);
+  for (; j < cols; ++j)
+    for (int g = 0; g < Queries; ++g) {
+      Real sum = accumulate ? out[int64_t(g) * cols + j] : Real(0);
+      for (int i = 0; i < rows; ++i) sum += q[g * q_ld + i] * state[int64_t(i) * cols + j];
+      out[int64_t(g) * cols + j] = sum;
+    }
 }
 
 template <class Real>
 void update_read(int rows, int cols, Real decay, const Real* k, const Real* v, Real* state, int queries,
                  const Real* q, Real* out) {
   constexpr int kWidth = kLanes<Real>;
-  constexpr int kRows = 8;  // rows that are read again for every query while the L1 cache holds them
+  constexpr int kAhead = 32;  // rows
+  constexpr int kRows = 16;   // rows that are read again for more queries while the L1 cache holds them
   for (int i0 = 0; i0 < rows; i0 += kRows) {
     const int block = i0 + kRows < rows ? kRows : rows - i0;
     Real* s = state + int64_t(i0) * cols;
-    for (int i = 0; i < block; ++i, s += cols) {
+    for (int i = 0; i < block; ++i) {
+      Real* row = s + int64_t(i) * cols;
       int j = 0;
-      for (; j + kWidth <= cols; j += kWidth)
-        store_vec(s + j, decay * load_vec(s + j) + k[i0 + i] * load_vec(v + j));
-      for (; j < cols; ++j) s[j] = decay * s[j] + k[i0 + i] * v[j];
-    }
-    s = state + int64_t(i0) * cols;
-    for (int g = 0; g < queries; ++g) {
-      const Real* query = q + int64_t(g) * rows + i0;
-      Real* o = out + int64_t(g) * cols;
-      int j = 0;
-      for (; j + 4 * kWidth <= cols; j += 4 * kWidth)
-        read_rows<Real, 4>(block, cols, query, s + j, o + j, i0 > 0);
-      for (; j + kWidth <= cols; j += kWidth) read_rows<Real, 1>(block, cols, query, s + j, o + j, i0 > 0);
-      for (; j < cols; ++j) {
-        Real sum = i0 > 0 ? o[j] : Real(0);
-        for (int i = 0; i < block; ++i) sum += query[i] * s[int64_t(i) * cols + j];
-        o[j] = sum;
+      for (; j + kWidth <= cols; j += kWidth) {
+        __builtin_prefetch(row + j + kAhead * cols, 1);
+        store_vec(row + j, decay * load_vec(row + j) + k[i0 + i] * load_vec(v + j));
       }
+      for (; j < cols; ++j) row[j] = decay * row[j] + k[i0 + i] * v[j];
     }
+    int g = 0;
+    for (; g + 3 <= queries; g += 3)
+      read_rows<Real, 3>(block, cols, q + int64_t(g) * rows + i0, rows, s, out + int64_t(g) * cols, i0 > 0);
+    for (; g < queries; ++g)
+      read_rows<Real, 1>(block, cols, q + int64_t(g) * rows + i0, rows, s, out + int64_t(g) * cols, i0 > 0);
   }
 }
 

@@ -16,7 +16,8 @@
 // state. Kept apart, the two kinds leave nothing large to cancel where the decay is strong. It starts from
 // <S, dS> of the final state.
 //
-// A unit is one key head with all the heads that share it, or some key heads where nothing is shared by value heads.
+// A unit is one key head with all the heads that share it, or some key heads where nothing is shared by value
+// heads.
 
 #include <algorithm>
 
@@ -123,8 +124,8 @@ class Sweep {
                  int64_t ld) {
     tiles_.load(p_.dtype, rows_of(x, chunk, head), x.time, chunk.length, width, tile, ld);
   }
-  // Heads are counted within the unit: value heads h, key heads key_of(h), query heads query_of(h, g), and out_of(h,
-  // g), which read what h holds. first_... is where those of the unit begin.
+  // Heads are counted within the unit: value heads h, key heads key_of(h), query heads query_of(h, g), and
+  // out_of(h, g), which read what h holds. first_... is where those of the unit begin.
   int64_t value_heads() const { return key_heads_ * call_.value_group; }
   int64_t query_heads() const { return key_heads_ * call_.query_group; }
   int64_t key_of(int64_t h) const { return h / call_.value_group; }
@@ -269,7 +270,8 @@ class ForwardsSweep : public Sweep<Operand> {
 
   void save_reads(const TokenChunk& chunk, int64_t h, int64_t g) {
     std::array<Real, kMaxChunk> products;
-    this->load_real(p_.q, chunk, this->first_query() + this->query_of(h, g), dk_, real_tile_.get(), call_.k_ld);
+    this->load_real(p_.q, chunk, this->first_query() + this->query_of(h, g), dk_, real_tile_.get(),
+                    call_.k_ld);
     tiles_.dot_rows(chunk.length, dk_, real_tile_.get(), call_.k_ld, grad_q_tile_.get(), call_.k_ld,
                     products.data());
     for (int i = 0; i < chunk.length; ++i) {
@@ -287,14 +289,14 @@ class ForwardsSweep : public Sweep<Operand> {
       multiply(dv_, dk_, length, Real(1), transposed(v_.columns(h)),
                real_packing_.columns(real_tile_.get(), call_.k_ld, length, dk_), state, call_.k_ld, true);
     } else {
-      multiply(dv_, dk_, length, Real(1), transposed(v_.columns(h)), k_.columns(this->key_of(h)), state, call_.k_ld,
-               true);
+      multiply(dv_, dk_, length, Real(1), transposed(v_.columns(h)), k_.columns(this->key_of(h)), state,
+               call_.k_ld, true);
     }
   }
 
   using Base::alpha_, Base::call_, Base::decay_, Base::dk_, Base::dv_, Base::grad_out_, Base::grad_scores_;
-  using Base::first_key_, Base::head_size_, Base::k_, Base::key_heads_, Base::kReal, Base::n_, Base::p_, Base::row_,
-      Base::running_;
+  using Base::first_key_, Base::head_size_, Base::k_, Base::key_heads_, Base::kReal, Base::n_, Base::p_,
+      Base::row_, Base::running_;
   using Base::scale_, Base::state_, Base::tiles_, Base::v_, Base::v_transposed_;
   Scratch<Real> grad_q_tile_ = make_scratch<Real>(Base::kLength * call_.k_ld);
   Scratch<Real> real_tile_ = make_scratch<Real>(Base::kLength * call_.k_ld);
@@ -393,8 +395,8 @@ class BackwardsSweep : public Sweep<Operand> {
   void through_state(const TokenChunk& chunk, int64_t h) {
     const int length = chunk.length;
     const Real* after = state_[h].value(running_.get());
-    multiply(length, dv_, dk_, Real(1), as_is(k_.rows(this->key_of(h))), state_packing_.columns(after, call_.v_ld, dk_, dv_),
-             grad_v_tile_.get(), call_.v_ld, false);
+    multiply(length, dv_, dk_, Real(1), as_is(k_.rows(this->key_of(h))),
+             state_packing_.columns(after, call_.v_ld, dk_, dv_), grad_v_tile_.get(), call_.v_ld, false);
     multiply(dk_, length, dv_, Real(1), as_is(state_packing_.rows(after, call_.v_ld, dk_, dv_)),
              Packed<Operand>{v_transposed_.get(), Base::kTransposedLd}, grad_k_transposed_.get(),
              Base::kTransposedLd, false);
@@ -417,7 +419,8 @@ class BackwardsSweep : public Sweep<Operand> {
       scores_.product(length, dk_, scale_, q_.rows(query), {k_transposed_.get(), Base::kTransposedLd});
     }
     grad_out_.pack_columns(out, length);
-    grad_scores_.product(length, dv_, Real(1), grad_out_.rows(out), {v_transposed_.get(), Base::kTransposedLd});
+    grad_scores_.product(length, dv_, Real(1), grad_out_.rows(out),
+                         {v_transposed_.get(), Base::kTransposedLd});
     LowerTriangle<Operand>* weights = &scores_;
     if (call_.decays) {
       decayed_.weigh(length, decay_.weights(), decay_.kLd, scores_);
@@ -463,7 +466,8 @@ class BackwardsSweep : public Sweep<Operand> {
   }
 
   using Base::alpha_, Base::call_, Base::decay_, Base::dk_, Base::dv_, Base::grad_out_, Base::grad_scores_;
-  using Base::first_key_, Base::head_size_, Base::k_, Base::key_heads_, Base::kReal, Base::n_, Base::p_, Base::row_;
+  using Base::first_key_, Base::head_size_, Base::k_, Base::key_heads_, Base::kReal, Base::n_, Base::p_,
+      Base::row_;
   using Base::running_, Base::scale_, Base::state_, Base::tiles_, Base::v_, Base::v_transposed_;
   HeadTiles<Operand> q_{Base::max_queries_, dk_};
   Scratch<Operand> k_transposed_ = make_scratch<Operand>(depth<Operand>(dk_) * Base::kTransposedLd);

@@ -20,8 +20,8 @@ namespace {
 
 constexpr int64_t kUnitStates = 4;  // as many as stay in the L2 cache beside their tiles
 
-// A unit takes some value heads: those of some key heads, or some of one key head (GVA). Which ones has no influence
-// on results, so that it may depend on the number of threads.
+// A unit takes some value heads: those of some key heads, or some of one key head (GVA). Which ones has no
+// influence on results, so that it may depend on the number of threads.
 struct Units {
   Units(const LinearAttentionInputs& p, int64_t threads) : group(p.value_heads / p.key_heads) {
     if (group > 1) {
@@ -98,7 +98,8 @@ class ForwardSweep {
     for (int64_t h = first_value_; h < end_value_; ++h)
       state_[h - first_value_].begin(head_size_, state_of(base, h), sums ? state_of(sums, h) : nullptr);
     each_chunk(segment, [&](const TokenChunk& chunk) {
-      q_.load_rows(p_.q, p_.dtype, row_, chunk, first_key_ * query_group_, (end_key_ - first_key_) * query_group_);
+      q_.load_rows(p_.q, p_.dtype, row_, chunk, first_key_ * query_group_,
+                   (end_key_ - first_key_) * query_group_);
       k_.load_rows(p_.k, p_.dtype, row_, chunk, first_key_, end_key_ - first_key_);
       v_.load_columns(p_.v, p_.dtype, row_, chunk, first_value_, end_value_ - first_value_);
       for (int64_t h = first_value_; h < end_value_; ++h) {
@@ -182,8 +183,8 @@ class ForwardSweep {
       tiles_.scale_rows(length, dv_, decay_.to_end(), out_tile_.get(), v_ld_);
       exact_sum_.add(dk_, dv_, length, 1, k_.columns(key_of(h)), out_tile_.get(), v_ld_, state, v_ld_);
     } else {
-      multiply(dk_, dv_, length, Real(1), transposed(k_.columns(key_of(h))), v_.columns(h - first_value_), state, v_ld_,
-               true);
+      multiply(dk_, dv_, length, Real(1), transposed(k_.columns(key_of(h))), v_.columns(h - first_value_),
+               state, v_ld_, true);
     }
   }
 

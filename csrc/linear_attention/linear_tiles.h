@@ -71,9 +71,11 @@ class HeadTiles {
         rows_ld_(tile_ld(heads * rows_offset_)),
         columns_ld_(tile_ld(heads * columns_offset_)),
         rows_(make_scratch<Operand>(kChunk<Operand> * rows_ld_)),
-        columns_(make_scratch<Operand>(kIsReal<Operand> ? 0 : depth<Operand>(kChunk<Operand>) * columns_ld_)) {}
+        columns_(
+            make_scratch<Operand>(kIsReal<Operand> ? 0 : depth<Operand>(kChunk<Operand>) * columns_ld_)) {}
 
-  void load_rows(const HeadsView& x, DType dtype, int64_t row, const TokenChunk& chunk, int64_t first, int64_t heads) {
+  void load_rows(const HeadsView& x, DType dtype, int64_t row, const TokenChunk& chunk, int64_t first,
+                 int64_t heads) {
     load(x, dtype, row, chunk, first, heads, kernels_.pack_rows, rows_.get(), rows_offset_, rows_ld_);
   }
   void load_columns(const HeadsView& x, DType dtype, int64_t row, const TokenChunk& chunk, int64_t first,
@@ -81,7 +83,8 @@ class HeadTiles {
     if constexpr (kIsReal<Operand>)
       load_rows(x, dtype, row, chunk, first, heads);
     else
-      load(x, dtype, row, chunk, first, heads, kernels_.pack_columns, columns_.get(), columns_offset_, columns_ld_);
+      load(x, dtype, row, chunk, first, heads, kernels_.pack_columns, columns_.get(), columns_offset_,
+           columns_ld_);
   }
   // columns() of the i-th of the heads that load_rows() took, from its rows().
   void pack_columns(int64_t i, int length) {
@@ -106,8 +109,8 @@ class HeadTiles {
   static constexpr int kSummands = OperandTraits<Operand>::kSummands;
   using Pack = decltype(ProductKernels<Operand>::pack_rows);
 
-  void load(const HeadsView& x, DType dtype, int64_t row, const TokenChunk& chunk, int64_t first, int64_t heads,
-            Pack pack, Operand* dst, int64_t offset, int64_t ld) const {
+  void load(const HeadsView& x, DType dtype, int64_t row, const TokenChunk& chunk, int64_t first,
+            int64_t heads, Pack pack, Operand* dst, int64_t offset, int64_t ld) const {
     const bool together = x.head == width_ && width_ % (kTilePad * kSummands) == 0;
     for (int64_t i = 0; i < heads; i += together ? heads : 1)
       pack(dtype, head_at(x, dtype, row, chunk.begin, first + i), x.time, chunk.length,
