@@ -17,7 +17,7 @@
 namespace {
 
 constexpr int kChains = 12;  // independent sums: latency times throughput of every core so far is at most 10
-constexpr int kSteps = 1 << 22;
+constexpr int kSteps = 1 << 24;
 constexpr int kRepeats = 5;
 
 #if defined(__AVX512F__)

@@ -1,4 +1,4 @@
-"""How much memory a call takes, and how fast memory is copied."""
+"""How much memory a call takes, and copies to compare its speed with."""
 
 import ctypes
 import gc
@@ -7,8 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-
-from benchmarks.timing import interleaved
 
 PROCESS = Path("/proc/self")
 
@@ -30,22 +28,17 @@ def peak_growth(run: Callable[[], object]) -> tuple[int | None, object]:
     return _status("VmHWM") - before, result
 
 
-def copy_bandwidth(nbytes: int) -> float:
-    """Bytes read + written a second on torch's current number of threads: torch's copy_ or memcpy, whichever is
-    faster.
-    """
+def copies(nbytes: int) -> dict[str, Callable[[], object]]:
+    """Ways to copy so many bytes on torch's current number of threads."""
     threads = torch.get_num_threads()
     source, target = torch.ones(nbytes // 4), torch.empty(nbytes // 4)
     part = nbytes // threads
-    with ThreadPoolExecutor(threads) as pool:
+    pool = ThreadPoolExecutor(threads)
 
-        def memcpy(index: int) -> None:
-            ctypes.memmove(target.data_ptr() + index * part, source.data_ptr() + index * part, part)
+    def memcpy(index: int) -> None:
+        ctypes.memmove(target.data_ptr() + index * part, source.data_ptr() + index * part, part)
 
-        timings = interleaved(
-            {"copy_": lambda: target.copy_(source), "memcpy": lambda: list(pool.map(memcpy, range(threads)))}
-        )
-    return 2 * nbytes / min(timing.median for timing in timings.values())
+    return {"copy_": lambda: target.copy_(source), "memcpy": lambda: list(pool.map(memcpy, range(threads)))}
 
 
 def _status(field: str) -> int:

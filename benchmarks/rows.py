@@ -63,6 +63,10 @@ class Preparation(Row):
     what: str
     seconds: float
 
+    @property
+    def value(self) -> float:
+        return self.seconds
+
 
 @dataclass(frozen=True, kw_only=True)
 class LongSequence(Row):
@@ -72,6 +76,10 @@ class LongSequence(Row):
     extra: int | None
     results: int
     peer_needs: int
+
+    @property
+    def value(self) -> float:
+        return self.seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +114,7 @@ class Bandwidth(Row):
 
 @dataclass(frozen=True, kw_only=True)
 class HeadState(Row):
-    """state_update inside the caches. seconds: a call; idle: a call that skips its rows. time is the number of rows."""
+    """state_update inside the caches. seconds: a call; idle: a call on tiny states. time is the number of rows."""
 
     pool: str
     head_states: int
@@ -142,6 +150,10 @@ class Point(Row):
 
     side: str
     seconds: float
+
+    @property
+    def value(self) -> float:
+        return self.seconds
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+ALL_THREADS = torch.get_num_threads()  # before any case changes it
+
 
 @dataclass(frozen=True)
 class Case:
@@ -78,6 +80,7 @@ class Plan:
     other_lengths: tuple[int, ...] = (512, 4096)
     heads: tuple[tuple[int, int], ...] = ((12, 2), (16, 16))
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    threads: tuple[int, ...] = tuple(sorted({1, ALL_THREADS}))
     width: int = 128
     prompt: int = 256
     step: int = 256
@@ -94,7 +97,7 @@ class Plan:
     def case(self, dtype: torch.dtype, **changes) -> Case:
         """The first head layout on all threads, but for `changes`."""
         defaults = {
-            "time": self.time, "heads": self.heads[0], "width": self.width, "threads": all_threads(),
+            "time": self.time, "heads": self.heads[0], "width": self.width, "threads": max(self.threads),
             "prompt": self.prompt, "step": self.step,
         }  # fmt: skip
         return Case(dtype=dtype, **(defaults | changes))
@@ -103,7 +106,7 @@ class Plan:
         """Every dtype and head layout, on one thread and on all of them."""
         return [
             self.case(dtype, **({"heads": heads, "threads": threads} | changes))
-            for threads in thread_counts()
+            for threads in self.threads
             for heads in self.heads
             for dtype in self.dtypes
         ]
@@ -118,16 +121,6 @@ QUICK = Plan(
         decoded=32, block=8,
     ),
 )  # fmt: skip
-
-_ALL_THREADS = torch.get_num_threads()  # before any case changes it
-
-
-def all_threads() -> int:
-    return _ALL_THREADS
-
-
-def thread_counts() -> list[int]:
-    return sorted({1, all_threads()})
 
 
 def visible_pairs(step_ids: Tensor) -> int:
