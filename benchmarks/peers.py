@@ -37,12 +37,15 @@ def block_mask(step_ids: Tensor) -> BlockMask:
 
 
 def flex() -> Callable[[Tensor, Tensor, Tensor, BlockMask], Tensor]:
-    """A freshly compiled FlexAttention over [B, T, H, D]; compiles on its first call. Forward only on the CPU."""
+    """A freshly compiled FlexAttention over [B, T, H, D]; compiles on its first call.
+
+    On the CPU it has no backward, and refuses inputs that want gradients even where none are recorded.
+    """
     torch.compiler.reset()
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        q, k, v = (x.detach().transpose(1, 2) for x in (q, k, v))
         return compiled(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 
     return run

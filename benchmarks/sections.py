@@ -107,8 +107,7 @@ def linear(plan: Plan) -> Iterator[Row]:
     """Against eager and compiled chunked forms; with decay against Mamba-2's scan."""
     for case in plan.cases():
         yield from linear_contest(case, plan)
-    for dtype in plan.dtypes:
-        yield from scan_contest(plan.case(dtype), plan)
+    yield from scan_rows(plan.case(torch.float32), plan)
 
 
 def linear_contest(case: Case, plan: Plan) -> Iterator[Comparison]:
@@ -138,6 +137,10 @@ def linear_contest(case: Case, plan: Plan) -> Iterator[Comparison]:
     )
 
 
+def chunk_name(chunk: int) -> str:
+    return f"C = {chunk}"
+
+
 def chunked_variants(
     q: Tensor, k: Tensor, v: Tensor, chunks: tuple[int, ...], form: Callable = peers.chunked_linear_attention
 ) -> dict[str, Callable[[], Tensor]]:
@@ -147,12 +150,20 @@ def chunked_variants(
         carry = peers.sums_before(q.shape[1] // chunk)
         return lambda: form(q, k, v, chunk, carry)
 
-    return {f"C = {chunk}": variant(chunk) for chunk in chunks}
+    return {chunk_name(chunk): variant(chunk) for chunk in chunks}
 
 
-def scan_contest(case: Case, plan: Plan) -> Iterator[Comparison]:
-    """Grouped values with decay: one query and key head, many value heads. Both sides get x, dt, decay, B and C."""
+def scan_rows(case: Case, plan: Plan) -> Iterator[Comparison]:
+    """The scan takes seconds and gigabytes: its chunk length is chosen on a quarter of the tokens."""
     torch.set_num_threads(case.threads)
+    (trial,) = scan_contest(replace(case, time=case.time // 4), plan, plan.scan_chunks).rows({FORWARD: {SCAN: None}})
+    best = next(chunk for chunk in plan.scan_chunks if chunk_name(chunk) == trial.variant)
+    for row in scan_contest(case, plan, (best,)).rows({FORWARD: {SCAN: None}}):
+        yield replace(row, heads=f"1/1/{plan.scan_heads}", tried=trial.tried)
+
+
+def scan_contest(case: Case, plan: Plan, chunks: tuple[int, ...]) -> Contest:
+    """Grouped values with decay: one query and key head, many value heads. Both sides get x, dt, decay, B and C."""
     x = torch.randn(1, case.time, plan.scan_heads, plan.scan_width).to(case.dtype)
     dt = torch.rand(1, case.time, plan.scan_heads) * 0.1
     decay = -torch.arange(1.0, plan.scan_heads + 1)
@@ -164,10 +175,8 @@ def scan_contest(case: Case, plan: Plan) -> Iterator[Comparison]:
     def theirs(chunk: int) -> Callable[[], Tensor]:
         return lambda: peers.chunked_mamba_scan(x, dt, decay, b, c, chunk)
 
-    variants = {f"C = {chunk}": theirs(chunk) for chunk in plan.scan_chunks}
-    contest = Contest("linear_attention, decay", case, ours, (), {SCAN: variants})
-    for row in contest.rows({FORWARD: {SCAN: None}}):
-        yield replace(row, heads=f"1/1/{plan.scan_heads}")
+    variants = {chunk_name(chunk): theirs(chunk) for chunk in chunks}
+    return Contest("linear_attention, decay", case, ours, (), {SCAN: variants})
 
 
 # ---- share of the machine's peak
@@ -342,7 +351,7 @@ def step_linear_variants(
         carry = peers.corrected_sums_before(ALPHA, case.time, case.prompt, case.step, chunk)
         return lambda: peers.chunked_linear_attention(q, k, v, chunk, carry)
 
-    return {f"C = {chunk}": variant(chunk) for chunk in chunks if case.step % chunk == case.prompt % chunk == 0}
+    return {chunk_name(chunk): variant(chunk) for chunk in chunks if case.step % chunk == case.prompt % chunk == 0}
 
 
 def step_linear_contest(case: Case, plan: Plan, name: str = "step_linear_attention") -> Iterator[Comparison]:
