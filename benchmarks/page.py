@@ -53,9 +53,9 @@ NOTES = {
         "compiled peer is `torch.compile(dynamic=False)` of the same function, compile time not counted. With decay "
         "the peer is the function that transformers' Mamba-2 mixer calls between its convolution and its gate, "
         "`mamba2_chunk_scan`, alone and without projections, at the fastest of several chunk lengths, chosen on a "
-        "quarter of the tokens (the mixer's default of 256 needs several times the memory), and in float32, as it "
-        "computes in that whatever it is given. Ours gets the same x, dt, A, B, C, and the products x dt and dt A are part of "
-        "its time. Heads are q/k/v there, and Dv is half of D."
+        "quarter of the tokens (the mixer's default of 256 needs several times the memory), in float32 alone, as it "
+        "computes in that whatever it is given. Ours gets the same x, dt, A, B, C, and the products x dt and dt A are "
+        "part of its time. Heads are q/k/v there, and Dv is half of D."
     ),
     "peak": (
         "The peak is what a small C++ program ([`cpu_peak.cpp`](../cpu_peak.cpp)) reaches on data in registers: fused "
