@@ -88,6 +88,8 @@ def main() -> None:
         if arguments.quick:
             return
         record["sections"] |= measured
+    if not record["sections"]:
+        parser.error(f"{RESULTS / NAME}.json holds no measurements: run without --page first")
     write(record)
 
 

@@ -9,7 +9,6 @@ transformers' "sdpa".
 """
 
 import argparse
-import statistics
 from collections.abc import Iterator
 
 import torch
@@ -19,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel, Qwen2Config, Qwen2ForCau
 from benchmarks.memory import peak_growth
 from benchmarks.page import phase_table
 from benchmarks.rows import Phase
-from benchmarks.timing import seconds_a_call
+from benchmarks.timing import Timing, seconds_a_call
 from benchmarks.workload import ALL_THREADS, QUICK, ModelShape
 from statecore.adapter import convert
 
@@ -50,7 +49,7 @@ def phases(shape: ModelShape, threads: int) -> Iterator[Phase]:
                 samples[side].append(seconds_a_call(lambda: read(model, token, caches[side])))  # noqa: B023
     yield phase(
         "decoding", shape, shape.decoded, threads, {side: sum(s) for side, s in samples.items()}, caches,
-        spread={side: middle_spread(s) for side, s in samples.items()},
+        spread={side: Timing.of(s).spread for side, s in samples.items()},
     )  # fmt: skip
 
 
@@ -86,12 +85,6 @@ def cache_bytes(cache: DynamicCache) -> int:
     """Keys and values, and the states where there are any."""
     tensors = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values", "states"))
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
-
-
-def middle_spread(samples: list[float]) -> float:
-    """(90th - 10th percentile) / median."""
-    tenths = statistics.quantiles(samples, n=10)
-    return (tenths[-1] - tenths[0]) / statistics.median(samples)
 
 
 def phase(

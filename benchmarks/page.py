@@ -76,7 +76,7 @@ NOTES = {
         "its float32 ones), the same in both; ours is the state-transition model with its linear branches on top. "
         "The vocabulary is smaller than Qwen2.5's own to save time; its head costs both the same. Given token ids: a "
         "prompt of 256, then steps of 256 with their markers, so that the cache is really cleared. Prefill is one run "
-        "each; in decoding the two take turns. Spread of a token: (90th - 10th percentile) / median. Peak memory as "
+        "each; in decoding the two take turns. Spread is that of the tokens. Peak memory as "
         "above, on top of the weights. Caches: keys, values and states behind the phase."
     ),
     "others": (
@@ -95,8 +95,9 @@ def page(record: dict) -> str:
     lines = [
         "# Operators on the CPU", "",
         f"`python -m benchmarks.cpu`, {minutes:.0f} minutes. Both sides of every comparison run in one process and "
-        "take turns; times are medians, spread is (slowest - fastest) / median, ratios above 1 mean that statecore is "
-        "faster. Batch 1; prompt and steps of 256 tokens unless said otherwise.", "",
+        "take turns; times are medians, spread is (slowest - fastest) / median without the tenth of the samples at "
+        "either end, ratios above 1 mean that statecore is faster. Batch 1; prompt and steps of 256 tokens unless said "
+        "otherwise.", "",
         *(f"- {name}: {value}" for name, value in newest["machine"].items()), f"- date: {newest['date']}", "",
         *summary([row for found in rows.values() for row in found]), "",
         "![ratios to the peers and their targets](cpu_ratios.png)", "",
@@ -318,8 +319,11 @@ TABLES = {
 
 
 def _table(rows: list[Row], columns: list[Column]) -> list[str]:
+    """Columns where no row has anything to say are left out."""
+    columns = [(name, [cell(row) for row in rows]) for name, cell in columns]
+    columns = [(name, cells) for name, cells in columns if any(cells)]
     header = "| " + " | ".join(name for name, _ in columns) + " |"
-    body = ["| " + " | ".join(cell(row) for _, cell in columns) + " |" for row in rows]
+    body = ["| " + " | ".join(line) + " |" for line in zip(*(cells for _, cells in columns), strict=True)]
     return [header, "|" + "---|" * len(columns), *body]
 
 

@@ -7,6 +7,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from benchmarks.page import question
 from benchmarks.rows import Comparison, Point, Row, Share, from_json
@@ -47,6 +49,9 @@ def ratios(rows: list[Row], path: Path) -> None:
         axis.set_axis_off()
     for axis, asked in zip(axes.flat, questions, strict=False):
         panel(axis, asked, [row for row in rows if question(row) == asked])
+    key = [Patch(color=colour, label=dtype) for dtype, colour in COLOURS.items()]
+    key.append(Line2D([], [], color="black", linestyle="--", label="target (black: of both dtypes)"))
+    figure.legend(handles=key, loc="outside lower center", ncols=len(key))
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -59,16 +64,18 @@ def panel(axis: Axes, asked: str, rows: list[Row]) -> None:
     for place, dtype in enumerate(dtypes):
         shown = [row for row in rows if row.dtype == dtype]
         at = [groups.index((row.heads, row.threads)) + (place - (len(dtypes) - 1) / 2) * width for row in shown]
-        bars = axis.bar(at, [row.value * percent for row in shown], width, color=COLOURS.get(dtype), label=dtype)
+        bars = axis.bar(at, [row.value * percent for row in shown], width, color=COLOURS.get(dtype))
         axis.bar_label(bars, fmt="%.3g", fontsize=7)
-        if shown[0].target is not None:
-            axis.axhline(shown[0].target * percent, color=COLOURS.get(dtype), linestyle="--", label=f"target, {dtype}")
+    targets = {row.dtype: row.target for row in rows if row.target is not None}
+    for dtype, aim in targets.items():
+        shared = len(targets) > 1 and len(set(targets.values())) == 1
+        axis.axhline(aim * percent, color="black" if shared else COLOURS.get(dtype), linestyle="--")
+    axis.margins(y=0.12)
     if percent == 1:
         axis.axhline(1, color="black", linewidth=0.6)
     axis.set_title(asked.replace(", against", "\nagainst"), fontsize=9)
     axis.set_ylabel("% of the peak" if percent == 100 else "times faster", fontsize=8)
-    axis.set_xticks(range(len(groups)), [f"{heads}\n{threads} threads" for heads, threads in groups], fontsize=8)
-    axis.legend(fontsize=6)
+    axis.set_xticks(range(len(groups)), [f"{heads}\n{_threads(threads)}" for heads, threads in groups], fontsize=8)
 
 
 def lengths(points: list[Point], path: Path) -> None:
@@ -87,10 +94,16 @@ def lengths(points: list[Point], path: Path) -> None:
                     [point.time for point in line], [point.seconds * 1e3 for point in line], style,
                     color=COLOURS.get(dtype), label=f"{side}, {dtype}",
                 )  # fmt: skip
-        axis.set(title=f"{operator}, {own[0].heads} heads, {own[0].threads} threads", xlabel="tokens", ylabel="ms")
+        axis.set(
+            title=f"{operator}, {own[0].heads} heads, {_threads(own[0].threads)}", xlabel="tokens", ylabel="ms, forward"
+        )
         axis.set_xticks(ticks, [str(tick) for tick in ticks])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _threads(count: int) -> str:
+    return "1 thread" if count == 1 else f"{count} threads"

@@ -15,15 +15,17 @@ SAMPLE = 1e-3  # seconds: shorter calls are repeated inside one sample
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a call."""
+    """Seconds a call, and how far apart the samples lie, relatively."""
 
     median: float
-    fastest: float
-    slowest: float
+    spread: float
 
-    @property
-    def spread(self) -> float:
-        return (self.slowest - self.fastest) / self.median
+    @staticmethod
+    def of(samples: list[float]) -> "Timing":
+        """spread: (slowest - fastest) / median without the tenth of the samples at either end."""
+        middle = sorted(samples)[len(samples) // 10 : len(samples) - len(samples) // 10]
+        median = statistics.median(samples)
+        return Timing(median, (middle[-1] - middle[0]) / median)
 
 
 def interleaved(candidates: dict[str, Callable[[], object]]) -> dict[str, Timing]:
@@ -36,7 +38,7 @@ def interleaved(candidates: dict[str, Callable[[], object]]) -> dict[str, Timing
     for _ in range(rounds):
         for name, run in candidates.items():
             samples[name].append(seconds_a_call(run, calls[name]))
-    return {name: Timing(statistics.median(s), min(s), max(s)) for name, s in samples.items()}
+    return {name: Timing.of(s) for name, s in samples.items()}
 
 
 def fastest(timings: dict[str, Timing]) -> str:
