@@ -40,15 +40,17 @@ def phases(shape: ModelShape, threads: int) -> Iterator[Phase]:
         extra[side], seconds[side] = peak_growth(
             lambda: seconds_a_call(lambda: read(model, tokens[:, : shape.prefill], caches[side]))  # noqa: B023
         )
-    yield phase("prefill", shape, shape.prefill, threads, seconds, caches, extra=extra)
+    largest = {side: cache_bytes(cache) for side, cache in caches.items()}
+    yield phase("prefill", shape, shape.prefill, threads, seconds, largest, extra=extra)
     samples: dict[str, list[float]] = {side: [] for side in models}
     for begin in range(shape.prefill, shape.prefill + shape.decoded, shape.block):
         for side, model in models.items():
             for at in range(begin, begin + shape.block):
                 token = tokens[:, at : at + 1]
                 samples[side].append(seconds_a_call(lambda: read(model, token, caches[side])))  # noqa: B023
+                largest[side] = max(largest[side], cache_bytes(caches[side]))
     yield phase(
-        "decoding", shape, shape.decoded, threads, {side: sum(s) for side, s in samples.items()}, caches,
+        "decoding", shape, shape.decoded, threads, {side: sum(s) for side, s in samples.items()}, largest,
         spread={side: Timing.of(s).spread for side, s in samples.items()},
     )  # fmt: skip
 
@@ -88,7 +90,7 @@ def cache_bytes(cache: DynamicCache) -> int:
 
 
 def phase(
-    name: str, shape: ModelShape, tokens: int, threads: int, seconds: dict[str, float], caches: dict[str, DynamicCache],
+    name: str, shape: ModelShape, tokens: int, threads: int, seconds: dict[str, float], caches: dict[str, int],
     *, extra: dict[str, int | None] | None = None, spread: dict[str, float] | None = None,
 ) -> Phase:  # fmt: skip
     extra, spread = extra or {}, spread or {}
@@ -96,7 +98,7 @@ def phase(
         operator=name, shape=str(shape), dtype=str(DTYPE).removeprefix("torch."), time=tokens,
         heads="/".join(map(str, shape.heads)), width=shape.hidden // shape.heads[0], threads=threads,
         ours_s=seconds[OURS], stock_s=seconds[STOCK], ours_spread=spread.get(OURS), stock_spread=spread.get(STOCK),
-        ours_cache=cache_bytes(caches[OURS]), stock_cache=cache_bytes(caches[STOCK]),
+        ours_cache=caches[OURS], stock_cache=caches[STOCK],
         ours_extra=extra.get(OURS), stock_extra=extra.get(STOCK),
     )  # fmt: skip
 

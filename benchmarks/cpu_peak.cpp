@@ -1,8 +1,10 @@
-// The most floating-point operations a second that this machine's cores can do, on data that never leaves the registers.
+// The most floating-point operations a second that this machine's cores can do, on data that never leaves the
+// registers.
 //
 //     cpu_peak THREADS      prints "float32 <operations a second>" and, with avx512_bf16, "bfloat16 <...>"
 //
-// float32: fused multiply-adds; bfloat16: vdpbf16ps, pairs of products summed into float32. All threads run at once.
+// float32: fused multiply-adds; bfloat16: vdpbf16ps, pairs of products summed into float32. All threads run
+// at once.
 
 #include <immintrin.h>
 

@@ -76,8 +76,8 @@ NOTES = {
         "its float32 ones), the same in both; ours is the state-transition model with its linear branches on top. "
         "The vocabulary is smaller than Qwen2.5's own to save time; its head costs both the same. Given token ids: a "
         "prompt of 256, then steps of 256 with their markers, so that the cache is really cleared. Prefill is one run "
-        "each; in decoding the two take turns. Spread is that of the tokens. Peak memory as "
-        "above, on top of the weights. Caches: keys, values and states behind the phase."
+        "each; in decoding the two take turns, and spread is that of the tokens. Peak memory as above, on top of the "
+        "weights. Caches: keys, values and states, behind the prefill and at their largest between two decoded tokens."
     ),
     "others": (
         "The eager peers are SDPA with the mask and the chunked form whose carry holds the correction at step ends "
