@@ -1,12 +1,15 @@
-"""The same operators composed of eager PyTorch calls, as fast as such compositions get: what a user would write
+"""The same operators composed of PyTorch calls, as fast as such compositions get: what a good user would write
 without statecore.
+
+Letters: B batch, T time, Hq / Hk query / key heads, G = Hq / Hk, D width, C chunk length, N = T / C chunks.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from statecore.reference import segment_mask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -18,66 +21,103 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     return out.transpose(1, 2)
 
 
-def masked_segment_attention(q: Tensor, k: Tensor, v: Tensor, step_ids: Tensor) -> Tensor:
-    """Segment attention by torch's fused kernel; building the mask is part of the work."""
-    return sdpa(q, k, v, segment_mask(step_ids, q.shape[1]))
+def masked_sdpa_bytes(time: int, dtype: torch.dtype) -> int:
+    """What the fused kernel needs under a mask: the boolean mask, and its copy as numbers that are added."""
+    return time * time * (1 + dtype.itemsize)
 
 
-def chunked_linear_attention(q: Tensor, k: Tensor, v: Tensor, chunk: int = 64) -> Tensor:
-    """Linear attention without decay by batched matrix products: inside chunks, and between them through a cumulative
-    sum of states.
+def block_mask(step_ids: Tensor) -> BlockMask:
+    """FlexAttention's form of the segment mask of one sequence [1, T]."""
+    ids = step_ids[0]
 
-    T must be a multiple of the chunk. States are float32, and chunk states are summed in one cumsum instead of a Python
-    loop.
+    def sees(batch, head, i, j):
+        return (j <= i) & ((ids[j] == 0) | (ids[j] == ids[i]))
+
+    return create_block_mask(sees, None, None, len(ids), len(ids), device="cpu")
+
+
+def flex() -> Callable[[Tensor, Tensor, Tensor, BlockMask], Tensor]:
+    """A freshly compiled FlexAttention over [B, T, H, D]; compiles on its first call.
+
+    On the CPU it has no backward, and refuses inputs that want gradients even where none are recorded.
+    """
+    torch.compiler.reset()
+    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
+        q, k, v = (x.detach().transpose(1, 2) for x in (q, k, v))
+        return compiled(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+
+    return run
+
+
+def chunked_linear_attention(q: Tensor, k: Tensor, v: Tensor, chunk: int = 64, carry: Tensor | None = None) -> Tensor:
+    """Linear attention without decay by batched matrix products inside chunks and between them. T is a multiple of C.
+
+    The query heads of a group lie side by side in one product, so nothing is repeated. States are summed in float32.
+    carry: float32 [N, N], the state at the start of chunk n is sum_m carry[n, m] (sum of chunk m): a matrix product is
+    faster than a cumulative sum until N is in the hundreds. None means a cumulative sum.
     """
     batch, time, heads, width = q.shape
-    group = heads // k.shape[2]
-    q, k, v = (x.transpose(1, 2).reshape(batch, -1, time // chunk, chunk, x.shape[-1]) for x in (q * width**-0.5, k, v))
-    states = (k.transpose(-1, -2) @ v).float().cumsum(2)
-    states = F.pad(states[:, :, :-1], (0, 0, 0, 0, 1, 0)).to(q.dtype)
-    if group > 1:
-        k, v, states = (x.repeat_interleave(group, 1) for x in (k, v, states))
-    out = q @ states + (q @ k.transpose(-1, -2)).tril() @ v
-    return out.reshape(batch, heads, time, -1).transpose(1, 2)
+    keys, chunks = k.shape[2], time // chunk
+    group = heads // keys
+    q = (q * width**-0.5).view(batch, chunks, chunk, keys, group, width).permute(0, 3, 1, 4, 2, 5)
+    q = q.reshape(batch, keys, chunks, group * chunk, width)
+    k, v = (x.transpose(1, 2).reshape(batch, keys, chunks, chunk, -1) for x in (k, v))
+    sums = (k.transpose(-1, -2) @ v).float()
+    if carry is None:
+        states = F.pad(sums.cumsum(2)[:, :, :-1], (0, 0, 0, 0, 1, 0))
+    else:
+        states = (carry @ sums.flatten(3)).view_as(sums)
+    weights = (q @ k.transpose(-1, -2)).unflatten(3, (group, chunk)).tril().flatten(3, 4)
+    out = q @ states.to(q.dtype) + weights @ v
+    return out.unflatten(3, (group, chunk)).permute(0, 2, 4, 1, 3, 5).reshape(batch, time, heads, -1)
 
 
-def chunked_step_linear_attention(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, prompt: int, step: int) -> Tensor:
-    """Step linear attention where prompt and all steps have fixed lengths (multiples of 64), so that steps can be
-    batched.
+def sums_before(chunks: int) -> Tensor:
+    """The carry of linear attention: every earlier chunk counts once."""
+    return torch.ones(chunks, chunks).tril(-1)
 
-    The corrected states are a linear combination of the steps' sums: a Python loop over steps carries them.
+
+def corrected_sums_before(alpha: Tensor, time: int, prompt: int, step: int, chunk: int) -> Tensor:
+    """The carry of step linear attention where prompt and all steps have fixed lengths, multiples of the chunk.
+
+    The corrected states are linear combinations of the chunks' sums; the recurrence runs on their coefficients [N].
     """
-    batch, time, heads, width = q.shape
-    group = heads // k.shape[2]
-    bounds = list(zip([0, *range(prompt, time, step)], range(prompt, time + 1, step), strict=True))
-    running = q.new_zeros(batch, k.shape[2], width, v.shape[-1], dtype=torch.float32)
-    previous = zero = running
-    states = []
-    for index, (start, end) in enumerate(bounds):
-        states.append(running)
-        added = torch.einsum("bthk,bthv->bhkv", k[:, start:end], v[:, start:end]).float()
-        running = states[-1] + added
-        if index == 0:
-            previous = zero = running
-        else:
-            strength = float(alpha[index]) if 2 <= index < len(alpha) else 0.0
-            if strength:
-                direction = (previous - zero) / (index - 1)
-                running = previous + (1 - strength) * (running - previous) + strength * direction
-            previous = running
-    parts = []
-    for state, (start, end) in zip(states, bounds, strict=True):
-        local = chunked_linear_attention(q[:, start:end], k[:, start:end], v[:, start:end])
-        state = state.to(q.dtype).repeat_interleave(group, 1)
-        parts.append(local + torch.einsum("bthk,bhkv->bthv", q[:, start:end] * width**-0.5, state))
-    return torch.cat(parts, 1)
+    chunks = time // chunk
+    carry = torch.zeros(chunks, chunks)
+    running = start = origin = torch.zeros(chunks)
+    for index in range(chunks):
+        behind = index * chunk - prompt
+        if behind >= 0 and behind % step == 0:
+            ended = behind // step
+            strength = float(alpha[ended]) if 2 <= ended < len(alpha) else 0.0
+            if ended == 0:
+                origin = running
+            elif strength:
+                running = start + (1 - strength) * (running - start) + strength * (start - origin) / (ended - 1)
+            start = running
+        carry[index] = running
+        running = running.clone()
+        running[index] += 1
+    return carry
+
+
+def chunked_mamba_scan(x: Tensor, dt: Tensor, decay: Tensor, b: Tensor, c: Tensor, chunk: int) -> Tensor:
+    """Mamba-2's SSD by transformers' own CPU function, the whole of its mixer between convolution and gate.
+
+    x [B, T, Hv, Dv], dt [B, T, Hv], decay [Hv] (< 0), b and c [B, T, groups, Dk] -> [B, T, Hv, Dv] in float32.
+    """
+    from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
+
+    return mamba2_chunk_scan(x, dt, decay, b, c, chunk)
 
 
 def eager_state_update(states: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One decoding token a row: outer product into the running state and read. states [1, P, Hv, Dk, Dv] changed in
-    place.
+    """One decoding token a row: outer product into the running state and read. states [1, P, Hk, Dk, Dv] changed in
+    place, q [P, Hq, Dk], k [P, Hk, Dk], v [P, Hk, Dv] -> [P, Hq, Dv].
     """
-    group = q.shape[1] // k.shape[1]
-    states[0].add_(k[..., :, None].float() * v[..., None, :].float())
-    state = states[0].repeat_interleave(group, 1) if group > 1 else states[0]
-    return ((q.float() * q.shape[-1] ** -0.5)[..., None, :] @ state)[..., 0, :].to(q.dtype)
+    rows, heads, width = q.shape
+    states[0].addcmul_(k[..., :, None].float(), v[..., None, :].float())
+    grouped = (q.float() * width**-0.5).view(rows, k.shape[1], -1, width)
+    return (grouped @ states[0]).view(rows, heads, -1).to(q.dtype)

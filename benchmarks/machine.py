@@ -1,0 +1,72 @@
+"""What the figures depend on: processor, caches, memory, versions."""
+
+import platform
+import shutil
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from benchmarks.memory import copies
+from benchmarks.timing import interleaved
+from benchmarks.workload import ALL_THREADS
+from statecore import ops
+
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+COPIED = 256 << 20  # bytes: far more than any cache
+
+
+def facts() -> dict[str, str]:
+    """Names and values for people; memory bandwidth is measured."""
+    torch.set_num_threads(ALL_THREADS)
+    bandwidth = 2 * COPIED / min(timing.median for timing in interleaved(copies(COPIED)).values())
+    return {
+        "processor": _processor(),
+        "threads": str(ALL_THREADS),
+        "caches": ", ".join(f"{name} {size >> 10} KiB" for name, size in caches().items()),
+        "memory bandwidth": f"{bandwidth / 1e9:.1f} GB/s (copy, read + write, all threads)",
+        "instruction set": str(ops.build_info()["cpu_isa"]),
+        "statecore": _revision(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "compiler": _first_line("c++", "--version"),
+        "python": platform.python_version(),
+    }
+
+
+def caches() -> dict[str, int]:
+    """Bytes of each data cache that the first core sees: {"L1": ..., "L2": ..., "L3": ...}."""
+    found = {}
+    for folder in sorted(CACHES.glob("index*")):
+        kind, level, size = ((folder / name).read_text().strip() for name in ("type", "level", "size"))
+        if kind != "Instruction":
+            found[f"L{level}"] = int(size.rstrip("KM")) << (20 if size.endswith("M") else 10)
+    return found
+
+
+def last_level_cache() -> int:
+    """Bytes; 32 MiB where the system does not say."""
+    return max(caches().values(), default=32 << 20)
+
+
+def _processor() -> str:
+    fields = dict.fromkeys(("model name", "cpu family", "model"), "unknown")
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in fields:
+            fields[name.strip()] = value.strip()
+    return f"{fields['model name']} (family {fields['cpu family']}, model {fields['model']})"
+
+
+def _revision() -> str:
+    described = _first_line("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
+    return f"{version('statecore')}, revision {described}" if described else version("statecore")
+
+
+def _first_line(command: str, *arguments: str) -> str:
+    """What a program answers, empty where it is missing or fails."""
+    if shutil.which(command) is None:
+        return ""
+    answer = subprocess.run([command, *arguments], capture_output=True, text=True, check=False).stdout
+    return answer.splitlines()[0] if answer else ""

@@ -1,0 +1,155 @@
+"""The benchmark suite: peers compute what ours does, work is counted right, and results become a page."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import relative_error
+
+from benchmarks import cpu, peers
+from benchmarks.contest import attempt
+from benchmarks.page import page, target, verdict
+from benchmarks.rows import Comparison, Growth, from_json, to_json
+from benchmarks.sections import ALPHA, SECTIONS
+from benchmarks.timing import Timing, interleaved
+from benchmarks.workload import QUICK, Case, attention_flops, causal_pairs, linear_flops, visible_pairs
+from statecore import ops
+from statecore.reference import segment_mask
+
+CLOSE = 1e-5
+
+
+def small_case(heads: tuple[int, int] = (4, 2), prompt: int = 32, step: int = 16) -> Case:
+    return Case(time=128, dtype=torch.float32, heads=heads, width=16, threads=1, prompt=prompt, step=step)
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (3, 3)])
+def test_masked_sdpa_is_segment_attention(heads):
+    case = small_case(heads)
+    q, k, v = case.qkv()
+    ids = case.step_ids()
+    assert relative_error(peers.sdpa(q, k, v, segment_mask(ids, 128)), ops.segment_attention(q, k, v, ids)[0]) < CLOSE
+
+
+def test_causal_sdpa_is_one_segment():
+    q, k, v = small_case().qkv()
+    ids = torch.zeros(1, 128, dtype=torch.int32)
+    assert relative_error(peers.sdpa(q, k, v), ops.segment_attention(q, k, v, ids)[0]) < CLOSE
+
+
+def test_block_mask_is_the_segment_mask():
+    ids = small_case().step_ids()
+    assert torch.equal(
+        peers.block_mask(ids).mask_mod(0, 0, torch.arange(128)[:, None], torch.arange(128)), segment_mask(ids, 128)[0]
+    )
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (3, 3)])
+@pytest.mark.parametrize("chunk", [8, 32])
+@pytest.mark.parametrize("by_product", [True, False])
+def test_chunked_is_linear_attention(heads, chunk, by_product):
+    q, k, v = small_case(heads).qkv()
+    carry = peers.sums_before(128 // chunk) if by_product else None
+    assert (
+        relative_error(peers.chunked_linear_attention(q, k, v, chunk, carry), ops.linear_attention(q, k, v)[0]) < CLOSE
+    )
+
+
+@pytest.mark.parametrize(("prompt", "step", "chunk"), [(32, 16, 8), (32, 16, 16), (16, 32, 16), (128, 16, 16)])
+def test_corrected_carry_is_step_linear_attention(prompt, step, chunk):
+    case = small_case(prompt=prompt, step=step)
+    q, k, v = case.qkv()
+    carry = peers.corrected_sums_before(ALPHA * 2, case.time, prompt, step, chunk)
+    expected, _ = ops.step_linear_attention(q, k, v, case.step_ids(), ALPHA * 2)
+    assert relative_error(peers.chunked_linear_attention(q, k, v, chunk, carry), expected) < CLOSE
+
+
+def test_eager_state_update():
+    q, k, v = torch.randn(3, 4, 16), torch.randn(3, 2, 16), torch.randn(3, 2, 16)
+    mine = torch.randn(1, 3, 2, 16, 16)
+    theirs = mine.clone()
+    assert relative_error(peers.eager_state_update(theirs, q, k, v), ops.state_update(mine, q, k, v)) < CLOSE
+    assert relative_error(theirs, mine) < CLOSE
+
+
+@pytest.mark.parametrize(("prompt", "step", "time"), [(32, 16, 128), (20, 7, 101), (200, 16, 64), (0, 5, 33)])
+def test_visible_pairs_is_the_sum_of_the_mask(prompt, step, time):
+    case = Case(time=time, dtype=torch.float32, heads=(1, 1), width=8, threads=1, prompt=prompt, step=step)
+    assert visible_pairs(case.step_ids()) == int(segment_mask(case.step_ids(), time).sum())
+
+
+def test_counted_work():
+    case = small_case()
+    assert causal_pairs(4) == 10
+    assert attention_flops(10, case) == 10 * 4 * (16 + 16) * 2
+    assert linear_flops(case) == 128 * (4 + 2) * 16 * 16 * 2
+
+
+def test_interleaved_runs_every_candidate():
+    calls = {"a": 0, "b": 0}
+
+    def count(name):
+        calls[name] += 1
+
+    timings = interleaved({name: lambda name=name: count(name) for name in calls})
+    assert all(calls.values())
+    assert all(timing.median > 0 for timing in timings.values())
+
+
+def test_spread_leaves_out_a_tenth_at_either_end():
+    assert Timing.of([1.0, 2.0, 4.0]) == Timing(2.0, 1.5)
+    assert Timing.of([100.0, *range(10, 18), 0.001]) == Timing(13.5, 7 / 13.5)
+
+
+def test_a_peer_that_fails_is_named():
+    def broken():
+        raise ValueError("grouped heads\nare not there")
+
+    assert attempt(broken) == "ValueError: grouped heads"
+    assert attempt(lambda: torch.ones(1)) == ""
+
+
+LABELS = {"operator": "segment_attention", "dtype": "float32", "time": 64, "heads": "4/2", "width": 16, "threads": 1}
+
+
+def test_targets():
+    faster = Comparison(**LABELS, direction="forward", peer="p", ours_s=1, ours_spread=0, peer_s=13, target=12)
+    assert (target(faster), verdict(faster)) == (">= 12x", "reached")
+    growing = Growth(**LABELS, short=8, short_s=1, long_s=9, spread=0, target=8.8)
+    assert (target(growing), verdict(growing)) == ("<= 8.8x", "**not reached**")
+    failed = Comparison(**LABELS, direction="forward", peer="p", ours_s=1, ours_spread=0, target=12, failure="no g++")
+    assert verdict(failed) == ""
+
+
+@pytest.fixture(scope="module")
+def quick_record():
+    """Sections on tiny shapes and one thread, those that compile nothing."""
+    names = [name for name in SECTIONS if name not in ("segment", "linear", "peak")]
+    plan = replace(QUICK, threads=(1,), dtypes=(torch.float32,))
+    return {"sections": cpu.measure(names, plan, {"processor": "any"})}
+
+
+def test_sections_run_and_rows_survive_json(quick_record):
+    for section in json.loads(json.dumps(quick_record))["sections"].values():
+        assert section["rows"]
+        assert [to_json(from_json(fields)) for fields in section["rows"]] == section["rows"]
+
+
+def test_record_becomes_page_and_pictures(quick_record, tmp_path, monkeypatch):
+    bars = [
+        Comparison(**LABELS, direction="forward", peer="p", ours_s=1, ours_spread=0, peer_s=13, target=12),
+        Comparison(**LABELS, direction="forward", peer="q", ours_s=1, ours_spread=0, failure="no g++"),
+    ]
+    segment = quick_record["sections"]["growth"] | {"rows": [to_json(row) for row in bars]}
+    record = {"sections": quick_record["sections"] | {"segment": segment}}
+    monkeypatch.setattr(cpu, "RESULTS", tmp_path / "results")
+    cpu.write(record)
+    assert sorted(path.name for path in (tmp_path / "results").iterdir()) == [
+        "cpu.json", "cpu.md", "cpu_lengths.png", "cpu_ratios.png",
+    ]  # fmt: skip
+    assert cpu.stored() == json.loads(json.dumps(record))
+    text = (tmp_path / "results" / "cpu.md").read_text()
+    assert text == page(cpu.stored())
+    for expected in ("## 1. Segment attention", "targets reached", "cannot run: no g++", "A whole model", "| >= 12x |"):
+        assert expected in text
