@@ -224,8 +224,8 @@ void with_format(DType dtype, F&& f) {
   }
 }
 
-// Rows of a tensor lie too far apart for the processor to guess the next one: it is asked for some rows ahead, and so
-// the first rows of the tile that follows.
+// Rows of a tensor lie too far apart for the processor to guess the next one: it is asked for some rows
+// ahead, and so the first rows of the tile that follows.
 constexpr int kRowsAhead = 8;
 
 inline void prefetch_row(const void* row, int64_t bytes) {

@@ -67,8 +67,9 @@ struct LinearAttentionBackwardParams : LinearAttentionInputs {
   void* grad_initial_states = nullptr;  // Real [states, N, Hv, Dk, Dv], or null
 };
 
-// Extra memory: 24 bytes a chunk of tokens, and some hundred KiB a thread (a state for each value head of a
-// group more under GVA).
+// Extra memory: 24 bytes a chunk of tokens and about 1 MiB a thread at widths of 128 (more under GVA, whose
+// backward holds a state for each value head of a group); 8 bytes a token and value head for the gradient of
+// log_decay.
 void linear_attention_cpu(const LinearAttentionParams& params);
 void linear_attention_backward_cpu(const LinearAttentionBackwardParams& params);
 

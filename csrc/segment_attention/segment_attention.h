@@ -52,10 +52,10 @@ struct SegmentAttentionBackwardParams {
   void* grad_v;  // [B, Tk, Hk, Dv]
 };
 
-// Extra memory: 8 bytes a token of k, and about 5 (Dk + Dv) KiB a thread.
+// Extra memory: 8 bytes a token of k, and about 6 (Dk + Dv) KiB a thread.
 void segment_attention_cpu(const SegmentAttentionParams& params);
 
-// Extra memory: 8 bytes a token of k and about 10 (Dk + Dv) KiB a thread, besides float32 sums (float64 for
+// Extra memory: 8 bytes a token of k and about 12 (Dk + Dv) KiB a thread, besides float32 sums (float64 for
 // kFloat64) of grad_k and grad_v of one key head of the longest sequence: one such [Tk, Dk + Dv] a thread
 // where sequences and heads are many, about 16 in all where they are few.
 void segment_attention_backward_cpu(const SegmentAttentionBackwardParams& params);
