@@ -96,15 +96,15 @@ def make_world(
     links = meta_links(graph, clusters, degree=degree, seed=seed)
     if bidirectional:
         links = np.unique(np.concatenate([links, links[:, ::-1]]), axis=0)
-    sizes = np.rint(rng.uniform(size * (1 - spread), size * (1 + spread), clusters)).astype(int).clip(min=1)
-    begin = np.concatenate([[0], np.cumsum(sizes)])
     needed = np.bincount(links[:, 0], minlength=clusters) * sources
-    if (needed > sizes).any():
-        k = int(np.argmax(needed - sizes))
+    if needed.max() > size:
         raise ValueError(
-            f"cluster {k} has {sizes[k]} states for {needed[k]} sparse edges, which leave from states of their own: "
-            "raise size, or lower sources or degree"
+            f"size: expected at least {needed.max()} states in a cluster, as that many sparse edges leave one and each "
+            f"from a state of its own, got {size}: raise size, or lower sources or degree"
         )
+    sizes = np.maximum(np.rint(rng.uniform(size * (1 - spread), size * (1 + spread), clusters)).astype(int), needed)
+    sizes = np.maximum(sizes, 1)
+    begin = np.concatenate([[0], np.cumsum(sizes)])
     blocks = [np.ones((m, m)) if dense == "uniform" else rng.uniform(0.5, 1.5, (m, m)) for m in sizes]
     inside = sparse.block_diag([b / b.sum(1, keepdims=True) for b in blocks], format="csr")
     starts = [rng.permutation(m)[:k] + first for m, k, first in zip(sizes, needed, begin[:-1], strict=True)]
@@ -251,7 +251,7 @@ class Walker:
     """Draws steps of many walks at once: `step` takes the states `[N]` to the next ones, 10^5 in a few milliseconds."""
 
     def __init__(self, kernel: sparse.csr_array, rng: np.random.Generator):
-        kernel = sparse.csr_array(kernel)
+        kernel = sparse.csr_array(kernel).sorted_indices()  # so that equal kernels give equal walks
         total = np.cumsum(kernel.data)
         before = np.concatenate([[0.0], total])[kernel.indptr[:-1]]
         row = np.repeat(np.arange(kernel.shape[0]), np.diff(kernel.indptr))
@@ -329,7 +329,8 @@ def pretrain(
             little but its last cluster); None: the exact gradient.
         stage_1_steps: default 10 / epsilon: what never occurs decays as 1 / steps and is then well below the threshold.
             (The paper counts T_1 = K M^2 / epsilon^2 sampled steps; ours see the whole sample at once.)
-        stage_2_steps: default 20 / epsilon: the slowest error, that of a sparse edge, decays as exp(-epsilon steps).
+        stage_2_steps: default 20 / epsilon: the slowest error, that of a sparse edge, decays as
+            exp(-epsilon (1 - epsilon) (1 + 1 / M) steps).
         threshold: default epsilon / 2, between what never occurs and the rarest thing that does. Not known from the
             paper.
         rate: step size a row, stable below 4 (the Hessian of a softmax is at most 1/2).
@@ -532,11 +533,12 @@ def ppo_clip(
     source, target = (torch.from_numpy(np.ascontiguousarray(column)).long() for column in edges.T)
     if len(edges) and not (probability[source, target] > 0).all():
         raise ValueError("edges: expected transitions that the model can make, got one of probability 0")
-    crowded = torch.bincount(source, minlength=1).max() if len(edges) else 0
+    crowded = int(torch.bincount(source).max()) if len(edges) else 0
     if crowded * epsilon_max >= 1:
         raise ValueError(
-            f"epsilon_max: {crowded} rewarded edges leave one state, so expected less than {1 / crowded:.3g}, "
-            f"got {epsilon_max}"
+            f"epsilon_max: {crowded} rewarded edges leave one state, so expected less than {1 / crowded:.3g}, got "
+            f"{epsilon_max}; if a search found them, most are false: its warm-up was too short to see a cluster, or so "
+            "long that rollouts left it"
         )
     logits = probability.log()
     lowest: list[float] = []
@@ -643,11 +645,19 @@ def scaling(
     return rows
 
 
-def fit_exponent(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
-    """Least squares of log y = exponent log x + constant; `half_width` of the exponent's 95 % confidence interval."""
-    fit = stats.linregress(np.log(x), np.log(y))
-    quantile = stats.t.ppf(0.975, len(x) - 2)
-    return {"exponent": float(fit.slope), "half_width": float(quantile * fit.stderr), "r2": float(fit.rvalue**2)}
+def fit_exponent(x: Sequence[float], y: Sequence[float], seeds: Sequence[int]) -> dict[str, float]:
+    """Least squares of log y = exponent log x + a constant of each seed; `half_width` of the exponent's 95 % confidence
+    interval. A constant each, because worlds of one seed share their random parts.
+    """
+    _, group = np.unique(seeds, return_inverse=True)
+    size = np.bincount(group)
+    log_x, log_y = (v - (np.bincount(group, weights=v) / size)[group] for v in (np.log(x), np.log(y)))
+    freedom = len(log_x) - len(size) - 1
+    if freedom < 1:
+        raise ValueError(f"expected at least {len(size) + 2} points for an exponent and its error, got {len(log_x)}")
+    fit = stats.linregress(log_x, log_y)
+    error = fit.stderr * math.sqrt((len(log_x) - 2) / freedom)  # linregress counts two parameters
+    return {"exponent": float(fit.slope), "half_width": float(stats.t.ppf(0.975, freedom) * error)}
 
 
 def warm_up_sweep(

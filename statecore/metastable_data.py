@@ -295,8 +295,8 @@ def compare_outcomes(
     `difference` is the mean of right minus wrong inside each group that has both, groups weighted by n m / (n + m);
     `p` its two-sided p-value among `shuffles` reassignments of the outcomes within groups; `given_length` and
     `p_given_length` are the same after what log n and 1 / n explain of the feature inside each group is taken off (n
-    transitions; least squares): long traces are more often wrong, and what happens once weighs less in them. right bool `[n]`,
-    group int `[n]`, features `[n]` each.
+    transitions; least squares): long traces are more often wrong, and what happens once weighs less in them. right
+    bool `[n]`, group int `[n]`, features `[n]` each; no group with both outcomes: no result.
     """
     rng = np.random.default_rng(seed)
     members = [np.flatnonzero(group == g) for g in np.unique(group)]

@@ -114,9 +114,8 @@ def world(
         taken = walk_until(place.kernel, start, place.cluster == clusters - 1, math.ceil(50 * exact), seed=seed)
         arrived = taken[taken >= 0]
         done("walks")
-        model = pretrain(
-            place.kernel, epsilon, samples=samples or math.ceil(clusters * size**2 / epsilon**2), seed=seed
-        )
+        samples = math.ceil(clusters * size**2 / epsilon**2) if samples is None else samples
+        model = pretrain(place.kernel, epsilon, samples=samples, seed=seed)
         learned = task_time(model.kernel, place.cluster)
         done("pretraining")
         found = search(model.kernel, budget, seed=seed)
@@ -255,8 +254,8 @@ def draw_world(path: Path, world: World, model: BaseModel, times: Mapping[str, f
     middle.set(title="pretraining (dotted: entries pruned)", xlabel="gradient steps", ylabel="largest error")
     names = list(times)
     bars = right.barh(names, [times[name] for name in names], color="tab:blue")
-    right.bar_label(bars, fmt="%.3g", padding=3)
-    right.margins(x=0.15)
+    right.bar_label(bars, fmt="{:,.0f}", padding=3)
+    right.set_xlim(right=4 * max(times.values()))
     right.set(xscale="log", title="expected steps, first to last cluster")
     right.invert_yaxis()
     figure.savefig(path, dpi=120)
@@ -289,7 +288,14 @@ def draw_scaling(path: Path, panels: Mapping[str, Sequence[Mapping[str, float]]]
         for name, mark in (("plain", "o"), ("raised", "s"), ("distilled", "^")):
             fit = fits[vary][name]
             label = f"{name}: {fit['exponent']:.2f} ± {fit['half_width']:.2f}"
-            axes.loglog([_abscissa(vary, row) for row in rows], [row[name] for row in rows], mark, label=label)
+            x = np.array([_abscissa(vary, row) for row in rows])
+            y = np.array([row[name] for row in rows])
+            (points,) = axes.loglog(x, y, mark, markersize=5, label=label)
+            constant = np.exp(np.log(y).mean() - fit["exponent"] * np.log(x).mean())
+            axes.loglog(x, constant * x ** fit["exponent"], color=points.get_color(), linewidth=0.8)
+        ticks = sorted({_abscissa(vary, row) for row in rows})
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
         axes.set(xlabel={"clusters": "clusters - 1", "size": "states in a cluster"}.get(vary, vary))
         axes.legend(title="exponent", fontsize="small")
     figure.axes[0].set_ylabel("expected steps")
@@ -300,7 +306,9 @@ def fit_scaling(panels: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str
     """`fit_exponent` of each time in each panel of `scaling` rows; clusters count as K - 1, the hops of a path."""
     return {
         vary: {
-            name: fit_exponent([_abscissa(vary, row) for row in rows], [row[name] for row in rows])
+            name: fit_exponent(
+                [_abscissa(vary, row) for row in rows], [row[name] for row in rows], [row["seed"] for row in rows]
+            )
             for name in ("plain", "raised", "distilled")
         }
         for vary, rows in panels.items()
