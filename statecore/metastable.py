@@ -402,13 +402,14 @@ class Search:
 
 
 def default_budget(clusters: int, size: float, epsilon: float) -> SearchBudget:
-    """R = 4 K log K, N = 2 log K (at least 5), T_0 = 3 M log(K M), T_max = T_0 + 2 M / epsilon.
+    """R = 4 K log K, N = 2 log K (at least 5), T_0 = 2 M log(K M), T_max = T_0 + 2 M / epsilon.
 
-    The orders are the paper's, the constants ours (the paper gives none): T_0 collects all states of a cluster that
-    mixes at once, and a rollout escapes within 2 M / epsilon steps with probability 1 - exp(-2).
+    The orders are the paper's, the constants ours (the paper gives none). In a cluster that mixes at once a rollout
+    misses a state during T_0 with probability (K M)^-2, and more steps only let it leave; it escapes through one sparse
+    edge within 2 M / epsilon steps with probability 1 - exp(-2).
     """
     log = max(math.log(clusters), 1.0)
-    warm_up = math.ceil(3 * size * max(math.log(clusters * size), 1.0))
+    warm_up = math.ceil(2 * size * max(math.log(clusters * size), 1.0))
     return SearchBudget(
         math.ceil(4 * clusters * log), max(5, math.ceil(2 * log)), warm_up, warm_up + math.ceil(2 * size / epsilon)
     )

@@ -474,7 +474,7 @@ def traces(
         whole |= {"active": chain.active.tolist(), "kernel": chain.kernel.tolist()}
         whole |= {"stationary": chain.stationary.tolist(), "set_of": {k: own.tolist() for k, own in labels.items()}}
         write_json(folder / "chain.json", whole)
-        draw_chain(folder / "chain.png", chain, labels, lift)
+        draw_chain(folder / "chain.png", chain, labels, counts, lift)
         write_json(folder / "times.json", times)
         draw_times(folder / "times.png", times)
         if answers is not None:
@@ -534,7 +534,9 @@ def _outcomes(
     }
 
 
-def draw_chain(path: Path, chain: PatternChain, sets: Mapping[str, np.ndarray], lift: np.ndarray) -> None:
+def draw_chain(
+    path: Path, chain: PatternChain, sets: Mapping[str, np.ndarray], counts: np.ndarray, lift: np.ndarray
+) -> None:
     """How much likelier than by chance, and than in random order, each pattern follows each, sorted by set; and the
     successions that the order of steps favours most, those between two sets in red.
     """
@@ -558,9 +560,8 @@ def draw_chain(path: Path, chain: PatternChain, sets: Mapping[str, np.ndarray], 
     figure.colorbar(image, ax=matrices, shrink=0.7)
     labels = sets["order"][order]
     place = np.stack([f(2 * np.pi * np.arange(size) / size) for f in (np.cos, np.sin)], axis=1)
-    flow = (chain.stationary[:, None] * chain.kernel)[np.ix_(order, order)]
-    ratio = lifts["order"][np.ix_(order, order)]
-    gain = flow * (1 - 1 / np.maximum(ratio, 1))
+    own = chain.active[order]
+    gain = counts[np.ix_(own, own)] * (1 - 1 / np.maximum(lift[np.ix_(own, own)], 1))
     np.fill_diagonal(gain, 0)
     for at in np.argsort(gain, axis=None)[::-1][: 2 * size]:
         i, j = divmod(int(at), size)
@@ -572,7 +573,7 @@ def draw_chain(path: Path, chain: PatternChain, sets: Mapping[str, np.ndarray], 
                 "linewidth": float(4 * gain[i, j] / gain.max()) + 0.3, "connectionstyle": "arc3,rad=0.2",
             },
         )  # fmt: skip
-    weight = 3_000 * chain.stationary[order] + 40
+    weight = 3_000 * counts[own].sum(1) / counts.sum() + 40
     network.scatter(*place.T, s=weight, c=labels, cmap="tab10", vmin=0, vmax=9, zorder=3)
     for name, (x, y) in zip(chain.active[order], place, strict=True):
         network.text(1.12 * x, 1.12 * y, str(name), ha="center", va="center", fontsize=7)

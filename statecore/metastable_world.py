@@ -85,7 +85,7 @@ def world(
         samples: transitions to pretrain on, in each stage; default K M^2 / epsilon^2.
         rounds: rounds of the search; default 4 K log K.
         rollouts: rollouts a round; default 2 log K, at least 5.
-        warm_up: steps before a rollout may report; default 3 M log(K M).
+        warm_up: steps before a rollout may report; default 2 M log(K M).
         horizon: most steps of a rollout; default the warm-up and 2 M / epsilon.
         seed: of everything drawn.
         overwrite: replace such a folder that is there already.
