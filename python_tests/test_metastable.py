@@ -571,9 +571,18 @@ def test_traces_command_says_what_is_missing(run, tmp_path):
     assert "expected rows with ids of the prepared traces" in refusal(prepared, out, "--outcomes", other)
     assert "sets: expected 2 to" in refusal(prepared, out, "--sets", 1)
     assert "lags: expected 1 or more" in refusal(prepared, out, "--lags", 0)
+    assert "lags: expected less than the 10 steps of the longest trace" in refusal(prepared, out, "--lags", 10)
     assert "rare: expected a probability" in refusal(prepared, out, "--rare", 0)
     out.mkdir()
     assert "exists already" in refusal(prepared, out)
+
+
+@pytest.mark.parametrize("part", ["world", "traces"])
+def test_each_part_has_help(run, part):
+    result = run(part, "--help")
+    assert result.exit_code == 0
+    assert "--seed" in result.output
+    assert part in run("--help").output
 
 
 def test_world_command(run, tmp_path):

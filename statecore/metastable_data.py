@@ -150,7 +150,7 @@ def pattern_chain(counts: np.ndarray) -> PatternChain:
     inside = counts[np.ix_(active, active)].astype(float)
     kernel = inside / inside.sum(1, keepdims=True)
     balance = np.vstack([kernel.T - np.eye(len(active)), np.ones(len(active))])
-    stationary = np.linalg.lstsq(balance, np.append(np.zeros(len(active)), 1.0))[0]
+    stationary = np.linalg.lstsq(balance, np.append(np.zeros(len(active)), 1.0), rcond=None)[0]
     return PatternChain(active, kernel, stationary)
 
 
@@ -308,7 +308,7 @@ def compare_outcomes(
         explained = np.zeros_like(values)
         for own in members if name != "transitions" else []:
             length = np.stack([np.ones(len(own)), np.log(number[own]), 1 / number[own]], axis=1)
-            explained[own] = length @ np.linalg.lstsq(length, values[own])[0]
+            explained[own] = length @ np.linalg.lstsq(length, values[own], rcond=None)[0]
         columns.append(values - explained)
     table = np.stack(columns)  # [2 features, n]
     observed, null, weight = np.zeros(len(table)), np.zeros((shuffles, len(table))), 0.0
@@ -381,6 +381,9 @@ def traces(
     if not 0 < rare < 1:
         raise ValueError(f"rare: expected a probability between 0 and 1, both excluded, got {rare}")
     walked, known = read_patterns(prepared)
+    longest = int(np.bincount(walked.trace).max())
+    if lags >= longest:
+        raise ValueError(f"lags: expected less than the {longest} steps of the longest trace, got {lags}")
     counts = walked.counts()
     chain = pattern_chain(counts)
     found = {

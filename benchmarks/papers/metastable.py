@@ -2,7 +2,7 @@
 
     python -m benchmarks.papers.metastable --prepared prepared --outcomes traces.jsonl.gz
 
-writes benchmarks/results/papers/metastable.{md,json,png} and metastable_traces.png, about 4 minutes on one core.
+writes benchmarks/results/papers/metastable.{md,json,png} and metastable_traces.png, 1 to 3 minutes on one core.
 `prepared` is a folder of `statecore prepare`; without it the part on real traces is left out and said to be.
 """
 
