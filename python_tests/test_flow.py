@@ -12,6 +12,7 @@ import torch
 from text_cases import byte_pair_tokenizer, chains, character_tokenizer, save_language_model
 from text_cases import tiny_model as tiny_language_model
 from tiny_models import ENDS, FAMILIES, STARTS, WORDS, tiny_base, tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
     GPT2Config,
@@ -20,6 +21,7 @@ from transformers import (
     Mamba2ForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    PreTrainedTokenizerFast,
     Qwen2ForCausalLM,
 )
 
@@ -333,8 +335,8 @@ def test_bad_chains_are_refused(ends, answer, method, message):
 
 
 def test_a_pretrained_model(shared):
-    """The 0.94 M-parameter character model: forks, recomputation and Bayes agree; the name that a step repeats becomes
-    likelier; the sum over all next characters behaves as the theory says.
+    """The 0.94 M-parameter character model: forks, recomputation and Bayes agree; the step that tells a name
+    makes it likelier; the sum over all next characters behaves as the theory says.
     """
     data = shared / "data/tiny_lm"
     model = Qwen2ForCausalLM.from_pretrained(data / "babyllama105-qwen2").double().eval()
@@ -344,18 +346,18 @@ def test_a_pretrained_model(shared):
     def encode(text: str) -> list[int]:
         return [of[c] for c in text.replace(" ", "▁")]
 
-    prompt, *steps = "▁Once upon a time, there was a little girl.", " Her name was Lily.", " She was very happy."
+    prompt, *steps = "▁Once upon a time, there was a boy.", " His name was Ben.", " He had a red ball."
     tokens, ends = [1, *encode(prompt)], []
     ends.append(len(tokens))
     for step in steps:
         tokens += encode(step)
         ends.append(len(tokens))
-    answer, closing = encode(" Lily"), encode(" The girl was")
+    answer, closing = encode("Ben"), encode(" One day, ")
     forked = step_gains(model, tokens, ends, answer, closing=closing)
     for arguments in ({"cached": False}, {"method": "posterior"}):
         found = step_gains(model, tokens, ends, answer, closing=closing, **arguments)
         torch.testing.assert_close(found.gains, forked.gains, atol=1e-8, rtol=0)
-    assert forked.gains[0] > 0.5
+    assert forked.gains[0] > 1.5
     context = read(model, tokens[: ends[0]])
     every = candidate_gains(model, context, [[i] for i in range(len(known))], answer, closing=closing)
     assert_signs_up_to_evidence(every, 1e-8)
@@ -435,12 +437,11 @@ def test_one_trace_against_the_api(tmp_path, language, capsys):
     tokenizer, model = character_tokenizer(), load_causal_lm(language, dtype="float64")
     head, close = f"Question: {row['problem']}\n<think>\n", "\n</think>\n\n"
     for known, upto in zip(line["answer_log_likelihoods"], [0, *(s["end"] for s in line["steps"])], strict=True):
-        thinking = row["thinking"][:upto]
-        given = tokenizer(head + (thinking if upto == len(row["thinking"]) else thinking.rstrip()) + close).input_ids
+        # As `prepare` cuts: white space behind a step is the step's, and what stands before </think> the last one's.
+        last = upto == len(row["thinking"])
+        given = tokenizer(head + row["thinking"][:upto] + (close if last else close.lstrip())).input_ids
         tokens = [*given, *tokenizer(row["answer"]).input_ids, tokenizer.eos_token_id]
-        wanted = token_log_probs(model, tokens)[len(given) - 1 :].sum().item()
-        # The space behind a step stands before the closing in the chain and not here: a character of difference.
-        assert abs(known - wanted) < (1e-9 if upto in (0, len(row["thinking"])) else 3.0)
+        assert abs(known - token_log_probs(model, tokens)[len(given) - 1 :].sum().item()) < 1e-9
 
 
 def test_rows_and_answers_can_be_chosen(tmp_path, language):
@@ -547,12 +548,36 @@ def test_what_cannot_be_used_is_said(tmp_path, language):
         flow(good, tokenizer=f"{language}/tokenizer", **(options | {"model": str(headless)}))
 
 
-def test_a_tokenizer_that_merges_across_a_border(tmp_path):
+@pytest.mark.parametrize(
+    ("thinking", "think_close"),
+    [("Hmm, so it goes. Wait, it is six.", "</think>"), ("Hmm, it is five。Wait, it is six.", "\n</think>\n")],
+)
+def test_a_tokenizer_that_merges_across_a_border(tmp_path, thinking, think_close, capsys):
+    """Words as tokens: the end of the thinking has one in common with the answer, or one step with the next."""
+    pieces = Tokenizer(models.WordLevel({"<unk>": 0, "<eos>": 1, "Wait,": 2, "it": 3}, unk_token="<unk>"))
+    pieces.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces, unk_token="<unk>", eos_token="<eos>")
+    tokenizer.save_pretrained(tmp_path / "model" / "tokenizer")
+    tiny_language_model(len(tokenizer)).save_pretrained(tmp_path / "model")
+    options = {
+        "model": str(tmp_path / "model"),
+        "min_step_tokens": 1,
+        "max_step_tokens": 64,
+        "prompt_template": "{prompt}\n",
+    }
+    row = {"problem": "How many?", "thinking": thinking, "answer": "It is six."}
+    with pytest.raises(ValueError, match="merged_border"):
+        flow(write_rows(tmp_path / "t.jsonl", [row]), think_close=think_close, **options)
+    row["thinking"] = thinking.replace("。", ". ")
+    assert flow(write_rows(tmp_path / "t.jsonl", [row]), think_close="\n</think>\n", **options)["traces"] == 1
+    assert "Wait, it is six." in capsys.readouterr().out
+
+
+def test_the_byte_pairs_of_large_models(tmp_path):
+    """White space that is glued to words and punctuation goes with the word behind the border."""
     tokenizer = byte_pair_tokenizer()
     tokenizer.save_pretrained(tmp_path / "model" / "tokenizer")
     tiny_language_model(len(tokenizer)).save_pretrained(tmp_path / "model")
-    source = write_rows(tmp_path / "t.jsonl", chains(2))
-    options = {"model": str(tmp_path / "model"), "min_step_tokens": 4, "max_step_tokens": 64}
-    flow(source, **options)
-    with pytest.raises(ValueError, match="merged_border"):
-        flow(source, think_close="th", answer_field="problem", think_open="e", prompt_template="{prompt} th", **options)
+    source = write_rows(tmp_path / "t.jsonl", chains(3))
+    result = flow(source, model=str(tmp_path / "model"), min_step_tokens=4, max_step_tokens=64)
+    assert result["traces"] == 3
