@@ -4,6 +4,7 @@ reading anew, and the command on traces of every form.
 
 import json
 import math
+import sys
 from itertools import product
 from types import SimpleNamespace
 
@@ -24,9 +25,11 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2ForCausalLM,
 )
+from typer.testing import CliRunner
 
 from statecore.adapter import convert, save_adapter
 from statecore.cache import cache_bytes
+from statecore.cli import app
 from statecore.demo import task
 from statecore.flow import (
     candidate_gains,
@@ -444,6 +447,17 @@ def test_one_trace_against_the_api(tmp_path, language, capsys):
         assert abs(known - token_log_probs(model, tokens)[len(given) - 1 :].sum().item()) < 1e-9
 
 
+def test_from_the_command_line(tmp_path, language, monkeypatch):
+    source, path = write_rows(tmp_path / "t.jsonl", chains(2)), str(tmp_path / "r.jsonl")
+    line = ["flow", source, "--model", language, "--rewards", path, "--prompt-template", "{prompt}", "--no-score-end"]
+    line += ["--min-step-tokens", "8", "--max-step-tokens", "64", "--method", "posterior", "--limit", "1"]
+    monkeypatch.setattr(sys, "argv", ["statecore", *line])
+    outcome = CliRunner().invoke(app, line)
+    assert outcome.exit_code == 0, outcome.output
+    assert len(read_rows(tmp_path / "r.jsonl")) == 1
+    assert CliRunner().invoke(app, line).exit_code == 1, "the rewards are there already"
+
+
 def test_rows_and_answers_can_be_chosen(tmp_path, language):
     rows = [row | {"gold": str(i)} for i, row in enumerate(chains(4))]
     (tmp_path / "all.json").write_text(json.dumps(rows))
@@ -451,6 +465,8 @@ def test_rows_and_answers_can_be_chosen(tmp_path, language):
     flow(str(tmp_path), row=3, rewards=tmp_path / "r.jsonl", **options)
     line = json.loads((tmp_path / "r.jsonl").read_text())
     assert (line["id"], line["answer"]) == ("row-2", "2")
+    with pytest.raises(ValueError, match="no row 9"):
+        flow(str(tmp_path), row=9, **options)
     result = flow(str(tmp_path / "all.json"), limit=2, **options)
     assert "no row says" in result["correctness"]["not_measured"]
 
@@ -504,8 +520,10 @@ def test_a_prepared_set(tmp_path, capsys):
         ids = problems.input_ids if model == "base" else task.with_step_tokens(problems, starts, ends)
         wanted = token_log_probs(loaded, ids[1].tolist())[-task.ANSWER_TOKENS :].sum()
         assert abs(lines[1]["answer_log_likelihoods"][-1] - wanted) < 1e-9
-        assert lines[1]["answer"] == "".join(task.make_tokenizer().decode(problems.answers[1, :2]))
+        assert lines[1]["answer"] == task.make_tokenizer().decode(problems.answers[1, :2])
     capsys.readouterr()
+    with pytest.raises(ValueError, match="no part 'eval'"):
+        flow(str(folder), model=str(tmp_path / "base"), split="eval")
     with pytest.raises(ValueError, match="prompts as texts"):
         flow(str(folder), model=str(tmp_path / "base"), method="posterior", posterior_template="{answer}")
 

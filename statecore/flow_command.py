@@ -36,7 +36,12 @@ from .traces import Fields, RowProblem, StepRules, Tokenised, parse_trace, read_
 
 @dataclass(frozen=True)
 class TextReader:
-    """Rows of text into chains: the steps are those that `statecore prepare` would make with the same rules."""
+    """Rows of text into chains: the steps are those that `statecore prepare` would make with the same rules.
+
+    A text is tokenised once, as a whole, so the tokens up to a step's end are those of the chain as it stands. White
+    space behind a step is the step's, and what stands before the first visible character of the closing is the last
+    step's: behind earlier steps the closing follows without it.
+    """
 
     tokenizer: Any
     fields: Fields
@@ -252,8 +257,8 @@ def flow(
             (`owner/name` or `owner/name:configuration`).
         model: a causal language model, a state-transition checkpoint, or an adapter folder.
         base: the base checkpoint under an adapter; default: the one the adapter names.
-        tokenizer: folder or hub name; default: the folder `tokenizer` in the model's or the prepared set's, or the
-            model's own.
+        tokenizer: folder or hub name; default: the folder `tokenizer` in the model's, or the model's own. A prepared
+            set brings its own.
         dtype: what the model computes in; half precision blurs small gains.
         method: "difference" of answer log-likelihoods, forking at step ends, or "posterior" over prior by Bayes, in
             whole passes; they agree.
@@ -293,17 +298,21 @@ def flow(
         raise ValueError(
             f"max_step_tokens must be at least twice min_step_tokens ({min_step_tokens}), got {max_step_tokens}"
         )
-    is_prepared = (Path(trace) / PATTERNS_FILE).is_file() and (Path(trace) / f"{split}.parquet").is_file()
+    is_prepared = (Path(trace) / PATTERNS_FILE).is_file()
     language = load_causal_lm(model, base, dtype)
     with_steps = isinstance(language, StateCoreForCausalLM) and bool(language.config.step_start_token_ids)
     if is_prepared:
         prepared = load_prepared(trace)
         if posterior_template is not None:
             raise ValueError("posterior_template needs prompts as texts: give the traces, not the prepared set")
-        if with_steps and language.config.step_start_token_ids != prepared.step_start_token_ids:
+        part = {"train": prepared.train, "eval": prepared.eval}.get(split)
+        if part is None:
+            raise ValueError(f"{trace} has no part {split!r}: expected train, or eval where there is one")
+        markers = prepared.step_start_token_ids + prepared.step_end_token_ids
+        if with_steps and language.config.step_token_ids != markers:
             raise ValueError(f"the step tokens of {model} are not those of {trace}: prepare the set for this model")
         reader: Any = PreparedReader(prepared, with_steps, score_end)
-        rows = ((trace, i, r) for i, r in enumerate(prepared.train if split == "train" else prepared.eval, 1))
+        rows = ((trace, i, r) for i, r in enumerate(part, 1))
     else:
         words = _tokenizer(tokenizer or model)
         form = _prompt_format(Path(model), prompt_template, think_open, think_close)
@@ -326,7 +335,8 @@ def flow(
         )
         rows = read_source(trace, split)
     most = max_tokens or getattr(language.config.get_text_config(), "max_position_embeddings", None)
-    summary, left_out = Summary(), []
+    unknown_token = None if is_prepared else words.unk_token_id
+    summary, left_out, unknown = Summary(), [], 0
     with _whole_folder(out, overwrite) as folder, _whole_file(rewards, overwrite) as lines:
         only = rows if row is None else ((s, i, r) for s, i, r in rows if i == row)
         for source, line, raw in tqdm(islice(only, limit if row is None else 1), desc="traces", unit="trace"):
@@ -344,8 +354,9 @@ def flow(
                     ) from problem
                 left_out.append({"source": source, "line": line, "reason": problem.reason, "detail": problem.detail})
                 continue
+            unknown += 0 if unknown_token is None else one.tokens.count(unknown_token)
             gains = measure(language, one, method)
-            record = one.record(gains)
+            record = {"model": str(model), "method": method} | one.record(gains)
             summary.add(one, gains)
             if lines is not None:
                 lines.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -357,8 +368,10 @@ def flow(
                 first = (one, gains)
         if not summary.traces:
             shown = "\n".join(f"{r['source']}, line {r['line']}: {r['reason']}: {r['detail']}" for r in left_out[:10])
+            if row is not None and not left_out:
+                raise ValueError(f"{trace} has no row {row}: rows count from 1")
             raise ValueError(f"no trace could be measured, {len(left_out)} were left out\n{shown}".rstrip())
-        result = {"settings": settings, **summary.result(), "left_out": left_out}
+        result = {"settings": settings, **summary.result(), "unknown_tokens": unknown, "left_out": left_out}
         text = report(result)
         if folder is not None:
             _write_json(folder / RESULT_FILE, result)

@@ -193,6 +193,8 @@ def report(result: Mapping[str, Any]) -> str:
     ]
     if result["read_anew_at_every_step_end"] and result["settings"]["method"] == "difference":
         lines += ["", "The model's cache cannot be forked: every step end was read anew."]
+    if result["unknown_tokens"]:
+        lines += ["", f"{result['unknown_tokens']} tokens are unknown to the tokenizer: is it the model's?"]
     for naming, groups in result["by_kind"].items():
         lines += ["", f"## By {naming}", "", *_spread_table(naming, list(groups.items())[:24])]
         if len(groups) > 24:
@@ -256,7 +258,7 @@ def draw_trace(path: Path, trace: Chain, gains: StepGains) -> None:
     left.axvline(0, color="black", linewidth=0.8)
     left.set_yticks(height, [f"{label}  {i + 1}" for i, label in zip(shown, labels, strict=True)], fontsize=7)
     left.set_xlabel("gain of the step, nats")
-    left.invert_yaxis()
+    left.set_ylim(len(shown) - 0.4, -0.6)
     cut = (
         f"the {len(shown)} of {len(values)} steps with the largest gains and losses; "
         if len(shown) < len(values)
@@ -272,7 +274,7 @@ def draw_trace(path: Path, trace: Chain, gains: StepGains) -> None:
     else:
         right.axvline(gains.log_likelihoods[0].item(), color="grey", linestyle=":", label="prompt alone")
         right.plot(gains.log_likelihoods.numpy()[1:][shown], height, "o-", color="tab:green", markersize=3)
-        right.set_xlabel("log p(answer) behind the step")
+        right.set_xlabel("log p(answer)")
         right.legend(fontsize=7)
     _save(figure, path)
 
