@@ -93,24 +93,25 @@ def continuation_log_probs(
             padded = [[*row[:-1], *[row[0]] * (width - len(row) + 1)] for row in rows]  # nobody sees what lies behind
             if context.cache is None or len(rows) == 1 or _is_shared(context.cache):
                 cache = None if context.cache is None else _fork(context.cache, len(rows))
-                logits = _log_probs(_forward(model, padded, cache, width - first, use_cache=cache is not None)[0])
+                logits = _forward(model, padded, cache, width - first, use_cache=cache is not None)[0]
             else:
                 parts = [_forward(model, [row], _fork(context.cache), keep=width - first)[0] for row in padded]
-                logits = _log_probs(torch.cat(parts))
+                logits = torch.cat(parts)
     scores = []
     for i, (row, begin) in enumerate(zip(rows, begins, strict=True)):
         inner = max(begin, 1)
         parts = [context.next_token[row[0]][None]] if begin == 0 else []
         if inner < len(row):
-            wanted = torch.tensor(row[inner:], device=logits.device)
-            parts.append(logits[i, inner - 1 - first : len(row) - 1 - first].gather(1, wanted[:, None])[:, 0])
+            some = logits[i, inner - 1 - first : len(row) - 1 - first].split(1024)  # a long chain's fill the memory
+            wanted = torch.tensor(row[inner:], device=logits.device)[:, None].split(1024)
+            parts += [_log_probs(x).gather(1, y)[:, 0] for x, y in zip(some, wanted, strict=True)]
         scores.append(torch.cat(parts).double().cpu())
     return scores
 
 
-def token_log_probs(model: PreTrainedModel, tokens: Sequence[int]) -> Tensor:
-    """Log-probability of every token but the first, float64 [T - 1]: one whole pass, no cache."""
-    return continuation_log_probs(model, Context(None, None, tuple(tokens[:1])), [tokens[1:]])[0]
+def token_log_probs(model: PreTrainedModel, tokens: Sequence[int], *, last: int | None = None) -> Tensor:
+    """Log-probability of every token but the first (of the `last` ones), float64: one whole pass, no cache."""
+    return continuation_log_probs(model, Context(None, None, tuple(tokens[:1])), [tokens[1:]], last=last)[0]
 
 
 def _forward(
@@ -237,12 +238,13 @@ def _bayes_gains(
     model: PreTrainedModel, tokens: Sequence[int], step_ends: Sequence[int], end: Sequence[int], scored: int
 ) -> StepGains:
     alone = token_log_probs(model, tokens[: step_ends[-1]])
-    evidence = [token_log_probs(model, [*tokens[: step_ends[0]], *end])[-scored:].sum()]
+    evidence = [token_log_probs(model, [*tokens[: step_ends[0]], *end], last=scored).sum()]
     prior, posterior = [], []
     for begin, stop in pairwise(step_ends):
-        whole = token_log_probs(model, [*tokens[:stop], *end])  # entry t belongs to token t + 1
-        joint = whole[begin - 1 : stop - 1].sum() + whole[-scored:].sum()
-        prior.append(alone[begin - 1 : stop - 1].sum())
+        step = stop - begin
+        whole = token_log_probs(model, [*tokens[:stop], *end], last=step + len(end))
+        joint = whole[:step].sum() + whole[-scored:].sum()
+        prior.append(alone[begin - 1 : stop - 1].sum())  # entry t belongs to token t + 1
         posterior.append(joint - evidence[-1])
         evidence.append(whole[-scored:].sum())
     prior, posterior = torch.stack(prior), torch.stack(posterior)
