@@ -431,7 +431,7 @@ def page(record: dict[str, Any]) -> str:
         "so "
         "little is left to lose. As a reward the gain credits the step that states the result; it does not point at "
         "the "
-        "step further up where the error was made, and the share of steps that gain says nothing of right and wrong.",
+        "step further up where the error was made, and right chains have no larger share of steps that gain.",
         "",
         "![gain by step of a sampled chain](flow_trace.png)",
         "",
