@@ -441,7 +441,7 @@ def page(record: dict[str, Any]) -> str:
         "joint distribution of steps and answers, exactly on one that is enumerated (tests, 1e-12). A language model "
         "made to answer at once is none: with Z = sum_s p(s) p(y | s) / p(y), E v = log Z - KL over its own steps.",
         "",
-        f"For the teacher above, E v over its own steps is {sampled['mean_gain_of_a_sampled_step']:+.3f} (standard "
+        f"For the teacher, over the chains above, E v is {sampled['mean_gain_of_a_sampled_step']:+.3f} (standard "
         "error "
         f"{sampled['its_standard_error']:.3f}): "
         + (
