@@ -106,8 +106,9 @@ def initialise(model: StateCoreForCausalLM) -> None:
     for table in _tables(model):
         weight = table.weight
         ordinary = len(weight) - len(ids)
-        mean = (weight.sum(0, dtype=torch.float32) - weight[ids].sum(0, dtype=torch.float32)) / max(ordinary, 1)
-        rms = weight.norm(dim=0, dtype=torch.float32) / len(weight) ** 0.5
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        mean = (weight.sum(0, dtype=dtype) - weight[ids].sum(0, dtype=dtype)) / max(ordinary, 1)
+        rms = weight.norm(dim=0, dtype=dtype) / len(weight) ** 0.5
         noise = torch.randn(table.step_weight.shape).to(weight.device)
         table.step_weight.copy_(mean + NOISE * rms * noise)
 

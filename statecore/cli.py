@@ -30,6 +30,7 @@ COMMANDS = {
         {"world": "statecore.metastable_world:world", "traces": "statecore.metastable_data:traces"},
         "Chains of dense clusters and rare edges: a made world, and the chain of real traces.",
     ),
+    "flow": ("statecore.flow_command:flow", "Show how much each step of a trace tells about its answer."),
 }
 
 
