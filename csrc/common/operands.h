@@ -121,7 +121,7 @@ class ResultPacking {
         memory_(make_scratch<Operand>(
             kIsReal<Operand> ? 0 : std::max(max_rows * rows_ld_, depth<Operand>(max_rows) * columns_ld_))) {}
 
-  // Valid until the next call; memory for the result to be built in pieces is at rows_at(), columns_at().
+  // Valid until the next call.
   Packed<Operand> rows(const Real* x, int64_t ld, int rows, int cols) {
     if constexpr (kIsReal<Operand>)
       return {x, ld};

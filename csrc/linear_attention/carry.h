@@ -12,18 +12,18 @@
 // that results do not depend on the number of threads: it is chosen where heads keep all threads busy, since
 // it saves computing sums twice.
 //
-// A sweep is a class with one object a thread:
+// A sweep is a class with one object a thread, whose calls are about the item that was selected last:
 //
-//   static constexpr bool kBackwards;      // order of segments
-//   int64_t units() const;                 // independent parts of a sequence; an item is one unit of one
-//   sequence int64_t state_size() const;            // elements of the running states of a unit int64_t
-//   states() const;                // 1, or 3 where steps end: running, start of the step, prompt void
-//   select(int64_t item);             // what the calls below are about void start(Real* base); // states
-//   [states, state_size] before the first segment void enter(const CarrySegment&, Real* base); void add(const
-//   CarrySegment&, Real* sums);                    // sums = contribution of the segment, nothing else void
-//   run(const CarrySegment&, Real* base, Real* sums);        // results and sums; sums null: base in place
-//   void leave(const CarrySegment&, Real* base, const Real* sums);  // base after the segment
-//   void finish(const Real* base);
+//   kBackwards                 the order of segments
+//   units()                    independent parts of a sequence; an item is one unit of one sequence
+//   state_size(), states()     elements of a unit's running states; 1, or 3 kinds where steps end
+//   select(item)
+//   start(base)                base [states, state_size]: what stands before the first segment
+//   enter(segment, base)       base at the segment's first token
+//   add(segment, sums)         sums [state_size]: what the segment contributes, and nothing else
+//   run(segment, base, sums)   results, and sums as well; sums null: base is updated in place
+//   leave(segment, base, sums) base behind the segment
+//   finish(base)
 #pragma once
 
 #include <algorithm>
