@@ -430,7 +430,7 @@ void load_transposed(DType dtype, const void* src, int64_t src_stride, int rows,
 
 // ---- matrix product --------------------------------------------------------------------------------
 
-// Accumulators of one register block: kBlockRows x 2 vectors. 16 of AVX-512's 32 registers hide the
+// Accumulators of one register block: kBlockRows x 2 vectors, or twice as many rows of one. 16 of AVX-512's 32 registers hide the
 // latency of two FMA units; AVX2 and SSE have 16 registers in all.
 constexpr int kBlockRows = STATECORE_VECTOR_BYTES == 64 ? 8 : STATECORE_VECTOR_BYTES == 32 ? 6 : 4;
 
@@ -455,13 +455,13 @@ inline void matmul_block(int depth, RealOf<Operand> factor, const Operand* a, in
   constexpr int kWidth = kLanes<Real>;
   Vec<Real> sum[Rows][Vectors] = {};
   for (int p = 0; p < depth; ++p)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 2
       for (int v = 0; v < Vectors; ++v)
         sum[i][v] = multiply_add(sum[i][v], a[i * a_row + p * a_col], b + p * ldb + v * kWidth);
   // All loops are unrolled by hand, or the accumulators pass through the stack at the end.
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 2
     for (int v = 0; v < Vectors; ++v) {
@@ -493,7 +493,7 @@ void matmul(int m, int n, int depth, RealOf<Operand> factor, const Operand* a, i
     matmul_rows<Operand, kBlockRows, 2>(m, depth, factor, a, a_row, a_col, b + j, ldb, c + j, ldc,
                                         accumulate);
   for (; j < padded(n); j += kWidth)
-    matmul_rows<Operand, kBlockRows, 1>(m, depth, factor, a, a_row, a_col, b + j, ldb, c + j, ldc,
+    matmul_rows<Operand, 2 * kBlockRows, 1>(m, depth, factor, a, a_row, a_col, b + j, ldb, c + j, ldc,
                                         accumulate);
 }
 

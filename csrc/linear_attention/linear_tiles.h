@@ -18,7 +18,7 @@ namespace statecore {
 // Tokens of a chunk. Longer chunks spend more on the triangle, shorter ones more on packing and updating the
 // state.
 template <class Operand>
-constexpr int kChunk = kIsReal<Operand> ? 32 : 64;
+constexpr int kChunk = kIsReal<Operand> ? 32 : 48;
 constexpr int kMaxChunk = 64;
 constexpr int kBand = 16;  // rows of a lower triangle that are multiplied at once
 
