@@ -16,6 +16,7 @@ from benchmarks.rows import (
     Share,
     from_json,
 )
+from benchmarks.workload import CHUNK, chunked_flops
 
 Column = tuple[str, Callable]
 CASE: list[Column] = [
@@ -110,6 +111,8 @@ def page(record: dict) -> str:
             lines += ["![time against length](cpu_lengths.png)", ""]
         for table in tables(rows[name]):
             lines += [*table, ""]
+        if name == "linear":
+            lines += bound_table(rows["linear"], [row for row in rows.get("peak", []) if isinstance(row, Share)])
     return "\n".join(lines)
 
 
@@ -198,6 +201,36 @@ def comparison_table(rows: list[Row]) -> list[str]:
         *VERDICT,
     ]
     return [*title, *_table(rows, columns)]
+
+
+def bound_table(comparisons: list[Row], shares: list[Row]) -> list[str]:
+    """What the products alone take at the machine's peak: no ratio to the eager form can be higher than theirs."""
+
+    def case(row: Row) -> tuple:
+        return row.dtype, row.heads, row.width, row.threads
+
+    peaks = {case(row): row.peak for row in shares if not row.failure}
+    lines = []
+    for row in comparisons:
+        chunked = isinstance(row, Comparison) and row.operator == "linear_attention" and row.target is not None
+        if not chunked or row.failure or case(row) not in peaks:
+            continue
+        flops = chunked_flops(row.time, tuple(map(int, row.heads.split("/"))), row.width, CHUNK[row.dtype])
+        work = sum(flops[part] for part in row.direction.split(" + "))
+        least = work / peaks[case(row)]
+        lines.append(
+            f"| {row.direction} | {row.dtype} | {row.heads} | {row.threads} | {work / 1e9:.2f} | {_ms(least)} | "
+            f"{_ms(row.ours_s)} | {_percent(least / row.ours_s)} | {value(row)} | {row.peer_s / least:.3g}x | {target(row)} |"
+        )
+    if not lines:
+        return []
+    return [
+        "What bounds it: the products of a chunked pass that stores no states (a backward without them computes them "
+        "again), counted at our chunk lengths, in no more time than the machine's own peak (section below) allows, "
+        "everything else free. The highest ratio is what a kernel at the peak would have against the same peer.", "",
+        "| direction | dtype | heads | threads | GFLOP | ms at the peak | ours | share | ratio | highest ratio | target |",
+        "|" + "---|" * 11, *lines, "",
+    ]  # fmt: skip
 
 
 def preparation_table(rows: list[Row]) -> list[str]:

@@ -141,3 +141,22 @@ def attention_flops(pairs: int, case: Case) -> int:
 def linear_flops(case: Case) -> int:
     """What no chunk length can avoid: one rank-1 update a key head and one read a query head and token."""
     return 2 * case.width**2 * sum(case.heads) * case.time
+
+
+CHUNK = {
+    "float32": 32,
+    "bfloat16": 48,
+}  # tokens that the operators multiply at once: csrc/linear_attention/linear_tiles.h
+
+
+def chunked_flops(time: int, heads: tuple[int, int], width: int, chunk: int) -> dict[str, int]:
+    """Products of a chunked pass that stores no states, {"forward", "backward"}; of triangles what is visible.
+
+    Forward: a state read a query head, an update a key head, scores and weighted values. Backward: the same again for
+    dq, then dk and dv through the state, an update a query head, and four triangles.
+    """
+    queries, keys = heads
+    state, triangle = 2 * width * width, 2 * width * (chunk + 1) // 2
+    forward = queries * (state + 2 * triangle) + keys * state
+    backward = forward + keys * 2 * state + queries * (state + 4 * triangle)
+    return {"forward": time * forward, "backward": time * backward}
