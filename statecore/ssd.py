@@ -397,13 +397,13 @@ class SSDMixer(nn.Module):
                 line = line.index_copy(1, packing.gaps.flatten(), window.to(x.dtype).flatten(0, 1)[None])
             after = line[0, packing.tails]
         weight, bias = self.conv1d.weight.to(x.dtype), self.conv1d.bias
+        bias = None if bias is None else bias.to(x.dtype)
         if x.shape[1] == 1 and packing is None:
             out = (line * weight[:, 0].T).sum(1, keepdim=True)
             out = out if bias is None else out + bias
         else:
             # As a picture one pixel high: torch's 2-d convolution works on [.., T, channels] as it lies in memory.
             picture = line.transpose(1, 2).unsqueeze(2)
-            bias = None if bias is None else bias.to(x.dtype)
             out = F.conv2d(picture, weight.unsqueeze(2), bias, groups=x.shape[2]).squeeze(2).transpose(1, 2)
             if packing is not None:
                 out = out[:, packing.places - gap]
