@@ -26,6 +26,7 @@ COMMANDS = {
     "prepare": ("statecore.prepare:prepare", "Turn long chains of thought into a training set."),
     "train": ("statecore.train:main", "Distil a base model into a state-transition model."),
     "generate": ("statecore.generate:generate", "Decode step by step with constant memory."),
+    "ssd": ("statecore.ssd_train:ssd", "Train an attention-free SSD model in phases."),
 }
 
 
