@@ -5,6 +5,7 @@ hybrids, and the curriculum.
 import copy
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Mamba2
 from transformers.models.mamba2 import modeling_mamba2
 
 from statecore import cache as caches
+from statecore import ssd_train
 from statecore.ssd import Packing, SSDCacheLayer, SSDConfig, SSDForCausalLM, SSDMixer, ssd_scan, ssd_step, ssm_states
 
 PAD, EOS = 0, 1
@@ -484,11 +486,183 @@ def test_models_refuse(tmp_path):
         model(ids, cache_params=DynamicCache())
     with pytest.raises(ValueError, match="layers of another type"):
         model(ids, past_key_values=DynamicCache())
+    cache = DynamicCache(config=model.config)
     with pytest.raises(ValueError, match="packed sequences cannot be cached"):
-        cache = DynamicCache(config=model.config)
         model(ids, past_key_values=cache, cu_seq_lens_q=torch.tensor([0, 2, 6], dtype=torch.int32))
     with pytest.raises(ValueError, match="one row, got a batch of 2"):
         model(tokens(2, 6), cu_seq_lens_q=torch.tensor([0, 6], dtype=torch.int32))
     with pytest.raises(NotImplementedError, match="cannot be run backwards"):
         cache.layers[0].crop(3)
     assert math.isfinite(model(ids, labels=ids).loss.item())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Curriculum
+
+RECIPE = {
+    "model": {"hidden_size": 32, "num_heads": 4, "head_dim": 16, "state_size": 16, "n_groups": 1}
+    | {"num_hidden_layers": 2, "initializer_range": 0.02, "tie_word_embeddings": True},
+    "tokenizer": {"train": 290},
+    "prompt": {"template": "{prompt}\n", "think_open": "<think>", "think_close": "</think>"},
+    "max_tokens": 200,
+    "too_long": "truncate",
+    "training": {"use_cpu": True, "learning_rate": 4e-3, "per_device_train_batch_size": 8, "disable_tqdm": True}
+    | {"logging_steps": 5, "max_steps": 10},
+    "phases": [
+        {"name": "easy", "mixture": [{"programs": {"steps": [1, 2]}, "rows": 80, "part": [0.2, 1.0]}]},
+        {
+            "name": "hard",
+            "mixture": [
+                {"programs": {"steps": [2, 3]}, "rows": 60, "filter": {"distinct": {"min": 2}}, "weight": 0.7},
+                {"programs": {"steps": [1, 2]}, "rows": 60, "weight": 0.3},
+            ],
+        },
+    ],
+    "evaluation": [
+        {"name": "held out", "programs": {"steps": [1, 2]}, "rows": 6, "part": [0.0, 0.2]}
+        | {"answers": True, "max_new_tokens": 20}
+    ],
+}
+
+
+def changed(**values) -> dict:
+    return copy.deepcopy(RECIPE) | values
+
+
+def train(values: dict, folder, **options) -> dict:
+    return ssd_train.run_recipe(ssd_train.parse_recipe(values), folder, **({"ablate": False, "seed": 0} | options))
+
+
+def test_curriculum_trains_saves_and_compares(tmp_path):
+    record = train(changed(muon_learning_rate=0.02), tmp_path, ablate=True)
+    runs = {tuple(run["phases"]): run for run in record["runs"]}
+    assert [*runs] == [(), ("easy",), ("hard",), ("easy", "hard")]
+    losses = {names: run["evaluation"]["held out"]["loss"] for names, run in runs.items()}
+    assert losses["easy",] < losses[()] - 0.3
+    assert losses["easy", "hard"] < losses["easy",]
+    assert set(runs["easy", "hard"]["evaluation"]["held out"]) == {"rows", "loss", "exact", "closed"}
+    assert runs["hard",]["training"]["skipped_updates"] == 0
+    model = Mamba2ForCausalLM.from_pretrained(runs["easy", "hard"]["folder"])
+    assert record["parameters"] == sum(p.numel() for p in model.parameters())
+    assert sorted(path.name for path in tmp_path.iterdir() if not path.is_dir()) == [
+        "curriculum.png", "report.json", "report.md"
+    ]  # fmt: skip
+    assert not [*tmp_path.glob(".*")]
+    assert "| easy + hard |" in (tmp_path / "report.md").read_text()
+
+
+def test_curriculum_starts_from_a_checkpoint_and_pads_or_packs_alike(tmp_path):
+    small_model(torch.float32, vocab_size=300, tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    losses = []
+    for packed in (True, False):
+        values = changed(model={"checkpoint": str(tmp_path / "base")}, packed=packed)
+        values["phases"] = values["phases"][:1]
+        folder = tmp_path / f"{packed}"
+        folder.mkdir()
+        losses.append([x["loss"] for x in train(values, folder)["runs"][-1]["history"]])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_programs_are_solved_and_reproducible():
+    rows = [row for row, _ in zip(ssd_train.programs(steps=[3, 5], seed=4), range(50), strict=False)]
+    again = [row for row, _ in zip(ssd_train.programs(steps=[3, 5], seed=4), range(50), strict=False)]
+    assert rows == again
+    for row in rows:
+        *statements, question = row["problem"].split(".")
+        values: dict[str, int] = {}
+        for statement in statements:
+            name, _, expression = statement.partition("=")
+            values[name] = eval(expression, {}, values) % 10
+        assert row["answer"] == str(values[question.removesuffix("=?")])
+        assert 3 <= row["steps"] <= 5
+        assert row["thinking"].count(".") == row["steps"]
+        assert row["distinct"] == len(set(values.values()))
+
+
+def test_filters():
+    row = {"tokens": 5, "correct": True, "bench": "none", "score": None}
+    for conditions, expected in [
+        ({}, True),
+        ({"correct": True}, True),
+        ({"correct": False}, False),
+        ({"tokens": {"min": 5, "max": 5}}, True),
+        ({"tokens": {"min": 6}}, False),
+        ({"score": {"min": 0}}, False),
+        ({"bench": {"none_of": ["none"]}}, False),
+        ({"bench": {"any_of": ["none", "x"]}, "tokens": {"max": 4}}, False),
+    ]:
+        assert ssd_train.passes(row, conditions, "source") == expected, conditions
+    with pytest.raises(ValueError, match="source: the filter needs field 'length'; the row has 'tokens', 'correct'"):
+        ssd_train.passes(row, {"length": 3}, "source")
+    with pytest.raises(ValueError, match="filter of 'tokens' has the unknown 'most'; known are min, max"):
+        ssd_train.passes(row, {"tokens": {"most": 3}}, "source")
+
+
+def test_sources_are_files_and_parts_do_not_overlap(tmp_path):
+    rows = [{"problem": f"p{i}", "thinking": "t " * i, "answer": "a", "id": i} for i in range(200)]
+    file = tmp_path / "traces.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows) + "no json\n")
+
+    def ids(**fields) -> list[str]:
+        found = ssd_train.rows_of(ssd_train.Source(source=str(file), **fields))
+        return [row["id"] for row in found if isinstance(row, dict)]
+
+    assert ids(rows=3) == ["1", "2", "3"]  # the first has no thinking
+    low, high = ids(part=[0.0, 0.3]), ids(part=[0.3, 1.0])
+    assert set(low).isdisjoint(high)
+    assert len(low) + len(high) == 199
+    assert 30 < len(low) < 90
+
+
+def test_updates_with_bad_gradients_are_skipped():
+    model, skip = small_model(torch.float32), ssd_train.SkipNonFinite()
+    for value, skipped in ((1.0, 0), (math.nan, 1), (math.inf, 2)):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        model.lm_head.weight.grad[3, 2] = value
+        skip.on_pre_optimizer_step(None, None, None, model=model)
+        assert skip.skipped == skipped
+        assert all((p.grad is None) == (value != 1) for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"phases": []}, "needs at least one phase"),
+        ({"phases": [{"name": "a", "mixture": []}]}, "recipe, phase 1: `mixture` names no source"),
+        ({"phases": [{"name": "a", "mixture": [{}]}]}, "phase 1, source 1: a source needs either `source` or `prog"),
+        ({"phases": [{"mixture": [{"source": "x"}]}]}, "phase 1: .*missing .*'name'"),
+        ({"phases": [{"name": "a", "mixture": [{"file": "x"}]}]}, "source 1: unknown 'file'; known are fields, filter"),
+        ({"phases": [{"name": "a", "mixture": [{"source": "x", "part": [1, 0]}]}]}, "part must be"),
+        ({"too_long": "wrap"}, "too_long must be 'drop' or 'truncate', got 'wrap'"),
+        ({"evaluation": [{"source": "x"}]}, "recipe, evaluation 1: `name` is missing"),
+        ({"learning_rate": 1}, "recipe: unknown 'learning_rate'; known are"),
+        ({"tokenizer": {"vocabulary": 3}}, "tokenizer must be a name or"),
+        ({"model": {"heads": 3}}, "model: unknown heads"),
+        ({"training": {"rate": 3}}, "training of phase 'easy': .*unexpected keyword argument 'rate'"),
+        ({"max_tokens": 5}, "no row is left; left out for a reason: .*too_long"),
+        ({"model": RECIPE["model"] | {"num_heads": 5}}, "must equal num_heads"),
+    ],
+)
+def test_recipes_refuse(values, message, tmp_path):
+    with pytest.raises(Exception, match=message):
+        train(changed(**values), tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_programs_refuse():
+    with pytest.raises(ValueError, match=r"steps must be .* got"):
+        next(ssd_train.programs(steps=[0, 3]))
+    with pytest.raises(ValueError, match="operations may be"):
+        next(ssd_train.programs(steps=[1, 3], operations=["*"]))
+    with pytest.raises(ValueError, match=r"programs: .*unexpected keyword argument 'depth'"):
+        next(ssd_train.rows_of(ssd_train.Source(programs={"depth": 3})))
+
+
+def test_command_reads_every_committed_recipe(tmp_path):
+    folder = Path(__file__).parents[1] / "recipes"
+    found = {path.name: ssd_train.read_recipe(path) for path in folder.glob("ssd-*.yaml")}
+    assert {"ssd-tiny.yaml", "ssd-promptcot-mamba-7b.yaml"} <= found.keys()
+    with pytest.raises(FileNotFoundError, match="there is no recipe"):
+        ssd_train.ssd(tmp_path / "none.yaml", output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -291,12 +291,9 @@ class Packing:
         bounds = cu_seqlens.long()
         token = torch.arange(time, device=bounds.device)
         sequence = torch.searchsorted(bounds[1:].contiguous(), token, right=True)
-        offset = torch.arange(gap, device=bounds.device) + gap * torch.arange(len(bounds) - 1, device=bounds.device)[
-            :, None
-        ]
-        return Packing(
-            cu_seqlens, token + gap * (sequence + 1), bounds[:-1, None] + offset, bounds[1:, None] + offset
-        )
+        before = gap * torch.arange(len(bounds) - 1, device=bounds.device)  # places of the gaps of earlier sequences
+        offset = before[:, None] + torch.arange(gap, device=bounds.device)
+        return Packing(cu_seqlens, token + gap * (sequence + 1), bounds[:-1, None] + offset, bounds[1:, None] + offset)
 
 
 class SSDNorm(nn.Module):
@@ -519,9 +516,7 @@ class SSDModel(SSDPreTrainedModel):
         hybrid = set(config.kinds) != {SSD}
         attention = config.attention_config() if hybrid else None
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            [SSDBlock(config, attention, index) for index in range(config.num_hidden_layers)]
-        )
+        self.layers = nn.ModuleList([SSDBlock(config, attention, index) for index in range(config.num_hidden_layers)])
         self.norm_f = SSDNorm(config.hidden_size, config.layer_norm_epsilon)
         self.rotary_emb = LlamaRotaryEmbedding(attention) if hybrid else None
         self.step_config = attention

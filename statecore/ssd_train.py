@@ -24,9 +24,12 @@ import math
 import os
 import random
 import shutil
+import tempfile
+import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +37,8 @@ import torch
 import torch.nn.functional as F
 import typer
 import yaml
-from datasets import Dataset, concatenate_datasets, interleave_datasets
+from datasets import Dataset, Features, List, Value, concatenate_datasets, interleave_datasets
+from datasets.exceptions import DatasetGenerationError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoTokenizer,
@@ -54,6 +58,7 @@ from .train import IGNORED, MuonAndAdamW
 
 PAD, EOS = "<|pad|>", "<|end|>"
 EVALUATED_TOKENS = 16384  # of a packed batch in evaluation
+ROW = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "length": Value("int32")})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -81,7 +86,7 @@ class Source:
             raise ValueError(f"part must be [low, high] with 0 <= low < high <= 1, got {self.part}")
 
     @property
-    def name(self) -> str:
+    def title(self) -> str:
         return self.source or f"programs {self.programs}"
 
 
@@ -98,13 +103,14 @@ class Phase:
 class Evaluation(Source):
     """Held-out rows: their loss and, with `answers`, how many are answered exactly when decoded greedily."""
 
-    name_: str = ""
+    name: str = ""
     answers: bool = False
     max_new_tokens: int = 512
 
-    @property
-    def name(self) -> str:
-        return self.name_
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.name:
+            raise ValueError("`name` is missing")
 
 
 @dataclass
@@ -127,9 +133,10 @@ class Recipe:
             raise ValueError(f"too_long must be 'drop' or 'truncate', got {self.too_long!r}")
         if not self.phases:
             raise ValueError("a recipe needs at least one phase")
-        for kind, names in (("phases", [p.name for p in self.phases]), ("evaluation", [e.name for e in self.evaluation])):
+        for kind in (self.phases, self.evaluation):
+            names = [entry.name for entry in kind]
             if len(set(names)) < len(names):
-                raise ValueError(f"{kind} must have different names, got {', '.join(names)}")
+                raise ValueError(f"phases, and evaluations, need different names, got {', '.join(names)}")
 
     @property
     def form(self) -> PromptFormat:
@@ -149,9 +156,8 @@ def read_recipe(path: str | Path) -> Recipe:
 def parse_recipe(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
     values = dict(values)
     values["phases"] = [_phase(entry, f"{where}, phase {i + 1}") for i, entry in enumerate(values.get("phases") or [])]
-    values["evaluation"] = [
-        _evaluation(entry, f"{where}, evaluation {i + 1}") for i, entry in enumerate(values.get("evaluation") or [])
-    ]
+    evaluation = enumerate(values.get("evaluation") or [])
+    values["evaluation"] = [make(Evaluation, entry, f"{where}, evaluation {i + 1}") for i, entry in evaluation]
     return make(Recipe, values, where)
 
 
@@ -162,14 +168,6 @@ def _phase(values: Mapping[str, Any], where: str) -> Phase:
     if not values["mixture"]:
         raise ValueError(f"{where}: `mixture` names no source")
     return make(Phase, values, where)
-
-
-def _evaluation(values: Mapping[str, Any], where: str) -> Evaluation:
-    values = _mapping(values, where)
-    if not values.get("name"):
-        raise ValueError(f"{where}: `name` is missing")
-    values["name_"] = values.pop("name")
-    return make(Evaluation, values, where)
 
 
 def make(kind: type, values: Mapping[str, Any], where: str) -> Any:
@@ -203,7 +201,8 @@ def programs(
     """Synthetic problems: small programs on single digits (modulo 10), solved statement by statement.
 
     A problem gives a first value and between steps[0] and steps[1] statements, each of which combines the newest value
-    with an earlier one by one of `operations`, and asks for the last. A row has problem, thinking and answer, and for
+    with an earlier one by one of `operations`, and asks for the last. Names are letters in order from a random one on,
+    so that longer problems hold no name that short ones do not. A row has problem, thinking and answer, and for
     filters steps and distinct, how many different values occur.
     """
     low, high = steps
@@ -214,20 +213,21 @@ def programs(
         raise ValueError(f"programs: operations may be '+' and '-', got {list(operations)}")
     draw = random.Random(seed)
     for number in range(count):
-        names = draw.sample("abcdefghijklmnopqrstuvwxyz", draw.randint(low, high) + 1)
+        start, letters = draw.randrange(26), "abcdefghijklmnopqrstuvwxyz"
+        names = [letters[(start + i) % 26] for i in range(draw.randint(low, high) + 1)]
         values = {names[0]: draw.randrange(10)}
-        problem, thinking = [f"{names[0]} = {values[names[0]]}."], []
-        for before, name in zip(names, names[1:], strict=False):
+        problem, thinking = [f"{names[0]}={values[names[0]]}."], []
+        for before, name in pairwise(names):
             operation, other = draw.choice(operations), draw.choice([*values])
             first, second = values[before], values[other]
             value = (first + second if operation == "+" else first - second) % 10
-            problem.append(f"{name} = {before} {operation} {other}.")
-            thinking.append(f"{name} = {before} {operation} {other}: {first} {operation} {second} = {value}.")
+            problem.append(f"{name}={before}{operation}{other}.")
+            thinking.append(f"{name}={before}{operation}{other}:{first}{operation}{second},{name}={value}.")
             values[name] = value
         yield {
             "id": f"program-{seed}-{number}",
-            "problem": " ".join([*problem, f"What is {names[-1]}?"]),
-            "thinking": " ".join(thinking),
+            "problem": "".join([*problem, f"{names[-1]}=?"]),
+            "thinking": "".join(thinking),
             "answer": str(values[names[-1]]),
             "steps": len(names) - 1,
             "distinct": len(set(values.values())),
@@ -243,7 +243,8 @@ def passes(row: Mapping[str, Any], conditions: Mapping[str, Any], where: str) ->
         rules = condition if isinstance(condition, Mapping) else {"any_of": [condition]}
         unknown = sorted(rules.keys() - {"min", "max", "any_of", "none_of"})
         if unknown:
-            raise ValueError(f"{where}: filter of {name!r} has the unknown {unknown[0]!r}; known are min, max, any_of, none_of")
+            known = "known are min, max, any_of and none_of"
+            raise ValueError(f"{where}: the filter of {name!r} has the unknown {unknown[0]!r}; {known}")
         bounded = "min" in rules or "max" in rules
         if bounded and (value is None or not rules.get("min", -math.inf) <= value <= rules.get("max", math.inf)):
             return False
@@ -261,7 +262,7 @@ def rows_of(source: Source) -> Iterator[dict[str, str] | RowProblem]:
             raise ValueError(f"programs: {str(error).partition('() ')[2]}") from error
     else:
         numbered = read_lines(source.source, source.split)
-    where = make(Fields, source.fields, f"fields of {source.name}")
+    where = make(Fields, source.fields, f"fields of {source.title}")
     taken = 0
     for line, row in numbered:
         if taken == source.rows:
@@ -269,9 +270,9 @@ def rows_of(source: Source) -> Iterator[dict[str, str] | RowProblem]:
         try:
             if isinstance(row, RowProblem):
                 raise row
-            if not passes(row, source.filter, source.name):
+            if not passes(row, source.filter, source.title):
                 continue
-            trace = parse_trace(row, where, source.name, line)
+            trace = parse_trace(row, where, source.title, line)
         except RowProblem as problem:
             yield problem
             continue
@@ -294,6 +295,7 @@ class Texts:
     form: PromptFormat
     max_tokens: int
     too_long: str
+    folder: Path  # for encoded rows
 
     def prompt(self, row: Mapping[str, str]) -> str:
         return self.form.prompt_text(self.tokenizer, [{"role": "user", "content": row["prompt"]}])
@@ -311,22 +313,31 @@ class Texts:
         return {"input_ids": ids, "labels": labels, "length": len(ids)}
 
     def dataset(self, source: Source, left_out: Counter) -> Dataset:
-        rows = []
-        for row in rows_of(source):
-            try:
-                if isinstance(row, RowProblem):
-                    raise row
-                rows.append(self.encode(row))
-            except RowProblem as problem:
-                left_out[problem.reason] += 1
-        if not rows:
-            raise ValueError(
-                f"{source.name}: no row is left" + (f"; left out: {dict(left_out)}" if left_out else " by its filter")
+        def encoded() -> Iterator[dict[str, Any]]:
+            for row in rows_of(source):
+                try:
+                    if isinstance(row, RowProblem):
+                        raise row
+                    yield self.encode(row)
+                except RowProblem as problem:
+                    left_out[problem.reason] += 1
+
+        if next(encoded(), None) is None:
+            raise ValueError(f"{source.title}: no row is left; left out for a reason: {dict(left_out) or 'none'}")
+        left_out.clear()
+        try:  # on disk, a piece in memory at a time; the fingerprint keeps it from being taken for other rows
+            return Dataset.from_generator(
+                encoded, features=ROW, cache_dir=str(self.folder), fingerprint=uuid.uuid4().hex, writer_batch_size=1000
             )
-        return Dataset.from_list(rows)
+        except DatasetGenerationError as error:
+            raise error.__cause__ or error from None
 
     def mixture(self, phase: Phase, seed: int, left_out: Counter) -> Dataset:
-        parts = [self.dataset(source, left_out) for source in phase.mixture]
+        parts = []
+        for source in phase.mixture:
+            counts: Counter = Counter()
+            parts.append(self.dataset(source, counts))
+            left_out.update(counts)
         weights = [source.weight for source in phase.mixture]
         if len(parts) == 1:
             return parts[0]
@@ -490,10 +501,10 @@ def answer(
 class Curriculum:
     """The phases of a recipe, trained in any selection; what two selections begin with alike is trained once."""
 
-    def __init__(self, recipe: Recipe, output: Path, seed: int, say=print):
+    def __init__(self, recipe: Recipe, output: Path, encoded: Path, seed: int, say: Callable[[str], Any] = print):
         self.recipe, self.output, self.seed, self.say = recipe, output, seed, say
         self.tokenizer = make_tokenizer(recipe)
-        self.texts = Texts(self.tokenizer, recipe.form, recipe.max_tokens, recipe.too_long)
+        self.texts = Texts(self.tokenizer, recipe.form, recipe.max_tokens, recipe.too_long, encoded)
         self.left_out = {phase.name: Counter() for phase in recipe.phases}
         self.data = {p.name: self.texts.mixture(p, seed, self.left_out[p.name]) for p in recipe.phases}
         self.held_out = [(e, self.texts.dataset(e, Counter())) for e in recipe.evaluation]
@@ -607,17 +618,13 @@ def ssd(recipe: Path, *, output: Path = Path("statecore-ssd"), ablate: bool = Fa
     return output
 
 
-def run_recipe(recipe: Recipe, output: Path, *, ablate: bool, seed: int, say=print) -> dict[str, Any]:
+def run_recipe(
+    recipe: Recipe, output: Path, *, ablate: bool, seed: int, say: Callable[[str], Any] = print
+) -> dict[str, Any]:
     """Trains and evaluates; the record of all runs (also in `output`), the full curriculum last."""
-    curriculum = Curriculum(recipe, output, seed, say)
-    everything = tuple(phase.name for phase in recipe.phases)
-    selections = [()]
-    if ablate and len(everything) > 1:
-        selections += [tuple(n for n in everything if n != left) for left in reversed(everything)]
-    selections += [everything[: i + 1] for i in range(len(everything))]
-    for names in selections:
-        curriculum.run(names)
-    runs = [curriculum.done[names] for names in dict.fromkeys(selections)]
+    with tempfile.TemporaryDirectory(dir=output, prefix=".rows-") as encoded:
+        curriculum = Curriculum(recipe, output, Path(encoded), seed, say)
+        runs = run_selections(curriculum, ablate)
     model = SSDForCausalLM.from_pretrained(runs[-1]["folder"])
     record = {
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -629,6 +636,16 @@ def run_recipe(recipe: Recipe, output: Path, *, ablate: bool, seed: int, say=pri
     write_whole(output / "report.md", f"# Curriculum\n\n{report_table(record)}\n\n![curriculum](curriculum.png)\n")
     draw_curriculum(record, output / "curriculum.png")
     return record
+
+
+def run_selections(curriculum: Curriculum, ablate: bool) -> list[dict[str, Any]]:
+    """The records of no training, with `ablate` of all phases but one, and of the first, the first two, ... phases."""
+    everything = tuple(phase.name for phase in curriculum.recipe.phases)
+    selections = [()]
+    if ablate and len(everything) > 1:
+        selections += [tuple(n for n in everything if n != left) for left in reversed(everything)]
+    selections += [everything[: i + 1] for i in range(len(everything))]
+    return [curriculum.run(names) for names in dict.fromkeys(selections)]
 
 
 def report_table(record: Mapping[str, Any]) -> str:
