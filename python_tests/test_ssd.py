@@ -225,6 +225,16 @@ def test_bfloat16_is_as_close_as_transformers():
     assert error < 1.5 * relative_error(theirs.to(torch.bfloat16)(ids).logits, wanted) + 2e-3
 
 
+def test_autocast_trains_float32_weights_in_bfloat16():
+    model, ids = small_model(torch.float32), chain(40)
+    wanted = model(ids, labels=ids).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = model(ids, labels=ids)
+    outputs.loss.backward()
+    assert outputs.loss.item() == pytest.approx(wanted.item(), rel=0.02)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
 @torch.no_grad()
 def test_checkpoints_go_both_ways(tmp_path):
     ours, theirs = both(torch.float32)
@@ -634,6 +644,7 @@ def test_updates_with_bad_gradients_are_skipped():
         ({"phases": [{"mixture": [{"source": "x"}]}]}, "phase 1: .*missing .*'name'"),
         ({"phases": [{"name": "a", "mixture": [{"file": "x"}]}]}, "source 1: unknown 'file'; known are fields, filter"),
         ({"phases": [{"name": "a", "mixture": [{"source": "x", "part": [1, 0]}]}]}, "part must be"),
+        ({"phases": [{"name": "a", "mixture": [{"programs": {"steps": [1, 2]}}]}]}, "programs never end"),
         ({"too_long": "wrap"}, "too_long must be 'drop' or 'truncate', got 'wrap'"),
         ({"evaluation": [{"source": "x"}]}, "recipe, evaluation 1: `name` is missing"),
         ({"learning_rate": 1}, "recipe: unknown 'learning_rate'; known are"),
@@ -650,13 +661,27 @@ def test_recipes_refuse(values, message, tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
+def test_held_out_loss_is_that_of_the_rows_one_by_one(tmp_path, monkeypatch):
+    recipe = ssd_train.parse_recipe(changed())
+    made = ssd_train.Curriculum(recipe, tmp_path, tmp_path, 0, lambda text: None)
+    model, rows = small_model(vocab_size=len(made.tokenizer)), made.held_out[0][1]
+    wanted = tokens_ = 0.0
+    for row in rows:
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+        count = int((labels[0, 1:] >= 0).sum())
+        wanted, tokens_ = wanted + model(ids, labels=labels).loss.item() * count, tokens_ + count
+    for largest in (1, 70, 10_000):
+        monkeypatch.setattr(ssd_train, "EVALUATED_TOKENS", largest)
+        assert ssd_train.held_out_loss(model, rows) == pytest.approx(wanted / tokens_, rel=1e-5)
+
+
 def test_programs_refuse():
     with pytest.raises(ValueError, match=r"steps must be .* got"):
         next(ssd_train.programs(steps=[0, 3]))
     with pytest.raises(ValueError, match="operations may be"):
         next(ssd_train.programs(steps=[1, 3], operations=["*"]))
     with pytest.raises(ValueError, match=r"programs: .*unexpected keyword argument 'depth'"):
-        next(ssd_train.rows_of(ssd_train.Source(programs={"depth": 3})))
+        next(ssd_train.rows_of(ssd_train.Source(programs={"depth": 3}, rows=1)))
 
 
 def test_command_reads_every_committed_recipe(tmp_path):

@@ -81,6 +81,8 @@ class Source:
     def __post_init__(self):
         if (self.source is None) == (self.programs is None):
             raise ValueError(f"a source needs either `source` or `programs`, got {self}")
+        if self.programs is not None and self.rows is None:
+            raise ValueError(f"programs never end: say how many `rows`, got {self}")
         low, high = self.part
         if not 0 <= low < high <= 1:
             raise ValueError(f"part must be [low, high] with 0 <= low < high <= 1, got {self.part}")
@@ -445,22 +447,28 @@ class CurriculumTrainer(Trainer):
 
 
 @torch.no_grad()
-def held_out_loss(model: SSDForCausalLM, rows: Dataset, tokens: int = EVALUATED_TOKENS) -> float:
-    """Nats a predicted token, over packed batches of up to `tokens` tokens (one row may be longer)."""
+def held_out_loss(model: SSDForCausalLM, rows: Dataset) -> float:
+    """Nats a predicted token."""
     collate, total, count = DataCollatorWithFlattening(return_flash_attn_kwargs=True), 0.0, 0
-    batch: list[dict] = []
-    for place, row in enumerate(rows):
-        batch.append({"input_ids": row["input_ids"], "labels": row["labels"]})
-        full = sum(len(r["labels"]) for r in batch) + (rows[place + 1]["length"] if place + 1 < len(rows) else tokens)
-        if full < tokens and place + 1 < len(rows):
-            continue
-        inputs = {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in collate(batch).items()}
-        target = inputs["labels"][0, 1:]
-        logits = model(inputs["input_ids"], cu_seq_lens_q=inputs["cu_seq_lens_q"], use_cache=False).logits[0, :-1]
+    for batch in packs(rows, EVALUATED_TOKENS):
+        inputs = collate(batch)
+        ids, target = inputs["input_ids"].to(model.device), inputs["labels"][0, 1:].to(model.device)
+        bounds = inputs["cu_seq_lens_q"].to(model.device)
+        logits = model(ids, cu_seq_lens_q=bounds, use_cache=False).logits[0, :-1]
         total += F.cross_entropy(logits.float(), target, ignore_index=IGNORED, reduction="sum").item()
         count += int((target != IGNORED).sum())
-        batch = []
     return total / max(count, 1)
+
+
+def packs(rows: Dataset, tokens: int) -> Iterator[list[dict[str, Any]]]:
+    """Rows in groups of up to `tokens` tokens; a longer row is a group of its own."""
+    group: list[dict[str, Any]] = []
+    for row in rows:
+        if group and sum(len(other["labels"]) for other in group) + row["length"] > tokens:
+            yield group
+            group = []
+        group.append({"input_ids": row["input_ids"], "labels": row["labels"]})
+    yield group
 
 
 @dataclass(frozen=True)
