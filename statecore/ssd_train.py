@@ -8,7 +8,8 @@ A training row is prompt, thinking, answer and end of sequence; the prompt is no
 What the paper leaves open, with our default:
 
 - Sizes and settings of the phases, the start checkpoint, how sources are weighted: fields of the recipe.
-- Whether optimizer and schedule go on between phases: each phase starts anew with its own.
+- Whether optimizer and schedule go on between phases: each phase starts anew with its own. What a later mixture leaves
+  out is soon forgotten, so a mixture should hold some of the earlier ones.
 - What happens to rows that are too long: they are left out (`too_long: drop`), because a chain without its end teaches
   never to finish; `too_long: truncate` cuts them.
 - How problems are synthesised: the paper prompts a language model for concepts, a rationale and a problem and rejects
