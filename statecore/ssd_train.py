@@ -29,6 +29,7 @@ import tempfile
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
@@ -474,11 +475,12 @@ def packs(rows: Dataset, tokens: int) -> Iterator[list[dict[str, Any]]]:
 
 @dataclass(frozen=True)
 class Answers:
-    """Of so many problems: share answered exactly, and share whose thinking was closed."""
+    """Of so many problems: share answered exactly, share whose thinking was closed, share of the commonest answer."""
 
     problems: int
     exact: float
     closed: float
+    guess: float
 
 
 @torch.no_grad()
@@ -504,7 +506,13 @@ def answer(
             _, found, said = texts.tokenizer.decode(ids).partition(mark)
             closed += bool(found)
             exact += bool(found) and said.strip() == row["answer"].strip()
-    return Answers(len(rows), exact / max(len(rows), 1), closed / max(len(rows), 1))
+    count = max(len(rows), 1)
+    return Answers(len(rows), exact / count, closed / count, best_guess(rows))
+
+
+def best_guess(rows: Sequence[Mapping[str, str]]) -> float:
+    """Share of problems that the commonest answer solves."""
+    return max(Counter(row["answer"].strip() for row in rows).values(), default=0) / max(len(rows), 1)
 
 
 class Curriculum:
@@ -540,6 +548,9 @@ class Curriculum:
         result = trainer.train()
         folder = self.output / "-".join(slug(name) for name in names)
         save_whole(trainer, folder, self.tokenizer)
+        with suppress(OSError):  # where no checkpoints were asked for
+            Path(trainer.args.output_dir).rmdir()
+            Path(trainer.args.output_dir).parent.rmdir()
         metrics = result.metrics | {"skipped_updates": skip.skipped, "rows": len(rows)}
         self.done[names] = self._record(names, trainer.accelerator.unwrap_model(trainer.model), folder, metrics,
                                         [x for x in trainer.state.log_history if "loss" in x])  # fmt: skip
@@ -581,7 +592,7 @@ class Curriculum:
             if setting.answers and names:
                 problems = [row for row in rows_of(setting) if not isinstance(row, RowProblem)]
                 answers = answer(model, self.texts, problems, setting.max_new_tokens)
-                found |= {"exact": answers.exact, "closed": answers.closed}
+                found |= {"exact": answers.exact, "closed": answers.closed, "guess": answers.guess}
             evaluation[setting.name] = found
             shown = ", ".join(f"{k} {v:.3f}" for k, v in found.items() if k != "rows")
             self.say(f"{' + '.join(names) or 'before training'}: {setting.name}: {shown}")

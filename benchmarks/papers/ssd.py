@@ -355,7 +355,7 @@ def timing_page(found: dict[str, Any]) -> list[str]:
 
 
 def curriculum_page(found: dict[str, Any]) -> list[str]:
-    from statecore.ssd_train import report_table
+    from statecore.ssd_train import best_guess, read_recipe, report_table, rows_of
 
     runs = {" + ".join(run["phases"]): run for run in found["runs"]}
     open_, hard = (phase["name"] for phase in found["settings"]["phases"])
@@ -367,6 +367,7 @@ def curriculum_page(found: dict[str, Any]) -> list[str]:
     before, kept = runs[""]["evaluation"][open_]["loss"], runs[open_]["evaluation"][open_]["loss"]
     lost = whole["evaluation"][open_]["loss"] - kept
     rows = whole["evaluation"][sets[0]]["rows"]
+    guesses = ", ".join(f"{best_guess(list(rows_of(e))):.0%}" for e in read_recipe(RECIPE).evaluation)
     most = max(runs[open_]["evaluation"][s]["exact"] for s in sets)
     return [
         "## The two-phase curriculum, small",
@@ -374,7 +375,8 @@ def curriculum_page(found: dict[str, Any]) -> list[str]:
         f"`recipes/ssd-tiny.yaml` with real chains of thought in phase 1, cut at {found['settings']['max_tokens']} "
         f"tokens: {found['parameters']:,} parameters from random weights, one run a line (seed {found['seed']}), "
         f"{found['minutes']:.1f} minutes in all. Phase 2 are synthetic programs of 4 to 7 steps and a few short ones. "
-        f"Loss in nats a predicted token; exact answers of {rows} held-out problems a column by greedy decoding.",
+        f"Loss in nats a predicted token; exact answers of {rows} held-out problems a column by greedy decoding; "
+        f"always saying the commonest answer would give {guesses}.",
         "",
         report_table(found),
         "",
