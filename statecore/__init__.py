@@ -13,6 +13,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from . import ops
 
 __all__ = ["ops"]
+MODELS = "statecore.ssd"  # imports statecore.modeling: all of our models
 
 
 class _ThenRegister(Loader):
@@ -26,9 +27,9 @@ class _ThenRegister(Loader):
 
     def exec_module(self, module) -> None:
         self.loader.exec_module(module)
-        # Not from inside statecore.modeling or what it imports: those are what imports transformers right now.
-        if not {"statecore.modeling", "statecore.cache", "statecore.config"} & sys.modules.keys():
-            importlib.import_module("statecore.modeling")
+        # Not from inside a module with models or what it imports: those are what imports transformers right now.
+        if not {MODELS, "statecore.modeling", "statecore.cache", "statecore.config"} & sys.modules.keys():
+            importlib.import_module(MODELS)
 
 
 class _WaitForTransformers(MetaPathFinder):
@@ -43,6 +44,6 @@ class _WaitForTransformers(MetaPathFinder):
 
 
 if "transformers" in sys.modules:
-    importlib.import_module("statecore.modeling")
+    importlib.import_module(MODELS)
 else:
     sys.meta_path.insert(0, _WaitForTransformers())

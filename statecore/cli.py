@@ -31,6 +31,7 @@ COMMANDS = {
         "Chains of dense clusters and rare edges: a made world, and the chain of real traces.",
     ),
     "flow": ("statecore.flow_command:flow", "Show how much each step of a trace tells about its answer."),
+    "ssd": ("statecore.ssd_train:ssd", "Train an attention-free SSD model in phases."),
 }
 
 
