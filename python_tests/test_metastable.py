@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from statecore import metastable as m
 from statecore import metastable_data as d
 from statecore.cli import app
-from statecore.metastable_world import new_folder
+from statecore.outputs import new_folder
 from statecore.prepare import SCHEMA
 
 

@@ -7,10 +7,8 @@ draws and sums up. Nothing of a trace stays in memory but its figures.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
@@ -28,6 +26,7 @@ from .data import PATTERNS_FILE, Prepared, PromptFormat, load_prepared
 from .flow import Method, StepGains, mark_steps, prompted_gains, step_gains
 from .flow_report import RESULT_FILE, Chain, Summary, draw_summary, draw_trace, report, steps_text
 from .modeling import StateCoreForCausalLM
+from .outputs import new_file, new_folder, write_json
 from .traces import Fields, RowProblem, StepRules, Tokenised, parse_trace, read_jsonl, read_lines, tokenise
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -337,7 +336,9 @@ def flow(
     most = max_tokens or getattr(language.config.get_text_config(), "max_position_embeddings", None)
     unknown_token = None if is_prepared else words.unk_token_id
     summary, left_out, unknown = Summary(), [], 0
-    with _whole_folder(out, overwrite) as folder, _whole_file(rewards, overwrite) as lines:
+    pictured = nullcontext() if out is None else new_folder(out, overwrite, marker=RESULT_FILE)
+    rewarded = nullcontext() if rewards is None else new_file(rewards, overwrite)
+    with pictured as folder, rewarded as lines:
         only = rows if row is None else ((s, i, r) for s, i, r in rows if i == row)
         for source, line, raw in tqdm(islice(only, limit if row is None else 1), desc="traces", unit="trace"):
             try:
@@ -363,7 +364,7 @@ def flow(
             if folder is not None and summary.traces <= pictures:
                 name = f"trace-{summary.traces:03d}"
                 draw_trace(folder / f"{name}.png", one, gains)
-                _write_json(folder / f"{name}.json", record)
+                write_json(folder / f"{name}.json", record)
             if summary.traces == 1:
                 first = (one, gains)
         if not summary.traces:
@@ -374,7 +375,7 @@ def flow(
         result = {"settings": settings, **summary.result(), "unknown_tokens": unknown, "left_out": left_out}
         text = report(result)
         if folder is not None:
-            _write_json(folder / RESULT_FILE, result)
+            write_json(folder / RESULT_FILE, result)
             (folder / "report.md").write_text(text, encoding="utf-8")
             draw_summary(folder / "summary.png", summary)
     print(steps_text(*first) if summary.traces == 1 else text)
@@ -421,46 +422,3 @@ def _plain(value: Any) -> Any:
         if isinstance(value, Path)
         else list(value)
     )
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _whole_folder(output: Path | None, overwrite: bool) -> Iterator[Path | None]:
-    """A folder to write into that becomes `output` when everything is written."""
-    if output is None:
-        yield None
-        return
-    output = Path(output)
-    if output.exists() and not (overwrite and (output / RESULT_FILE).is_file()):
-        raise FileExistsError(f"{output} exists already: name another folder, or allow overwriting (of such results)")
-    working = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    working.mkdir(parents=True)
-    try:
-        yield working
-        if output.exists():
-            shutil.rmtree(output)
-        working.rename(output)
-    finally:
-        shutil.rmtree(working, ignore_errors=True)
-
-
-@contextmanager
-def _whole_file(output: Path | None, overwrite: bool) -> Iterator[Any]:
-    """A file to write into that becomes `output` when everything is written."""
-    if output is None:
-        yield None
-        return
-    output = Path(output)
-    if output.exists() and not overwrite:
-        raise FileExistsError(f"{output} exists already: name another file, or allow overwriting")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    working = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    try:
-        with open(working, "w", encoding="utf-8") as file:
-            yield file
-        os.replace(working, output)
-    finally:
-        working.unlink(missing_ok=True)

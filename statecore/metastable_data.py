@@ -23,7 +23,8 @@ from sklearn.metrics import adjusted_rand_score
 from tqdm.auto import tqdm
 
 from .data import PATTERNS_FILE
-from .metastable_world import new_figure, new_folder, without, write_json
+from .metastable_world import new_figure, without
+from .outputs import new_folder, write_json
 from .traces import RowProblem, read_lines
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -398,7 +399,7 @@ def traces(
             f"{correct_field}, got none in {outcomes}"
         )
 
-    with new_folder(Path(output), overwrite, marker="chain.json") as folder:
+    with new_folder(output, overwrite, marker="chain.json") as folder:
         rng = np.random.default_rng(seed)
         scales = [time_scales(pattern_chain(walked.counts(lag)).kernel, lag) for lag in range(1, lags + 1)]
         mixed_scales, again, mixed_top = [], [], []

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +34,7 @@ from .metastable import (
     warm_up_sweep,
     within_cluster_change,
 )
+from .outputs import new_folder, write_json
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The run
@@ -103,7 +100,7 @@ def world(
         given["horizon"] = warm_up + math.ceil(2 * size / epsilon)
     budget = SearchBudget(**{name: getattr(budget, name) if v is None else v for name, v in given.items()})
 
-    with new_folder(Path(output), overwrite, marker="world.json") as folder, tqdm(total=7, desc="world") as bar:
+    with new_folder(output, overwrite, marker="world.json") as folder, tqdm(total=7, desc="world") as bar:
 
         def done(stage: str) -> None:
             bar.set_postfix_str(stage)
@@ -323,31 +320,3 @@ def new_figure(size: tuple[float, float]) -> Any:
     from matplotlib.figure import Figure  # here, not above: importing this should not wait for matplotlib
 
     return Figure(figsize=size, layout="constrained")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Files
-
-
-def write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def new_folder(output: Path, overwrite: bool, *, marker: str) -> Iterator[Path]:
-    """A folder to write into that becomes `output` only when everything is written; `marker` is a file that tells a
-    folder of this kind, which may be replaced.
-    """
-    if output.exists() and not (overwrite and (output / marker).exists()):
-        raise FileExistsError(
-            f"{output} exists already: choose another output folder, or allow overwriting (of a folder with {marker})"
-        )
-    working = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    working.mkdir(parents=True)
-    try:
-        yield working
-        if output.exists():
-            shutil.rmtree(output)
-        working.rename(output)
-    finally:
-        shutil.rmtree(working, ignore_errors=True)

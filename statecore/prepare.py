@@ -7,10 +7,7 @@ patterns (patterns.py), write rows in the form that data.py describes, and say i
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import resource
-import shutil
 import statistics
 import time
 from collections import Counter
@@ -31,6 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from . import patterns as pattern_clusters
 from . import segmentation
 from .data import PATTERNS_FILE, PromptFormat
+from .outputs import new_folder, write_json
 from .traces import (
     BadRow,
     Fields,
@@ -140,7 +138,7 @@ def prepare(
         language = _Language(model, model_tokenizer or model, base_tokenizer, window, batch_size)
     left_out = _LeftOut(strict)
 
-    with _new_folder(Path(output), overwrite) as folder:
+    with new_folder(output, overwrite, marker=PATTERNS_FILE) as folder:
         with clock("reading"):
             traces = list(_read_all(sources, split, limit, fields, form, base_tokenizer, left_out))
             left_out.check_some_remain(traces)
@@ -228,7 +226,7 @@ def prepare(
                 ],
                 "prompt": asdict(form),
             }
-            _write_json(folder / PATTERNS_FILE, pattern_file)
+            write_json(folder / PATTERNS_FILE, pattern_file)
 
         report: dict[str, Any] = {
             "settings": settings,
@@ -259,7 +257,7 @@ def prepare(
             )
         report["seconds"] = clock.seconds
         report["peak_memory_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-        _write_json(folder / "report.json", report)
+        write_json(folder / "report.json", report)
         text = _report_text(report, pattern_file)
         (folder / "report.md").write_text(text, encoding="utf-8")
     print(text)
@@ -427,10 +425,6 @@ class _Clock:
         self.seconds[stage] = round(time.perf_counter() - begin, 2)
 
 
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Rows on disk
 
@@ -499,24 +493,6 @@ def _write_rows(folder: Path, rows: Iterable[tuple[str, dict[str, Any]]]) -> Cou
     for writer in writers.values():
         writer.close()
     return written
-
-
-@contextmanager
-def _new_folder(output: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder to write into that becomes `output` only when everything is written."""
-    if output.exists() and not (overwrite and (output / PATTERNS_FILE).exists()):
-        raise FileExistsError(
-            f"{output} exists already: choose another output folder, or allow overwriting (of a prepared training set)"
-        )
-    working = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    working.mkdir(parents=True)
-    try:
-        yield working
-        if output.exists():
-            shutil.rmtree(output)
-        working.rename(output)
-    finally:
-        shutil.rmtree(working, ignore_errors=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

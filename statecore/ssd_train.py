@@ -20,7 +20,6 @@ Updates whose gradient is not finite are skipped and counted, as the paper's cod
 """
 
 import hashlib
-import json
 import math
 import os
 import random
@@ -54,6 +53,7 @@ from transformers import (
 )
 
 from .data import PromptFormat
+from .outputs import write_json, write_text
 from .ssd import SSDConfig, SSDForCausalLM
 from .traces import Fields, RowProblem, parse_trace, read_lines
 from .train import IGNORED, MuonAndAdamW
@@ -652,8 +652,8 @@ def run_recipe(
         "left_out": {name: dict(counts) for name, counts in curriculum.left_out.items()},
         "runs": runs,
     }
-    write_whole(output / "report.json", json.dumps(record, indent=1) + "\n")
-    write_whole(output / "report.md", f"# Curriculum\n\n{report_table(record)}\n\n![curriculum](curriculum.png)\n")
+    write_json(output / "report.json", record)
+    write_text(output / "report.md", f"# Curriculum\n\n{report_table(record)}\n\n![curriculum](curriculum.png)\n")
     draw_curriculum(record, output / "curriculum.png")
     return record
 
@@ -712,10 +712,4 @@ def draw_curriculum(record: Mapping[str, Any], path: Path) -> None:
     working = path.with_name(f".{path.name}.part.png")
     figure.savefig(working, dpi=110)
     plt.close(figure)
-    os.replace(working, path)
-
-
-def write_whole(path: Path, text: str) -> None:
-    working = path.with_name(f".{path.name}.part")
-    working.write_text(text, encoding="utf-8")
     os.replace(working, path)

@@ -1,13 +1,13 @@
 """`statecore demo`: the whole path on a small task, from a full-attention teacher to decoding with states."""
 
 import inspect
-import json
-import os
 import time
 from pathlib import Path
 
 import torch
 import typer
+
+from ..outputs import write_json
 
 DECODED_STEPS = (4, 8, 12, 14, 16)  # problem lengths that are decoded
 TABLED_STEPS = (8, 16)  # of these, the ones in the printed tables
@@ -68,7 +68,7 @@ def demo(
     settings = {"updates": updates, "problems": problems, "seed": seed, "longest_trained": distil.LONGEST_TRAINED}
     minutes = (time.perf_counter() - began) / 60
     results = {"settings": settings, "decoding": rows, "cost": costs, "state_variance": shares, "minutes": minutes}
-    _write_whole(output / "results.json", json.dumps(results, indent=2) + "\n")
+    write_json(output / "results.json", results)
     written = page.write_page(
         output,
         {
@@ -114,9 +114,3 @@ def _aligned(cells: list[list[str]]) -> str:
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells]
     return "\n".join(lines)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    working = path.with_name(f"{path.name}.part")
-    working.write_text(text, encoding="utf-8")
-    os.replace(working, path)

@@ -2,7 +2,6 @@
 
 import base64
 import html
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from torch import Tensor
 
+from ..outputs import write_text
 from .measure import NO_MOMENTUM, NO_STATE, STUDENT, TEACHER
 
 COLOURS = {TEACHER: "tab:gray", STUDENT: "tab:blue", NO_MOMENTUM: "tab:orange", NO_STATE: "tab:red"}
@@ -115,9 +115,7 @@ def write_page(output: Path, figures: dict[str, Figure], tables: dict[str, list[
         images[name] = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
     escaped = {name: html.escape(text) for name, text in texts.items()}
     page = PAGE.format(**images, **escaped, tables="".join(map(_html_table, tables, tables.values())))
-    working = output / "index.html.part"
-    working.write_text(page, encoding="utf-8")
-    os.replace(working, output / "index.html")
+    write_text(output / "index.html", page)
     return output / "index.html"
 
 
