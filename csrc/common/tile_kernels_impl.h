@@ -430,8 +430,8 @@ void load_transposed(DType dtype, const void* src, int64_t src_stride, int rows,
 
 // ---- matrix product --------------------------------------------------------------------------------
 
-// Accumulators of one register block: kBlockRows x 2 vectors, or twice as many rows of one. 16 of AVX-512's 32 registers hide the
-// latency of two FMA units; AVX2 and SSE have 16 registers in all.
+// Accumulators of one register block: kBlockRows x 2 vectors, or twice as many rows of one. 16 of AVX-512's
+// 32 registers hide the latency of two FMA units; AVX2 and SSE have 16 registers in all.
 constexpr int kBlockRows = STATECORE_VECTOR_BYTES == 64 ? 8 : STATECORE_VECTOR_BYTES == 32 ? 6 : 4;
 
 // sum + (x, x, ...) * row, element by element.
@@ -494,7 +494,7 @@ void matmul(int m, int n, int depth, RealOf<Operand> factor, const Operand* a, i
                                         accumulate);
   for (; j < padded(n); j += kWidth)
     matmul_rows<Operand, 2 * kBlockRows, 1>(m, depth, factor, a, a_row, a_col, b + j, ldb, c + j, ldc,
-                                        accumulate);
+                                            accumulate);
 }
 
 // ---- element-wise ----------------------------------------------------------------------------------
@@ -641,19 +641,34 @@ void gated_add(int rows, int cols, Real* out, const Real* base, const Real* gate
 
 // ---- decoding --------------------------------------------------------------------------------------
 
+constexpr int kStateAhead = 32;  // rows of a state that are asked for ahead: the next one lies behind it
+
 // out[g, 0 .. Vectors) (+)= q[g] state over some rows of the state, for some queries that share what is read.
-template <class Real, int Queries, int Vectors>
-inline void read_block(int rows, int cols, const Real* q, int q_ld, const Real* state, Real* out,
-                       bool accumulate) {
+// With `Update` these columns of the rows become decay * state + k^T v first.
+template <class Real, bool Update, int Queries, int Vectors>
+inline void read_block(int rows, int cols, Real decay, const Real* k, const Real* v, const Real* q, int q_ld,
+                       Real* state, Real* out, bool accumulate) {
   constexpr int kWidth = kLanes<Real>;
-  Vec<Real> sum[Queries][Vectors] = {};
-  for (int i = 0; i < rows; ++i)
+  Vec<Real> sum[Queries][Vectors] = {}, added[Vectors];
+  for (int x = 0; x < Vectors; ++x) added[x] = Update ? load_vec(v + x * kWidth) : Vec<Real>{};
+  for (int i = 0; i < rows; ++i) {
+    Real* row = state + int64_t(i) * cols;
+    Vec<Real> s[Vectors];
 #pragma GCC unroll 4
+    for (int x = 0; x < Vectors; ++x) {
+      s[x] = load_vec(row + x * kWidth);
+      if constexpr (Update) {
+        __builtin_prefetch(row + x * kWidth + kStateAhead * cols, 1);
+        s[x] = decay * s[x] + k[i] * added[x];
+        store_vec(row + x * kWidth, s[x]);
+      }
+    }
+#pragma GCC unroll 3
     for (int g = 0; g < Queries; ++g)
 #pragma GCC unroll 4
-      for (int x = 0; x < Vectors; ++x)
-        sum[g][x] = multiply_add(sum[g][x], q[g * q_ld + i], state + int64_t(i) * cols + x * kWidth);
-#pragma GCC unroll 4
+      for (int x = 0; x < Vectors; ++x) sum[g][x] += q[g * q_ld + i] * s[x];
+  }
+#pragma GCC unroll 3
   for (int g = 0; g < Queries; ++g)
 #pragma GCC unroll 4
     for (int x = 0; x < Vectors; ++x) {
@@ -663,46 +678,49 @@ inline void read_block(int rows, int cols, const Real* q, int q_ld, const Real* 
 }
 
 // The same for all columns.
-template <class Real, int Queries>
-inline void read_rows(int rows, int cols, const Real* q, int q_ld, const Real* state, Real* out,
-                      bool accumulate) {
+template <class Real, bool Update, int Queries>
+inline void read_rows(int rows, int cols, Real decay, const Real* k, const Real* v, const Real* q, int q_ld,
+                      Real* state, Real* out, bool accumulate) {
   constexpr int kWidth = kLanes<Real>, kVectors = STATECORE_VECTOR_BYTES == 64 ? 4 : 2;
   int j = 0;
   for (; j + kVectors * kWidth <= cols; j += kVectors * kWidth)
-    read_block<Real, Queries, kVectors>(rows, cols, q, q_ld, state + j, out + j, accumulate);
+    read_block<Real, Update, Queries, kVectors>(rows, cols, decay, k, v + j, q, q_ld, state + j, out + j,
+                                                accumulate);
   for (; j + kWidth <= cols; j += kWidth)
-    read_block<Real, Queries, 1>(rows, cols, q, q_ld, state + j, out + j, accumulate);
-  for (; j < cols; ++j)
+    read_block<Real, Update, Queries, 1>(rows, cols, decay, k, v + j, q, q_ld, state + j, out + j,
+                                         accumulate);
+  for (; j < cols; ++j) {
+    for (int i = 0; Update && i < rows; ++i) {
+      Real& s = state[int64_t(i) * cols + j];
+      s = decay * s + k[i] * v[j];
+    }
     for (int g = 0; g < Queries; ++g) {
       Real sum = accumulate ? out[int64_t(g) * cols + j] : Real(0);
       for (int i = 0; i < rows; ++i) sum += q[g * q_ld + i] * state[int64_t(i) * cols + j];
       out[int64_t(g) * cols + j] = sum;
     }
+  }
 }
 
 template <class Real>
 void update_read(int rows, int cols, Real decay, const Real* k, const Real* v, Real* state, int queries,
                  const Real* q, Real* out) {
-  constexpr int kWidth = kLanes<Real>;
-  constexpr int kAhead = 32;  // rows
-  constexpr int kRows = 16;   // rows that are read again for more queries while the L1 cache holds them
+  constexpr int kRows = 16,
+                kQueries = 3;  // rows that are read again for more queries while the L1 cache holds them
   for (int i0 = 0; i0 < rows; i0 += kRows) {
     const int block = i0 + kRows < rows ? kRows : rows - i0;
     Real* s = state + int64_t(i0) * cols;
-    for (int i = 0; i < block; ++i) {
-      Real* row = s + int64_t(i) * cols;
-      int j = 0;
-      for (; j + kWidth <= cols; j += kWidth) {
-        __builtin_prefetch(row + j + kAhead * cols, 1);
-        store_vec(row + j, decay * load_vec(row + j) + k[i0 + i] * load_vec(v + j));
-      }
-      for (; j < cols; ++j) row[j] = decay * row[j] + k[i0 + i] * v[j];
-    }
-    int g = 0;
-    for (; g + 3 <= queries; g += 3)
-      read_rows<Real, 3>(block, cols, q + int64_t(g) * rows + i0, rows, s, out + int64_t(g) * cols, i0 > 0);
+    int g = queries < kQueries ? 1 : kQueries;
+    if (g == 1)
+      read_rows<Real, true, 1>(block, cols, decay, k + i0, v, q + i0, rows, s, out, i0 > 0);
+    else
+      read_rows<Real, true, kQueries>(block, cols, decay, k + i0, v, q + i0, rows, s, out, i0 > 0);
+    for (; g + kQueries <= queries; g += kQueries)
+      read_rows<Real, false, kQueries>(block, cols, decay, k + i0, v, q + int64_t(g) * rows + i0, rows, s,
+                                       out + int64_t(g) * cols, i0 > 0);
     for (; g < queries; ++g)
-      read_rows<Real, 1>(block, cols, q + int64_t(g) * rows + i0, rows, s, out + int64_t(g) * cols, i0 > 0);
+      read_rows<Real, false, 1>(block, cols, decay, k + i0, v, q + int64_t(g) * rows + i0, rows, s,
+                                out + int64_t(g) * cols, i0 > 0);
   }
 }
 

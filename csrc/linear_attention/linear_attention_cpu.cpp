@@ -151,6 +151,7 @@ class ForwardSweep {
   void attend(const TokenChunk& chunk, int64_t h, int64_t i, Packed<Operand> state) {
     const int length = chunk.length;
     const Real scale = Real(p_.scale);
+    const int64_t head = std::max(h, first_key_ * query_group_ + i);
     Real* out = out_tile_.get();
     if (h == first_value_ || value_group_ == 1)
       scores_.product(length, dk_, scale, q_.rows(i), {k_transposed_.get(), kTransposedLd});
@@ -162,8 +163,6 @@ class ForwardSweep {
       weights = &decayed_;
     }
     weights->add_times(length, dv_, v_.columns(h - first_value_), out, v_ld_);
-
-    const int64_t head = std::max(h, first_key_ * query_group_ + i);
     tiles_.store(p_.dtype, writable(rows_of(out_, chunk, head)), out_.time, length, dv_, out, v_ld_);
     if (!p_.gated_out) return;
     tiles_.load(p_.dtype, rows_of(segment_out_, chunk, head), segment_out_.time, length, dv_,

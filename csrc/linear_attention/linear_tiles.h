@@ -273,8 +273,7 @@ class ChunkDecay {
   double total_ = 0;
 };
 
-// ---- the running state of one value head inside a segment
-// --------------------------------------------------
+// ---- the running state of one value head inside a segment ------------------------------------------------
 
 // carry.h: in place, or as decay * base + sums.
 template <class Real>
