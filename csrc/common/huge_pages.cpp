@@ -8,11 +8,10 @@ namespace statecore {
 
 void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr int64_t kHugePage = 1 << 21, kWorthIt = 4 * kHugePage;
-  if (bytes < kWorthIt) return;
+  constexpr int64_t kHugePage = 1 << 21;
   const int64_t begin = (reinterpret_cast<int64_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
   const int64_t end = (reinterpret_cast<int64_t>(data) + bytes) / kHugePage * kHugePage;
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }
 
