@@ -466,7 +466,7 @@ def test_folders_are_whole_and_not_overwritten_unasked(tokenizer_folder, tmp_pat
     report = prepare([str(source)], tmp_path / "out", **(run | {"overwrite": True, "limit": 10}))
     assert report["rows"]["read"] == 10
     (tmp_path / "mine").mkdir()
-    with pytest.raises(FileExistsError, match="of a prepared training set"):
+    with pytest.raises(FileExistsError, match=r"of a folder with patterns.json"):
         prepare([str(source)], tmp_path / "mine", **(run | {"overwrite": True}))
     with pytest.raises(FileNotFoundError, match="not a prepared training set"):
         load_prepared(tmp_path / "mine")
