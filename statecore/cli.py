@@ -1,7 +1,7 @@
 """The `statecore` command.
 
-Every subcommand is a function of the package: its signature gives the options, its docstring the help. They are
-imported when they are called, so `statecore --help` and `statecore info` do not wait for transformers.
+Every subcommand is a function of the package, or several by name: its signature gives the options, its docstring the
+help. They are imported when they are called, so `statecore --help` and `statecore info` do not wait for transformers.
 """
 
 import importlib
@@ -27,6 +27,14 @@ COMMANDS = {
     "train": ("statecore.train:main", "Distil a base model into a state-transition model."),
     "generate": ("statecore.generate:generate", "Decode step by step with constant memory."),
     "ssd": ("statecore.ssd_train:ssd", "Train an attention-free SSD model in phases."),
+    "dynamics": (
+        {
+            "record": "statecore.dynamics_command:record",
+            "prune": "statecore.dynamics_command:prune",
+            "lower": "statecore.dynamics_command:lower",
+        },
+        "Ranks and norms of states while a model reads, and smaller states by them.",
+    ),
 }
 
 
@@ -44,14 +52,23 @@ class Commands(TyperGroup):
         if sys.argv[1:] in ([], ["--help"]):  # the list of commands needs no more than this
             app.command(name, help=summary)(lambda: None)
             return typer.main.get_command(app)
-        module, function = target.split(":")
-        function = getattr(importlib.import_module(module), function)
+        if isinstance(target, dict):
+            app.callback(help=summary)(lambda: None)
+            for part, function in target.items():
+                app.command(part)(report_errors(documented(load(function))))
+            return typer.main.get_command(app)
+        function = load(target)
         if name == "train":  # transformers' own parser reads the options of TrainingArguments
             every = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
             app.command(name, help=summary, context_settings=every)(report_errors(with_rest_of_line(function)))
         else:
             app.command(name)(report_errors(documented(function)))
         return typer.main.get_command(app)
+
+
+def load(target: str) -> Callable:
+    module, function = target.split(":")
+    return getattr(importlib.import_module(module), function)
 
 
 def with_rest_of_line(function: Callable) -> Callable:
