@@ -11,9 +11,12 @@ Models: state-transition models, SSD models and their hybrids, and every model o
 recurrent states of one matrix a head (Mamba2, the gated delta net of Qwen3-Next and others). They stay as they are. A
 hybrid's attention layers keep their keys and values, as always; they are not measured.
 
-The threshold is relative, 1e-4 of the largest singular value, so precision matters: singular values come from an SVD of
-the state in float32 or better, never from a Gram matrix, and states that are kept in half precision are refused, because
-their rounding errors would count as rank.
+The threshold is relative, 1e-4 of the largest singular value, so precision matters: singular values come from an SVD
+of the state in float32 or better, never from a Gram matrix, and states that are kept in half precision are refused,
+because their rounding errors would count as rank.
+
+The largest rank that a head can have is taken to be min(Dk, Dv), the paper's d. What feeds it may have a lower one: the
+values of a linear branch are maps of `la_rank` numbers, so its states have no more than that.
 
 What the paper leaves open, with what is done here:
 
@@ -32,7 +35,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -59,8 +62,8 @@ def singular_values(states: Tensor) -> Tensor:
     """[.., Dk, Dv] -> [.., min(Dk, Dv)], descending; computed in float32, for float64 states in float64."""
     if states.dtype in (torch.float16, torch.bfloat16):
         raise ValueError(
-            f"states are held in {str(states.dtype).removeprefix('torch.')}, whose rounding errors would count as rank: "
-            "load the model in float32"
+            f"states are held in {str(states.dtype).removeprefix('torch.')}, whose rounding errors would count as "
+            "rank: load the model in float32"
         )
     return torch.linalg.svdvals(states)
 
@@ -82,9 +85,9 @@ def measure(sigma: Tensor, epsilon: float = EPSILON) -> dict[str, Tensor]:
 
 
 def cosine_bound(update: float, norm: float) -> float:
-    """Least cosine between the vectors of all heads' nuclear norms before and after an update that moves them by at most
-    `update`, from a vector of length `norm`.  (eq. 13; without decay a token's update moves each head's norm by at most
-    |k| |v|)
+    """Least cosine between the vectors of all heads' nuclear norms before and after an update that moves them by at
+    most `update`, from a vector of length `norm`.  (eq. 13; without decay a token's update moves each head's norm by at
+    most |k| |v|)
     """
     return (1 - update / norm) / (1 + update / norm)
 
@@ -124,7 +127,9 @@ def read_pieces(
     """
     tokens = torch.as_tensor(tokens, dtype=torch.long, device=model.device)
     if tokens.ndim != 1 or not len(tokens):
-        raise ValueError(f"expected the ids of at least one token in a row, got a tensor of shape {tuple(tokens.shape)}")
+        raise ValueError(
+            f"expected the ids of at least one token in a row, got a tensor of shape {tuple(tokens.shape)}"
+        )
     vocabulary = model.config.get_text_config().vocab_size
     if int(tokens.max()) >= vocabulary or int(tokens.min()) < 0:
         raise ValueError(
@@ -210,7 +215,7 @@ def record(
     tokens = torch.as_tensor(tokens, dtype=torch.long)
     if not 0 < epsilon < 1:
         raise ValueError(f"epsilon must lie between 0 and 1, got {epsilon}")
-    if every is not None and every < 1 or any(position < 1 for position in positions):
+    if (every is not None and every < 1) or any(position < 1 for position in positions):
         raise ValueError(f"positions and `every` must be >= 1, got {list(positions)} and {every}")
     count = tokens.numel()
     if step_ends is None:
@@ -351,5 +356,5 @@ def _mean_of(entries: Sequence[dict[str, float | None]]) -> dict[str, float | No
 
 def _smallest_cosine(trajectories: Sequence[Trajectory]) -> float | None:
     norms = [one.values["nuclear"] for one in trajectories]
-    found = [cosine(a, b) for n in norms for a, b in zip(n[:-1], n[1:], strict=True)]
+    found = [cosine(a, b) for n in norms for a, b in pairwise(n)]
     return min((value for value in found if value is not None), default=None)
