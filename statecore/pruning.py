@@ -94,7 +94,13 @@ def choose_heads(
     left: dict[int, list[int]] = {}
     for head in heads:
         left.setdefault(head.layer, []).append(head.head)
-    prune = len(heads) - max(round(keep * len(heads)), 1)
+    stay = max(round(keep * len(heads)), 1)
+    if stay < len(left):
+        raise ValueError(
+            f"keep = {keep} leaves {stay} of {len(heads)} heads, but one must stay in each of {len(left)} layers: keep "
+            f"at least {len(left) / len(heads):.3f}"
+        )
+    prune = len(heads) - stay
     for index in order[by]():
         layer = left[heads[index].layer]
         if prune and len(layer) > 1:
@@ -342,17 +348,21 @@ def side_of_the_asymmetry(rows: Sequence[Mapping[str, Any]], high: str = "joint"
     """
     loss = {row["model"]: row["loss"] for row in rows}
     at_random = [value for name, value in loss.items() if name.startswith("random")]
-    best = "high" if loss[high] < loss[low] else "low"
     text = (
-        f"Pruning the heads with high scores costs {loss[high] - loss['as it is']:+.3f} nats a token, those with low "
-        f"scores {loss[low] - loss['as it is']:+.3f}: {best}-scoring heads are easier to spare here, which is "
-        f"{'the side the paper reports' if best == 'high' else 'the reverse of what the paper reports'}."
+        f"Pruning the heads with high scores costs {loss[high] - loss['as it is']:+.4f} nats a token, those with low "
+        f"scores {loss[low] - loss['as it is']:+.4f}: "
     )
+    if math.isclose(loss[high], loss[low], rel_tol=1e-9):
+        text += "no difference."
+    elif loss[high] < loss[low]:
+        text += "high-scoring heads are easier to spare here, which is the side that the paper reports."
+    else:
+        text += "low-scoring heads are easier to spare here, the reverse of what the paper reports."
     if at_random:
         below = sum(value < loss[high] for value in at_random)
         mean = math.fsum(at_random) / len(at_random) - loss["as it is"]
         text += (
-            f" Random pruning costs {mean:+.3f} in the mean of {len(at_random)} draws and beats pruning of the high "
+            f" Random pruning costs {mean:+.4f} in the mean of {len(at_random)} draws and beats pruning of the high "
             f"ones in {below} of them."
         )
     return text
