@@ -23,7 +23,8 @@ What the paper leaves open, with what is done here:
 - Calibration tokens and places: `positions` (32, 64, .. 4096, as far as the text goes, and its end), means over all
   places of all inputs; `every` measures more of them.
 - How bimodal is bimodal: it gives none; here Sarle's bimodality coefficient (5/9 for a uniform distribution, 1 for two
-  points), the share of variance between the two classes that split it best, and the shares of heads near both ends.
+  points), the share of variance between the two classes that split it best, how far their means are apart, and the
+  shares of heads near both ends. The coefficient alone calls one outlier among equals bimodal.
 - Early and late: the paper's tokens 128 and 2048; on shorter texts the last place and the one nearest to a sixteenth
   of it.
 """
@@ -268,14 +269,15 @@ def head_means(trajectories: Sequence[Trajectory], measured: str) -> np.ndarray:
 
 def bimodality(values: np.ndarray) -> dict[str, float | None]:
     """Whether numbers in 0 .. 1 are of two kinds. `coefficient`: Sarle's, (skewness^2 + 1) / kurtosis; `between`: share
-    of the variance between the two classes that split them best, `threshold` between those; None where all are equal.
+    of the variance between the two classes that split them best, which `gap` (of their means) and `threshold` describe;
+    None where all are equal.
     """
     values = np.sort(np.asarray(values, dtype=float))
     centred = values - values.mean()
     variance = (centred**2).mean()
     found: dict[str, float | None] = {
         "low": float((values < NEAR).mean()), "saturated": float((values > 1 - NEAR).mean()),
-        "coefficient": None, "between": None, "threshold": None,
+        "coefficient": None, "between": None, "gap": None, "threshold": None,
     }  # fmt: skip
     if variance < 1e-12:
         return found
@@ -286,6 +288,7 @@ def bimodality(values: np.ndarray) -> dict[str, float | None]:
     best = int(between.argmax())
     found["coefficient"] = float((skewness**2 + 1) / kurtosis)
     found["between"] = float(between[best] / variance)
+    found["gap"] = float(values[best + 1 :].mean() - values[: best + 1].mean())
     found["threshold"] = float(values[best : best + 2].mean())
     return found
 

@@ -42,8 +42,8 @@ def draw_heads(path: Path, summary: Mapping[str, Any]) -> None:
     histogram.hist([head["last_fraction"] for head in heads], bins=np.linspace(0, 1, 21), color="tab:blue")
     if found["threshold"] is not None:
         histogram.axvline(found["threshold"], color="tab:red", linestyle="--")
-    shown = "all equal" if found["coefficient"] is None else f"bimodality {found['coefficient']:.2f} (uniform: 0.56)"
-    histogram.set(title=f"heads at the end: {shown}", xlabel="effective rank / d", ylabel="heads", xlim=(0, 1))
+    shown = "all equal" if found["gap"] is None else f"two classes {found['gap']:.2f} apart"
+    histogram.set(title=f"at the end: {shown}", xlabel="effective rank / d", ylabel="heads", xlim=(0, 1))
     figure.savefig(path, dpi=120)
     write_json(path.with_suffix(".json"), {"heads": heads, "stratification": summary["stratification"]})
 
@@ -140,15 +140,15 @@ def dynamics_text(result: Mapping[str, Any]) -> str:
         f"{tokens} tokens and {steps} step ends in all. Effective rank: singular values above "
         f"{result['settings'].get('epsilon', EPSILON):g} of the largest.",
         "",
-        "| heads' ranks | below 10 % of d | above 90 % | bimodality (uniform 0.56, two points 1) | variance between "
-        "two classes |",
-        "|---|---|---|---|---|",
+        "| heads' ranks, as shares of d | below 10 % | above 90 % | bimodality (uniform 0.56, two points 1) | variance "
+        "between two classes | means of these apart |",
+        "|---|---|---|---|---|---|",
     ]
     for title, found in (("mean over places", "mean"), ("behind the last token", "at_the_end")):
         row = result["stratification"][found]
         lines.append(
             f"| {title} | {row['low']:.0%} | {row['saturated']:.0%} | {number(row['coefficient'])} | "
-            f"{number(row['between'])} |"
+            f"{number(row['between'])} | {number(row['gap'])} |"
         )
     lines += ["", "| | rank: Spearman | cosine | nuclear norm: Spearman | cosine |", "|---|---|---|---|---|"]
     for title, found in ((_early_to_late(result), "early_to_late"), ("one input to another", "across_inputs")):

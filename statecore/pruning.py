@@ -305,12 +305,12 @@ def held_out(model: PreTrainedModel, texts: Sequence[Sequence[int] | Tensor]) ->
 
 @torch.no_grad()
 def decoding_cost(
-    models: Mapping[str, PreTrainedModel], prompt: Sequence[int], tokens: int = 64, rounds: int = 5
+    models: Mapping[str, PreTrainedModel], prompt: Sequence[int], tokens: int = 64, rounds: int = 5, *, batch: int = 1
 ) -> dict[str, dict[str, float]]:
-    """Milliseconds (CPU time where models are on the CPU; fastest round) of a decoded token, one model after the other
-    in every round, bytes of state, and parameters.
+    """Milliseconds (CPU time where models are on the CPU; fastest round) of a pass that decodes a token for each of
+    `batch` sequences, one model after the other in every round, bytes of state of a sequence, and parameters.
     """
-    ids = torch.as_tensor(prompt, dtype=torch.long)[None]
+    ids = torch.as_tensor(prompt, dtype=torch.long).expand(batch, -1)
     fastest = dict.fromkeys(models, math.inf)
     found: dict[str, dict[str, float]] = {}
     for _ in range(rounds):
@@ -326,7 +326,7 @@ def decoding_cost(
             int(token[0, 0])  # waits for a GPU
             fastest[name] = min(fastest[name], clock() - began)
             found[name] = {
-                "ms": 1e3 * fastest[name] / tokens, "state_bytes": cache_bytes(cache).state,
+                "ms": 1e3 * fastest[name] / tokens, "state_bytes": cache_bytes(cache).state // batch,
                 "parameters": sum(parameter.numel() for parameter in model.parameters()),
             }  # fmt: skip
     return found
