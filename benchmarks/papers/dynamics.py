@@ -425,7 +425,7 @@ def page(record: dict[str, Any]) -> str:
         "",
         "Heads with high scores gone; decoding is CPU time, fastest of 5 interleaved rounds of 48 tokens.",
         "",
-        f"| model | | state, bytes | ms a decoded token | ms, {BATCH} sequences at once | parameters | checkpoint, bytes |",
+        f"| model | | state, bytes | ms a decoded token | ms, {BATCH} at once | parameters | checkpoint, bytes |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, one in studies.items():
