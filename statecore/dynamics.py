@@ -47,7 +47,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
 from .cache import StepCacheLayer
-from .ssd import SSDCacheLayer
+from .ssd import SSDCacheLayer, SSDConfig
 
 EPSILON = 1e-4
 POSITIONS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -220,7 +220,7 @@ def record(
         raise ValueError(f"positions and `every` must be >= 1, got {list(positions)} and {every}")
     count = tokens.numel()
     if step_ends is None:
-        closing = torch.tensor(step_end_tokens(model), dtype=torch.long)
+        closing = torch.tensor(step_tokens(model)[1], dtype=torch.long)
         step_ends = (torch.isin(tokens.flatten(), closing).nonzero()[:, 0] + 1).tolist()
     regular = range(every, count + 1, every) if every else ()
     places = sorted({*(p for p in (*positions, *regular) if p <= count), *step_ends, *([count] if count else [])})
@@ -252,10 +252,14 @@ def record(
     )  # fmt: skip
 
 
-def step_end_tokens(model: PreTrainedModel) -> list[int]:
-    """The tokens that end a step in a state-transition model or a hybrid with such layers; none in others."""
-    config = getattr(model.config, "attention", None) or {}
-    return getattr(model.config, "step_end_token_ids", None) or config.get("step_end_token_ids") or []
+def step_tokens(model: PreTrainedModel) -> tuple[list[int], list[int]]:
+    """The tokens that start and end a step in a state-transition model or a hybrid with such layers; none in others."""
+    attention = (model.config.attention or {}) if isinstance(model.config, SSDConfig) else {}
+
+    def ids(name: str) -> list[int]:
+        return getattr(model.config, name, None) or attention.get(name) or []
+
+    return ids("step_start_token_ids"), ids("step_end_token_ids")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

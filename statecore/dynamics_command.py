@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Mamba2
 from . import dynamics, segmentation
 from .adapter import is_adapter, load_adapter, save_adapter
 from .data import PATTERNS_FILE, load_prepared
-from .dynamics import EPSILON, POSITIONS, Trajectory, summarise
+from .dynamics import EPSILON, POSITIONS, Trajectory, step_tokens, summarise
 from .dynamics_report import (
     draw_heads,
     draw_spectra,
@@ -102,7 +102,7 @@ def read_texts(source: str, model: PreTrainedModel, name: str, options: TextOpti
     tokens around them, pattern after pattern, and the first step in the place of the prompt.
     """
     longest = options.max_tokens or getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    starts, ends = _step_tokens(model)
+    starts, ends = step_tokens(model)
     if (Path(source) / PATTERNS_FILE).is_file():
         found = _prepared_texts(source, options, {*starts, *ends})
     else:
@@ -115,12 +115,6 @@ def read_texts(source: str, model: PreTrainedModel, name: str, options: TextOpti
     if not any(text.tokens for text in texts):
         raise ValueError(f"{source} is empty: expected text to read")
     return [text for text in texts if text.tokens]
-
-
-def _step_tokens(model: PreTrainedModel) -> tuple[list[int], list[int]]:
-    config = getattr(model.config, "attention", None) or {}
-    names = ("step_start_token_ids", "step_end_token_ids")
-    return tuple(getattr(model.config, name, None) or config.get(name) or [] for name in names)
 
 
 def _tokenizer(name: str) -> Any:
@@ -332,7 +326,7 @@ def prune(
         seed: of the random prunings.
         base: the base checkpoint under an adapter; default: the one the adapter names.
         tokenizer: folder or hub name; default: the folder `tokenizer` in the model's, or the model's own.
-        dtype: what the models compute in.
+        dtype: what the models compute in and are written in.
         text_field: which field of a row is read.
         split: split of a hub dataset; "train" or "eval" of a prepared set.
         limit: read no more inputs than this.
@@ -406,7 +400,7 @@ def lower(
         seed: of the random directions.
         base: the base checkpoint under an adapter; default: the one the adapter names.
         tokenizer: folder or hub name; default: the folder `tokenizer` in the model's, or the model's own.
-        dtype: what the models compute in.
+        dtype: what the models compute in and are written in.
         text_field: which field of a row is read.
         split: split of a hub dataset; "train" or "eval" of a prepared set.
         limit: read no more inputs than this.

@@ -185,7 +185,7 @@ def _rows_of_heads(branch: SSDMixer | LinearBranch, kept: Sequence[int]) -> dict
 
 def _rebuilt(model: PreTrainedModel, config: Any, weights: Mapping[str, Tensor]) -> PreTrainedModel:
     """A model with another configuration, these weights, and all else of the old one."""
-    config.validate()
+    config.validate_ssd() if isinstance(model, SSDForCausalLM) else config.validate_statecore()
     new = type(model)(config).to(dtype=model.dtype, device=model.device)
     parameters, old = dict(new.named_parameters()), dict(model.named_parameters())
     with torch.no_grad():

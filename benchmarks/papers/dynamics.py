@@ -77,7 +77,7 @@ class Size:
     problems: int
 
 
-FULL = Size(420, 100, 150, 8, 6, 2048, 5, 80)
+FULL = Size(300, 100, 150, 8, 6, 2048, 5, 40)
 QUICK = Size(4, 2, 2, 2, 2, 256, 2, 8)
 
 
