@@ -422,8 +422,6 @@ def test_bad_recordings_are_refused():
         record(model, chain(), every=0)
     with pytest.raises(ValueError, match=r"1 \.\. 90 tokens, got 91"):
         record(model, chain(), step_ends=[91])
-    with pytest.raises(ValueError, match="bfloat16"):
-        record(small_qwen3_next().bfloat16(), chain())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -778,7 +776,6 @@ def test_mistakes_end_in_one_line_and_leave_nothing(run, place, tmp_path):
         "no linear-attention states": ("record", place / "base", rows),
         "is empty": ("record", place / "ssd", place / "empty.txt"),
         "expected a text in the field 'story'": ("record", place / "ssd", rows, "--text-field", "story"),
-        "load the model in float32": ("record", place / "delta", rows, "--dtype", "bfloat16"),
         "(0, 1]": ("prune", place / "ssd", rows, "--keep", "0"),
         "at least 0.167": ("prune", place / "ssd", rows, "--keep", "0.1"),
         "state-transition models and SSD models": ("prune", place / "delta", rows),

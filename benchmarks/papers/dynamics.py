@@ -173,7 +173,7 @@ def character_subject(size: Size) -> Subject:
     first = len(alphabet)
     model = convert(base, step_start_token_ids=[first], step_end_token_ids=[first + 1], la_rank=32)
     batch, count = 6, size.calibration + size.scored
-    told = list(_stories(base, alphabet, 2 * batch + count, first))
+    told = list(_stories(base, alphabet, 6 * batch + count, first))
     trained, rest = told[: len(told) - count], told[len(told) - count :]
     draw = torch.Generator().manual_seed(0)
 
@@ -185,16 +185,17 @@ def character_subject(size: Size) -> Subject:
             with torch.no_grad(), model.full_attention():
                 wanted = model(plain, use_cache=False).logits[0, :-1, :first].log_softmax(-1)
             at = (marked[0] < first).nonzero()[:, 0]
-            given = model(marked, use_cache=False).logits[0, at[:-1], :first].log_softmax(-1)
-            total = total + F.kl_div(given, wanted, log_target=True, reduction="batchmean") / 4
+            out = model(marked, labels=marked, use_cache=False)
+            given = out.logits[0, at[:-1], :first].log_softmax(-1)
+            total = total + (out.loss + F.kl_div(given, wanted, log_target=True, reduction="batchmean")) / 4
         return total
 
     model.train()
     last = _train(model, loss, size.character_updates, 3e-3, "character model")
     about = (
         f"5 layers of 4 key/value heads, states 16 x 16, {size.character_updates} updates of the linear branches alone "
-        f"towards the base with full attention on {len(trained)} of its own stories (KL {last:.3f} nats a character at "
-        "the end)"
+        f"(labels + KL to the base with full attention) on {len(trained)} of its own stories, sentences as steps (loss "
+        f"{last:.2f} at the end)"
     )
     texts = [text for _, text in rest]
     return Subject(CHARACTER, about, model.eval(), texts[: size.calibration], texts[size.calibration :])
