@@ -86,6 +86,11 @@ def randomise(model: torch.nn.Module) -> torch.nn.Module:
     return model.eval()
 
 
+def randomise_branch(branch: LinearBranch) -> None:
+    for parameter in branch.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+
+
 def small_ssd(dtype: torch.dtype = torch.float64, **fields) -> SSDForCausalLM:
     return randomise(SSDForCausalLM(SSDConfig(**(SMALL | fields)))).to(dtype)
 
@@ -123,6 +128,11 @@ def chain(length: int = 90) -> Tensor:
 def logits(model: torch.nn.Module, ids: Tensor) -> Tensor:
     with torch.no_grad():
         return model(ids[None], use_cache=False).logits[0]
+
+
+def same_logits(first: torch.nn.Module, second: torch.nn.Module, ids: Tensor) -> None:
+    """Up to how the memory of their weights is aligned."""
+    torch.testing.assert_close(logits(first, ids), logits(second, ids), atol=1e-12, rtol=0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -504,7 +514,7 @@ def test_pruned_heads_are_silent_heads_that_are_gone(name, tmp_path):
     pruned.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(loaded) is type(model)
-    assert torch.equal(logits(loaded, ids), logits(pruned, ids))
+    same_logits(loaded, pruned, ids)
     out = loaded.generate(ids[None, :30], attention_mask=torch.ones(1, 30), max_new_tokens=4, min_new_tokens=4)
     assert out.shape[1] == 34
 
@@ -530,7 +540,7 @@ def test_pruning_twice_is_pruning_once():
     once = prune_heads(model, {0: [1, 4], 1: [0, 2, 5]})
     twice = prune_heads(prune_heads(model, {0: [1, 2, 4], 1: [0, 1, 2, 3, 5]}), {0: [0, 2], 1: [0, 2, 4]})
     assert twice.config.state_heads == once.config.state_heads == [[1, 4], [0, 2, 5]]
-    assert torch.equal(logits(once, ids), logits(twice, ids))
+    same_logits(once, twice, ids)
 
 
 def test_pruned_models_train_and_keep_what_is_frozen():
@@ -551,14 +561,16 @@ def test_pruned_models_train_and_keep_what_is_frozen():
 def test_a_pruned_adapter_is_an_adapter(tmp_path):
     tiny_base("qwen2").save_pretrained(tmp_path / "base")
     model = convert(str(tmp_path / "base"), step_start_token_ids=STARTS, step_end_token_ids=ENDS, la_rank=6)
-    randomise(model)
+    for layer in model.model.layers:
+        randomise_branch(layer.self_attn.la)
     pruned = prune_heads(model, {1: [0]})
     narrow = lower_ranks(pruned, choose_bases(key_covariances(pruned, [chain()]), 0.5))
+    text = chain()
     for name, one in (("pruned", pruned), ("narrow", narrow)):
         save_adapter(one, tmp_path / name)
         loaded = load_adapter(None, tmp_path / name)
         assert loaded.config.state_heads == [[0, 1], [0], [0, 1]]
-        assert torch.equal(logits(loaded, chain()), logits(one, chain()))
+        same_logits(loaded, one, text)
 
 
 def test_pruned_mamba2_is_no_longer_written_as_mamba2(tmp_path):
@@ -617,7 +629,7 @@ def test_full_width_changes_nothing_and_half_of_it_halves_the_states(name, tmp_p
     assert all(head.bound <= ranks[head.layer] for head in found.heads)
     half.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(logits(loaded, ids), logits(half, ids))
+    same_logits(loaded, half, ids)
     out = loaded.generate(ids[None, :30], attention_mask=torch.ones(1, 30), max_new_tokens=3, min_new_tokens=3)
     assert out.shape[1] == 33
     again = lower_ranks(half, choose_bases(key_covariances(half, [ids]), 1.0))
@@ -700,7 +712,9 @@ def place(tmp_path_factory):
         str(folder / "base"), step_start_token_ids=[first, first + 2], step_end_token_ids=[first + 1, first + 3],
         la_rank=4,
     )  # fmt: skip
-    save_adapter(randomise(model), folder / "adapter")
+    for layer in model.model.layers:
+        randomise_branch(layer.self_attn.la)
+    save_adapter(model, folder / "adapter")
     for name in ("ssd", "delta", "base", "adapter"):
         tokenizer.save_pretrained(folder / name / "tokenizer")
     rows = chains(4)
@@ -801,9 +815,10 @@ def test_texts_get_steps_and_step_tokens(place):
     assert len(plain) == 3
     for without, with_ in zip(plain, marked, strict=True):
         assert [token for token in with_.tokens if token < first] == without.tokens
-        assert len(with_.step_ends) == len(without.step_ends) > 1
+        assert len(with_.step_ends) == len(without.step_ends)
         assert with_.step_ends[0] == without.step_ends[0], "the first step stands for the prompt"
         assert all(with_.tokens[end - 1] in (first + 1, first + 3) for end in with_.step_ends[1:])
+    assert max(len(text.step_ends) for text in plain) > 2
     cut = read_texts(str(place / "rows.jsonl"), model, str(place / "adapter"), TextOptions(limit=1, max_tokens=70))
     assert len(cut[0].tokens) == 70
     assert all(end <= 70 for end in cut[0].step_ends)
