@@ -32,6 +32,14 @@ COMMANDS = {
     ),
     "flow": ("statecore.flow_command:flow", "Show how much each step of a trace tells about its answer."),
     "ssd": ("statecore.ssd_train:ssd", "Train an attention-free SSD model in phases."),
+    "dynamics": (
+        {
+            "record": "statecore.dynamics_command:record",
+            "prune": "statecore.dynamics_command:prune",
+            "lower": "statecore.dynamics_command:lower",
+        },
+        "Ranks and norms of states while a model reads, and smaller states by them.",
+    ),
 }
 
 

@@ -29,6 +29,9 @@ class StepConfig(PreTrainedConfig):
     alpha_max, alpha_steps: a step t >= 2 is corrected with strength min(alpha_max, t / alpha_steps); alpha_max = 0
     switches the correction off.
     max_steps: steps beyond this number are not corrected.
+    state_heads: for every layer the key/value heads whose linear branch, and with it state, is there; None means all.
+    state_ranks: for every layer the width that the linear branch's keys are projected to, and so the largest rank of
+    its states; None means the keys as they are. (statecore/pruning.py sets both.)
     """
 
     layer_types: list[str] | None = None
@@ -42,6 +45,8 @@ class StepConfig(PreTrainedConfig):
     alpha_max: float | int = 0.4
     alpha_steps: int = 40
     max_steps: int = 4096
+    state_heads: list[list[int]] | None = None
+    state_ranks: list[int] | None = None
 
     def __post_init__(self, **kwargs):
         self.step_start_token_ids = list(self.step_start_token_ids or [])
@@ -81,10 +86,32 @@ class StepConfig(PreTrainedConfig):
             raise ValueError(f"alpha_max must lie in 0 .. 1, got {self.alpha_max}")
         if self.alpha_steps < 1 or self.max_steps < 1:
             raise ValueError(f"alpha_steps and max_steps must be >= 1, got {self.alpha_steps} and {self.max_steps}")
+        layers, kv_heads = self.num_hidden_layers, self.num_key_value_heads or self.num_attention_heads
+        width = getattr(self, "head_dim", None) or self.hidden_size // self.num_attention_heads
+        check_pruned(self.state_heads, self.state_ranks, [kv_heads] * layers, [width] * layers)
         if getattr(self, "use_sliding_window", False):
             raise ValueError(
                 "use_sliding_window must be False: segments replace sliding windows, the two do not combine"
             )
+
+
+def check_pruned(
+    state_heads: list[list[int]] | None, state_ranks: list[int] | None, heads: list[int], widths: list[int]
+) -> None:
+    """Checks both fields against the number of heads and the key width of every layer; 0 heads: it has no states."""
+    for name, given in (("state_heads", state_heads), ("state_ranks", state_ranks)):
+        if given is not None and len(given) != len(heads):
+            raise ValueError(f"{name} must have an entry for each of the {len(heads)} layers, got {len(given)}")
+    for layer, (count, width) in enumerate(zip(heads, widths, strict=True)):
+        if count and state_heads is not None:
+            kept = state_heads[layer]
+            if not kept or sorted(set(kept)) != list(kept) or kept[0] < 0 or kept[-1] >= count:
+                raise ValueError(
+                    f"state_heads of layer {layer} must be increasing numbers in 0 .. {count - 1}, at least one, "
+                    f"got {kept}"
+                )
+        if count and state_ranks is not None and not 1 <= state_ranks[layer] <= width:
+            raise ValueError(f"state_ranks of layer {layer} must lie in 1 .. {width}, got {state_ranks[layer]}")
 
 
 @strict

@@ -52,13 +52,20 @@ class LinearBranch(nn.Module):
     compares, while the scale of the projections before them means nothing; the low-rank part is added behind the norm
     so that training can still change the length). v starts at zero, so the branch is silent at first; its gradient is
     not, because q and k are the base's.
+
+    A pruned branch has some of the key/value heads with their query heads, or projects q and k on a `basis`, or both.
     """
 
-    def __init__(self, config: StepConfig, head_dim: int):
+    def __init__(self, config: StepConfig, head_dim: int, layer_idx: int = 0):
         super().__init__()
+        kv_heads = config.num_key_value_heads
+        self.group = config.num_attention_heads // kv_heads
+        self.heads = list(range(kv_heads)) if config.state_heads is None else config.state_heads[layer_idx]
+        self.query_heads = [head * self.group + i for head in self.heads for i in range(self.group)]
+        self.whole = len(self.heads) == kv_heads and config.state_ranks is None
         self.rank = config.la_rank
         self.on_base = config.la_projection == "base_plus_low_rank"
-        queries, keys = (config.num_attention_heads, head_dim), (config.num_key_value_heads, head_dim)
+        queries, keys = (len(self.query_heads), head_dim), (len(self.heads), head_dim)
         self.A = nn.Parameter(torch.empty((4 if config.la_gate else 3) * self.rank, config.hidden_size))
         # Without a base below, q = k = v = 0 would never learn anything.
         self.q = Widen(self.rank, *queries, zero=self.on_base)
@@ -66,19 +73,36 @@ class LinearBranch(nn.Module):
         self.v = Widen(self.rank, *keys)
         self.gate = Widen(self.rank, *queries, bias=True) if config.la_gate else None
         self.norm = nn.RMSNorm(head_dim, eps=config.rms_norm_eps) if config.la_norm else None
+        self.basis = None
+        if config.state_ranks is not None:
+            self.basis = nn.Parameter(torch.empty(len(self.heads), head_dim, config.state_ranks[layer_idx]))
 
     def forward(
         self, hidden_states: Tensor, base_q: Tensor, base_k: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """[B, T, hidden], base q and k [B, T, H, D] before RoPE -> q, k, v, gate of the branch, each [B, T, H, D]."""
+        """[B, T, hidden], base q and k [B, T, H, D] before RoPE -> q, k, v, gate of the branch's heads, each
+        [B, T, H, D].
+        """
         narrow = F.linear(hidden_states, self.A.to(hidden_states.dtype)).split(self.rank, -1)
         q, k, v = self.q(narrow[0]), self.k(narrow[1]), self.v(narrow[2])
         if self.on_base:
+            if len(self.heads) < base_k.shape[2]:
+                base_q, base_k = base_q[:, :, self.query_heads], base_k[:, :, self.heads]
             q, k = base_q + q, base_k + k
         return q, k, v, None if self.gate is None else self.gate(narrow[3])
 
     def initialize(self) -> None:
         init.normal_(self.A, std=self.A.shape[1] ** -0.5)  # A of normalised hidden states has unit variance
+        if self.basis is not None:
+            init.copy_(self.basis, torch.eye(*self.basis.shape[1:]).expand_as(self.basis))
+
+    def project(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """q and k, after RoPE, on the basis of their heads."""
+        if self.basis is None:
+            return q, k
+        basis = self.basis.to(q.dtype)
+        q = torch.einsum("bthgd,hdr->bthgr", q.unflatten(2, (-1, self.group)), basis).flatten(2, 3)
+        return q, torch.einsum("bthd,hdr->bthr", k, basis)
 
 
 class Widen(nn.Module):
@@ -169,7 +193,7 @@ class MixedAttention:
 
     def __init__(self, config: StepConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.la = LinearBranch(config, self.head_dim)
+        self.la = LinearBranch(config, self.head_dim, layer_idx)
 
     def normalise(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """What the family does to the heads of q and k before RoPE."""
@@ -214,20 +238,26 @@ class MixedAttention:
         self, q: Tensor, k: Tensor, v: Tensor, lin_q: Tensor, lin_k: Tensor, lin_v: Tensor, gate: Tensor | None,
         segments: Segments, states: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Segment attention + gated linear attention: out [B, T, Hq, D] and the three states [3, N, Hk, D, D]."""
+        """Segment attention + gated linear attention: out [B, T, Hq, D] and the three states [3, N, Hk, D, D], of a
+        pruned branch [3, N, its heads, its rank, D].
+        """
         initial_step = segments.initial_step if states is not None else None
-        if gate is not None and self.la.norm is None:
+        if gate is not None and self.la.norm is None and self.la.whole:
             return ops.mixed_attention(
                 q, k, v, lin_q, lin_k, lin_v, gate, segments.step_ids, segments.alpha, states, initial_step,
                 segments.cu_seqlens, scale=self.scaling, lin_scale=self.scaling,
             )  # fmt: skip
         out, _ = ops.segment_attention(q, k, v, segments.step_ids, segments.cu_seqlens, scale=self.scaling)
         own_ids = segments.step_ids[:, segments.step_ids.shape[1] - q.shape[1] :]
+        lin_q, lin_k = self.la.project(lin_q, lin_k)
         lin_out, states = ops.step_linear_attention(
             lin_q, lin_k, lin_v, own_ids, segments.alpha, states, initial_step, segments.cu_seqlens, scale=self.scaling
         )
         lin_out = lin_out if self.la.norm is None else self.la.norm(lin_out)
-        return out + (lin_out if gate is None else gate.sigmoid() * lin_out), states
+        lin_out = lin_out if gate is None else gate.sigmoid() * lin_out
+        if lin_out.shape[2] == out.shape[2]:
+            return out + lin_out, states
+        return out.index_add(2, torch.tensor(self.la.query_heads, device=out.device), lin_out), states
 
 
 def rotate(heads: list[Tensor], position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:

@@ -42,7 +42,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from . import ops, steps
 from .cache import StepCacheLayer
 from .config import LAYER_TYPE as STEP_LAYER_TYPE
-from .config import StateCoreLlamaConfig
+from .config import StateCoreLlamaConfig, check_pruned
 from .modeling import LinearBranch, LlamaMixedAttention, Widen
 from .steps import Segments
 
@@ -62,6 +62,9 @@ class SSDConfig(Mamba2Config):
     attention: fields of StateCoreLlamaConfig for the layers that are not "ssd": num_attention_heads, which must be
     there, num_key_value_heads, rope_parameters, and for mixed attention its step tokens and la_rank.
     norm_groups: groups of channels that the gated norm normalises by themselves.
+    state_heads, state_ranks: for every layer the heads that are there and the width that B and C are projected to (see
+    statecore/pruning.py; entries of "attention" layers are not looked at). The gated norm divides by the width that
+    all heads have, so a missing head is one whose output is zero.
 
     While all of them have their defaults the configuration is written as a plain `mamba2` one.
     """
@@ -71,6 +74,8 @@ class SSDConfig(Mamba2Config):
     layer_list: list[str] | None = None
     attention: dict[str, Any] | None = None
     norm_groups: int = 1
+    state_heads: list[list[int]] | None = None
+    state_ranks: list[int] | None = None
 
     @property
     def kinds(self) -> list[str]:
@@ -83,7 +88,8 @@ class SSDConfig(Mamba2Config):
 
     @property
     def is_plain_mamba2(self) -> bool:
-        return set(self.kinds) <= {SSD} and self.norm_groups == 1
+        pruned = self.state_heads is not None or self.state_ranks is not None
+        return set(self.kinds) <= {SSD} and self.norm_groups == 1 and not pruned
 
     def attention_config(self) -> StateCoreLlamaConfig:
         """Configuration of the layers that are not "ssd"."""
@@ -94,12 +100,18 @@ class SSDConfig(Mamba2Config):
             "rms_norm_eps": self.layer_norm_epsilon,
             "initializer_range": self.initializer_range,
         }
+        own = self.attention or {}
+        every = list(range(own.get("num_key_value_heads") or own.get("num_attention_heads", 0)))
+        mixed = [kind == MIXED_ATTENTION for kind in self.kinds]
+        for name, whole, nothing in (("state_heads", self.state_heads, every), ("state_ranks", self.state_ranks, 1)):
+            if whole is not None:
+                given[name] = [entry if here else nothing for entry, here in zip(whole, mixed, strict=True)]
         return StateCoreLlamaConfig(**(given | (self.attention or {})))
 
     def to_dict(self) -> dict[str, Any]:
         fields = super().to_dict()
         if self.is_plain_mamba2:
-            for name in ("layer_list", "attention", "norm_groups"):
+            for name in ("layer_list", "attention", "norm_groups", "state_heads", "state_ranks"):
                 fields.pop(name, None)
             fields["model_type"] = Mamba2Config.model_type
             if fields.get("architectures"):
@@ -159,6 +171,31 @@ class SSDConfig(Mamba2Config):
                 )
             if "head_dim" not in self.attention and self.hidden_size % heads:
                 raise ValueError(f"hidden_size {self.hidden_size} is no multiple of num_attention_heads {heads}")
+        self._check_pruned()
+
+    def _check_pruned(self):
+        own = self.attention or {}
+        queries = own.get("num_attention_heads", 1)
+        of_kind = {
+            SSD: (self.num_heads, self.state_size),
+            MIXED_ATTENTION: (
+                own.get("num_key_value_heads") or queries, own.get("head_dim") or self.hidden_size // queries
+            ),
+            ATTENTION: (0, 0),
+        }  # fmt: skip
+        heads, widths = zip(*(of_kind[kind] for kind in self.kinds), strict=True)
+        check_pruned(self.state_heads, self.state_ranks, list(heads), list(widths))
+        if self.state_heads is None or self.norm_groups == 1:
+            return
+        for layer, kept in enumerate(self.state_heads):
+            if self.kinds[layer] != SSD:
+                continue
+            counts = [sum(h * self.norm_groups // self.num_heads == g for h in kept) for g in range(self.norm_groups)]
+            if self.num_heads % self.norm_groups or len(set(counts)) > 1:
+                raise ValueError(
+                    f"with norm_groups = {self.norm_groups}, which must divide num_heads = {self.num_heads}, every "
+                    f"group must keep equally many heads; layer {layer} keeps {counts}: choose state_heads accordingly"
+                )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -297,12 +334,15 @@ class Packing:
 
 
 class SSDNorm(nn.Module):
-    """RMSNorm of each of `groups` groups of channels, of x or of x * silu(gate); at least in float32."""
+    """RMSNorm of each of `groups` groups of channels, of x or of x * silu(gate); at least in float32. The mean is over
+    `full` channels, those that are missing counted as zero.
+    """
 
-    def __init__(self, width: int, eps: float, groups: int = 1):
+    def __init__(self, width: int, eps: float, groups: int = 1, full: int | None = None):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
-        self.eps, self.groups = eps, groups
+        self.share = (full or width) / width
+        self.eps, self.groups = eps * self.share, groups
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         wide = _at_least_float32(x)
@@ -313,6 +353,8 @@ class SSDNorm(nn.Module):
         else:
             wide = wide.unflatten(-1, (self.groups, -1))
             wide = F.rms_norm(wide, wide.shape[-1:], eps=self.eps).flatten(-2)
+        if self.share != 1:
+            wide = wide * self.share**0.5
         return self.weight * wide.to(self.weight.dtype)
 
 
@@ -325,24 +367,34 @@ class Projection(nn.Linear):
 
 
 class SSDMixer(nn.Module):
-    """The Mamba-2 block between its norm and the residual."""
+    """The Mamba-2 block between its norm and the residual; a pruned one has some of the heads, or projects B and C on
+    a `basis` of their group, or both.
+    """
 
-    def __init__(self, config: SSDConfig):
+    def __init__(self, config: SSDConfig, index: int = 0):
         super().__init__()
         self.config = config
-        self.inner = config.num_heads * config.head_dim
+        self.heads = list(range(config.num_heads)) if config.state_heads is None else config.state_heads[index]
+        self.group_of_head = None  # where the heads that are left no longer fill equal groups, each has its own B and C
+        if config.n_groups > 1 and len(self.heads) < config.num_heads:
+            self.group_of_head = [head * config.n_groups // config.num_heads for head in self.heads]
+        self.inner = len(self.heads) * config.head_dim
         self.bc = config.n_groups * config.state_size
         channels = self.inner + 2 * self.bc
         shrink = math.sqrt(config.num_hidden_layers) if config.rescale_prenorm_residual else 1.0
-        self.in_proj = Projection(config.hidden_size, self.inner + channels + config.num_heads, bias=config.use_bias)
+        self.in_proj = Projection(config.hidden_size, self.inner + channels + len(self.heads), bias=config.use_bias)
         self.conv1d = nn.Conv1d(
             channels, channels, config.conv_kernel, groups=channels, bias=config.use_conv_bias,
             padding=config.conv_kernel - 1,
         )  # fmt: skip
-        self.dt_bias = nn.Parameter(torch.empty(config.num_heads))
-        self.A_log = nn.Parameter(torch.empty(config.num_heads))
-        self.D = nn.Parameter(torch.empty(config.num_heads))
-        self.norm = SSDNorm(self.inner, config.layer_norm_epsilon, config.norm_groups)
+        self.dt_bias = nn.Parameter(torch.empty(len(self.heads)))
+        self.A_log = nn.Parameter(torch.empty(len(self.heads)))
+        self.D = nn.Parameter(torch.empty(len(self.heads)))
+        self.basis = None
+        if config.state_ranks is not None:
+            self.basis = nn.Parameter(torch.empty(config.n_groups, config.state_size, config.state_ranks[index]))
+        full = config.num_heads * config.head_dim
+        self.norm = SSDNorm(self.inner, config.layer_norm_epsilon, config.norm_groups, full)
         self.out_proj = Projection(self.inner, config.hidden_size, bias=config.use_bias, shrink=shrink)
         self.act = ACT2FN[config.hidden_act]
 
@@ -356,14 +408,18 @@ class SSDMixer(nn.Module):
         one means from the start. real: bool [B, T], false for padding; None means no padding.
         """
         config = self.config
-        z, xbc, dt = self.in_proj(hidden_states).split([self.inner, self.inner + 2 * self.bc, config.num_heads], -1)
+        z, xbc, dt = self.in_proj(hidden_states).split([self.inner, self.inner + 2 * self.bc, len(self.heads)], -1)
         if real is not None:
             xbc = xbc * real[..., None]
         state, window = (None, None) if layer is None else (layer.state, layer.window)
         xbc, window = self.convolve(xbc, window, packing)
         x, B, C = xbc.split([self.inner, self.bc, self.bc], -1)
-        x = x.unflatten(-1, (config.num_heads, config.head_dim))
+        x = x.unflatten(-1, (len(self.heads), config.head_dim))
         B, C = (part.unflatten(-1, (config.n_groups, config.state_size)) for part in (B, C))
+        if self.basis is not None:
+            B, C = (torch.einsum("btgn,gnr->btgr", part, self.basis.to(part.dtype)) for part in (B, C))
+        if self.group_of_head is not None:
+            B, C = B[:, :, self.group_of_head], C[:, :, self.group_of_head]
         dt = F.softplus(_at_least_float32(dt) + _at_least_float32(self.dt_bias))
         if tuple(config.time_step_limit) != (0.0, math.inf):
             dt = dt.clamp(*config.time_step_limit)
@@ -415,6 +471,8 @@ class SSDMixer(nn.Module):
         config = self.config
         init.copy_(self.A_log, torch.empty_like(self.A_log, dtype=torch.float32).uniform_(1, 16).log())
         init.ones_(self.D)
+        if self.basis is not None:
+            init.copy_(self.basis, torch.eye(*self.basis.shape[1:]).expand_as(self.basis))
         low, high = math.log(config.time_step_min), math.log(config.time_step_max)
         dt = torch.empty_like(self.dt_bias, dtype=torch.float32).uniform_(low, high).exp()
         dt = dt.clamp(min=config.time_step_floor)
@@ -456,7 +514,7 @@ class SSDBlock(GradientCheckpointingLayer):
         self.residual_in_fp32 = config.residual_in_fp32
         self.norm = SSDNorm(config.hidden_size, config.layer_norm_epsilon)
         if self.kind == SSD:
-            self.mixer = SSDMixer(config)
+            self.mixer = SSDMixer(config, index)
         else:
             self.mixer = (LlamaMixedAttention if self.kind == MIXED_ATTENTION else CausalAttention)(attention, index)
 

@@ -1,0 +1,209 @@
+"""Recorded state dynamics and pruned models for people: pictures with their JSON beside them, reports, folders."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .dynamics import EPSILON, Trajectory
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def draw_heads(path: Path, summary: Mapping[str, Any]) -> None:
+    """Layer by head: mean effective rank as a share of what is possible, mean nuclear norm, and their histogram."""
+    heads = summary["heads"]
+    layers = sorted({head["layer"] for head in heads})
+    grids = {
+        "mean effective rank / d": lambda head: head["rank"] / head["bound"],
+        "mean nuclear norm, log10": lambda head: math.log10(max(head["nuclear"], 1e-12)),
+    }
+    figure = new_figure((13, 1.6 + max(2.4, 0.25 * len(layers))))
+    *panels, histogram = figure.subplots(1, 3)
+    for axes, (title, value) in zip(panels, grids.items(), strict=True):
+        grid = np.full((len(layers), 1 + max(head["head"] for head in heads)), np.nan)
+        for head in heads:
+            grid[layers.index(head["layer"]), head["head"]] = value(head)
+        limits = {"vmin": 0, "vmax": 1} if "rank" in title else {}
+        image = axes.imshow(grid, cmap="viridis", interpolation="nearest", aspect="auto", **limits)
+        axes.set(title=title, xlabel="head", ylabel="layer")
+        axes.set_yticks(range(len(layers)), layers)
+        figure.colorbar(image, ax=axes)
+    found = summary["stratification"]["at_the_end"]
+    histogram.hist([head["last_fraction"] for head in heads], bins=np.linspace(0, 1, 21), color="tab:blue")
+    if found["threshold"] is not None:
+        histogram.axvline(found["threshold"], color="tab:red", linestyle="--")
+    shown = "all equal" if found["gap"] is None else f"two classes {found['gap']:.2f} apart"
+    histogram.set(title=f"at the end: {shown}", xlabel="effective rank / d", ylabel="heads", xlim=(0, 1))
+    figure.savefig(path, dpi=120)
+    write_json(path.with_suffix(".json"), {"heads": heads, "stratification": summary["stratification"]})
+
+
+def draw_trajectories(path: Path, one: Trajectory) -> None:
+    """Rank and nuclear norm of every head over the tokens of one input; dotted lines stand at step ends."""
+    figure = new_figure((12, 4))
+    colours = _layer_colours(one)
+    for axes, (title, values) in zip(
+        figure.subplots(1, 2), {"effective rank / d": one.fractions, "nuclear norm": one.values["nuclear"]}.items(),
+        strict=True,
+    ):  # fmt: skip
+        for i, head in enumerate(one.heads):
+            axes.plot(one.positions, values[:, i], color=colours[head.layer], linewidth=0.8, alpha=0.8)
+        for position in one.positions[one.is_step_end]:
+            axes.axvline(position, color="gray", linestyle=":", linewidth=0.5)
+        axes.set(xscale="log", xlabel="tokens read", ylabel=title)
+    figure.axes[1].set_yscale("log" if (one.values["nuclear"] > 0).all() else "linear")
+    figure.suptitle(f"{one.name}: a line a head, coloured by layer (dark: first)", fontsize="medium")
+    figure.savefig(path, dpi=120)
+    write_json(path.with_suffix(".json"), trajectory_record(one))
+
+
+def draw_spectra(path: Path, one: Trajectory, epsilon: float = EPSILON) -> None:
+    """Singular values of every head behind the last token, as a share of the largest."""
+    figure = new_figure((6.5, 4.2))
+    axes = figure.add_subplot(yscale="log", xlabel="number of the singular value", ylabel="singular value / largest")
+    colours = _layer_colours(one)
+    for head, sigma in zip(one.heads, one.spectra, strict=True):
+        if sigma[0] > 0:
+            axes.plot(
+                range(1, len(sigma) + 1), np.maximum(sigma / sigma[0], 1e-9), color=colours[head.layer], linewidth=0.8
+            )
+    axes.axhline(epsilon, color="tab:red", linestyle="--", linewidth=1)
+    axes.set_title(f"{one.name}, {one.positions[-1]} tokens (dashed: counted as rank above)", fontsize="medium")
+    figure.savefig(path, dpi=120)
+    record = [
+        {"layer": head.layer, "head": head.head, "singular_values": sigma.tolist()}
+        for head, sigma in zip(one.heads, one.spectra, strict=True)
+    ]
+    write_json(path.with_suffix(".json"), {"name": one.name, "tokens": int(one.positions[-1]), "heads": record})
+
+
+def draw_variants(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Held-out loss, bytes of state and milliseconds a token of a model and its pruned variants."""
+    figure = new_figure((12, 1.2 + 0.35 * len(rows)))
+    names = [row["model"] for row in rows]
+    units = {"loss": "held-out loss, nats a token", "state_bytes": "bytes of state", "ms": "ms a decoded token"}
+    for axes, (key, title) in zip(figure.subplots(1, 3, sharey=True), units.items(), strict=True):
+        bars = axes.barh(names, [row[key] for row in rows], color=["tab:gray", *["tab:blue"] * (len(rows) - 1)])
+        axes.bar_label(bars, fmt="{:,.0f}" if key == "state_bytes" else "{:.3f}", padding=3, fontsize="small")
+        axes.set_title(title, fontsize="medium")
+        axes.margins(x=0.25)
+    figure.axes[0].invert_yaxis()
+    figure.savefig(path, dpi=120)
+
+
+def trajectory_record(one: Trajectory) -> dict[str, Any]:
+    return {
+        "name": one.name,
+        "heads": [{"layer": head.layer, "head": head.head, "bound": head.bound} for head in one.heads],
+        "positions": one.positions.tolist(),
+        "is_step_end": one.is_step_end.tolist(),
+        **{name: values.tolist() for name, values in one.values.items()},
+    }
+
+
+def _layer_colours(one: Trajectory) -> dict[int, Any]:
+    from matplotlib import colormaps
+
+    layers = sorted({head.layer for head in one.heads})
+    return {layer: colormaps["viridis"](0.9 * i / max(len(layers) - 1, 1)) for i, layer in enumerate(layers)}
+
+
+def new_figure(size: tuple[float, float]) -> Any:
+    from matplotlib.figure import Figure  # here, not above: importing this should not wait for matplotlib
+
+    return Figure(figsize=size, layout="constrained")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reports
+
+
+def dynamics_text(result: Mapping[str, Any]) -> str:
+    """What `statecore dynamics record` says, in Markdown."""
+    inputs, heads = result["inputs"], result["heads"]
+    tokens = sum(entry["tokens"] for entry in inputs)
+    steps = sum(entry["steps"] for entry in inputs)
+    lines = [
+        "# State dynamics",
+        "",
+        f"{len(heads)} heads in {len({head['layer'] for head in heads})} layers with states, {len(inputs)} inputs of "
+        f"{tokens} tokens and {steps} step ends in all. Effective rank: singular values above "
+        f"{result['settings'].get('epsilon', EPSILON):g} of the largest.",
+        "",
+        "| heads' ranks, as shares of d | below 10 % | above 90 % | bimodality (uniform 0.56, two points 1) | variance "
+        "between two classes | means of these apart |",
+        "|---|---|---|---|---|---|",
+    ]
+    for title, found in (("mean over places", "mean"), ("behind the last token", "at_the_end")):
+        row = result["stratification"][found]
+        lines.append(
+            f"| {title} | {row['low']:.0%} | {row['saturated']:.0%} | {number(row['coefficient'])} | "
+            f"{number(row['between'])} | {number(row['gap'])} |"
+        )
+    lines += ["", "| | rank: Spearman | cosine | nuclear norm: Spearman | cosine |", "|---|---|---|---|---|"]
+    for title, found in ((_early_to_late(result), "early_to_late"), ("one input to another", "across_inputs")):
+        row = result[found]
+        cells = [number(row[measured][kind]) for measured in ("rank", "nuclear") for kind in ("spearman", "cosine")]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", "(-: cannot be said, because all values are equal or there is one input.)", ""])
+
+
+def _early_to_late(result: Mapping[str, Any]) -> str:
+    places = {(entry["early"], entry["late"]) for entry in result["early_to_late"]["inputs"]}
+    return "token {} to {}".format(*places.pop()) if len(places) == 1 else "early to late"
+
+
+def variants_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = [
+        "| model | loss, nats a token | perplexity | next token right | state, bytes | ms a token | parameters |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['model']} | {row['loss']:.4f} | {row['perplexity']:.3f} | {row['accuracy']:.1%} | "
+        f"{row['state_bytes']:,} | {row['ms']:.2f} | {row['parameters']:,} |"
+        for row in rows
+    ]
+    return lines
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def new_folder(output: Path, overwrite: bool, *, marker: str) -> Iterator[Path]:
+    """A folder to write into that becomes `output` only when everything is written; `marker` is a file that tells a
+    folder of this kind, which may be replaced.
+    """
+    output = Path(output)
+    if output.exists() and not (overwrite and (output / marker).exists()):
+        raise FileExistsError(
+            f"{output} exists already: choose another output folder, or allow overwriting (of a folder with {marker})"
+        )
+    working = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    working.mkdir(parents=True)
+    try:
+        yield working
+        if output.exists():
+            shutil.rmtree(output)
+        working.rename(output)
+    finally:
+        shutil.rmtree(working, ignore_errors=True)
