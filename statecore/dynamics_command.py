@@ -26,10 +26,9 @@ from .dynamics_report import (
     draw_trajectories,
     draw_variants,
     dynamics_text,
-    new_folder,
     variants_table,
-    write_json,
 )
+from .outputs import new_folder, write_json
 from .pruning import (
     Directions,
     Order,

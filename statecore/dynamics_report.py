@@ -1,19 +1,16 @@
-"""Recorded state dynamics and pruned models for people: pictures with their JSON beside them, reports, folders."""
+"""Recorded state dynamics and pruned models for people: pictures with their JSON beside them, reports."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .dynamics import EPSILON, Trajectory
+from .outputs import write_json
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Pictures
@@ -178,32 +175,3 @@ def variants_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def number(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Files
-
-
-def write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def new_folder(output: Path, overwrite: bool, *, marker: str) -> Iterator[Path]:
-    """A folder to write into that becomes `output` only when everything is written; `marker` is a file that tells a
-    folder of this kind, which may be replaced.
-    """
-    output = Path(output)
-    if output.exists() and not (overwrite and (output / marker).exists()):
-        raise FileExistsError(
-            f"{output} exists already: choose another output folder, or allow overwriting (of a folder with {marker})"
-        )
-    working = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    working.mkdir(parents=True)
-    try:
-        yield working
-        if output.exists():
-            shutil.rmtree(output)
-        working.rename(output)
-    finally:
-        shutil.rmtree(working, ignore_errors=True)

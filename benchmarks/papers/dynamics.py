@@ -39,7 +39,8 @@ from statecore.demo import distil, measure, task, teacher
 from statecore.dynamics import Trajectory, summarise
 from statecore.dynamics import record as record_states
 from statecore.dynamics_command import Text, TextOptions, read_texts
-from statecore.dynamics_report import draw_heads, draw_spectra, draw_trajectories, number, write_json
+from statecore.dynamics_report import draw_heads, draw_spectra, draw_trajectories, number
+from statecore.outputs import write_json
 from statecore.pruning import (
     branches,
     choose_bases,
