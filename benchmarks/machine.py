@@ -21,11 +21,15 @@ def facts() -> dict[str, str]:
     """Names and values for people; memory bandwidth is measured."""
     torch.set_num_threads(ALL_THREADS)
     bandwidth = 2 * COPIED / min(timing.median for timing in interleaved(copies(COPIED)).values())
+    return {"memory bandwidth": f"{bandwidth / 1e9:.1f} GB/s (copy, read + write, all threads)"} | versions()
+
+
+def versions() -> dict[str, str]:
+    """The same without measuring anything."""
     return {
         "processor": _processor(),
         "threads": str(ALL_THREADS),
         "caches": ", ".join(f"{name} {size >> 10} KiB" for name, size in caches().items()),
-        "memory bandwidth": f"{bandwidth / 1e9:.1f} GB/s (copy, read + write, all threads)",
         "instruction set": str(ops.build_info()["cpu_isa"]),
         "statecore": _revision(),
         "torch": torch.__version__,

@@ -1,5 +1,6 @@
 """The benchmark suite: peers compute what ours does, work is counted right, and results become a page."""
 
+import importlib
 import json
 from dataclasses import replace
 
@@ -153,3 +154,8 @@ def test_record_becomes_page_and_pictures(quick_record, tmp_path, monkeypatch):
     assert text == page(cpu.stored())
     for expected in ("## 1. Segment attention", "targets reached", "cannot run: no g++", "A whole model", "| >= 12x |"):
         assert expected in text
+
+
+@pytest.mark.parametrize("paper", ["dynamics", "flow", "metastable", "ssd"])
+def test_scripts_of_the_papers_can_be_loaded(paper):
+    importlib.import_module(f"benchmarks.papers.{paper}")

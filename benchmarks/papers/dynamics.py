@@ -33,7 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2ForCausalLM
 
-from benchmarks.timing import machine
+from benchmarks.machine import versions
 from statecore.adapter import convert
 from statecore.demo import distil, measure, task, teacher
 from statecore.dynamics import Trajectory, summarise
@@ -614,7 +614,7 @@ def main() -> None:
             studies[subject.name] = study(subject, size, None if studies else pictures)
             print(f"{subject.name}: {(time.process_time() - began) / 60:.1f} minutes so far", flush=True)
         record = {
-            "size": size.__dict__, "machine": machine(), "minutes": (time.process_time() - began) / 60,
+            "size": size.__dict__, "machine": versions(), "minutes": (time.process_time() - began) / 60,
             "pictured": next(iter(studies)), "studies": studies,
         }  # fmt: skip
         if arguments.quick:

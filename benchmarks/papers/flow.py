@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, Qwen2ForCausalLM
 
-from benchmarks.timing import machine
+from benchmarks.machine import versions
 from statecore.adapter import convert
 from statecore.demo import distil, task, teacher
 from statecore.flow import StepGains, candidate_gains, continuation_log_probs, read, step_gains
@@ -557,7 +557,7 @@ def main() -> None:
         characters = character_model()
         record = {
             "size": size.__dict__,
-            "machine": machine(),
+            "machine": versions(),
             "problems": size.problems,
             "asked": gains_around_the_asked_step(models, (4, 8, 12), size.problems),
             "malformed": malformed,

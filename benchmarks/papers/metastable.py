@@ -21,7 +21,7 @@ import torch
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from benchmarks.timing import machine
+from benchmarks.machine import versions
 from statecore import metastable as m
 from statecore.metastable_data import traces
 
@@ -263,7 +263,7 @@ def page(result: dict[str, Any], real_text: str | None) -> str:
         "Command: `python -m benchmarks.papers.metastable --prepared prepared --outcomes traces.jsonl.gz`, where "
         "`prepared` "
         "comes from `statecore prepare traces.jsonl.gz prepared --tokenizer TOKENIZER --patterns 32`.",
-        "Machine: " + "; ".join(f"{name}: {value}" for name, value in machine().items())
+        "Machine: " + "; ".join(f"{name}: {value}" for name, value in versions().items())
         + f"; one thread; {result['seconds']:.0f} s.",
         "",
         "The paper has no experiments; its rates hold up to logarithms. Times are exact solutions of linear systems "
