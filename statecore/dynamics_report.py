@@ -34,6 +34,7 @@ def draw_heads(path: Path, summary: Mapping[str, Any]) -> None:
         image = axes.imshow(grid, cmap="viridis", interpolation="nearest", aspect="auto", **limits)
         axes.set(title=title, xlabel="head", ylabel="layer")
         axes.set_yticks(range(len(layers)), layers)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         figure.colorbar(image, ax=axes)
     found = summary["stratification"]["at_the_end"]
     histogram.hist([head["last_fraction"] for head in heads], bins=np.linspace(0, 1, 21), color="tab:blue")

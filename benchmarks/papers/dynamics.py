@@ -2,7 +2,7 @@
 
     python -m benchmarks.papers.dynamics            about 7 minutes of one core; writes results/papers/dynamics*
     python -m benchmarks.papers.dynamics --quick    a look at everything in a minute; prints, writes nothing
-    python -m benchmarks.papers.dynamics --page     page and picture again, from the json file
+    python -m benchmarks.papers.dynamics --page     page, comparison and heads again, from the json file
 
 Three models, trained here: an SSD model on real chains of thought, a pretrained character model of 0.94 M parameters
 converted to a state-transition model, and the demo's teacher converted likewise. The first two need the shared data
@@ -589,12 +589,13 @@ def draw(record: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a look at everything; writes nothing")
-    parser.add_argument("--page", action="store_true", help="page and picture again, from the json file")
+    parser.add_argument("--page", action="store_true", help="page, comparison and heads again, from the json file")
     arguments = parser.parse_args()
     if arguments.page:
         record = json.loads((RESULTS / "dynamics.json").read_text())
         (RESULTS / "dynamics.md").write_text(page(record))
         draw(record, RESULTS / "dynamics.png")
+        draw_heads(RESULTS / "dynamics_heads.png", record["studies"][record["pictured"]]["summary"])
         return
     size = QUICK if arguments.quick else FULL
     torch.set_num_threads(1)
