@@ -15,13 +15,16 @@
 // The end of a step needs the other two states of the slot, which are fetched only by blocks whose row ends
 // one: the branch is the same for a whole block.
 //
-// Expected on an H200 (calculated from 4.3 TB/s; nothing here has run on a GPU): Dk = Dv = 128, G query heads
-// a state:
-//   bytes of a row and value head    131072 state in and out, 512 + 512 G  q, k, v, out in 16 bits
-//   registers, from ptxas            56 to 64 a thread, no spills: 8 blocks of 128 threads an SM, 128 KiB in
-//   flight shared memory                    8.5 KiB a block (C = 32) B 256, 64 heads, G = 1           2.15
-//   GB: 503 us B 64, 4 heads, G = 7             34.6 MB: 8.0 us B 1, 2 heads, G = 6              0.27 MB in
-//   16 blocks: 0.06 us; latency of one load and one store decides
+// Expected on an H200, calculated from a copy bandwidth of 4.3 TB/s (nothing here has run on a GPU), for
+// Dk = Dv = 128, 16-bit inputs and G query heads a state:
+//
+//   bytes, row and value head:  131072 of state in and out, 512 + 512 G of q, k, v and out
+//   registers:                  at most 80 a thread, nothing spilled
+//   shared memory:              8.5 KiB a block (C = 32)
+//   blocks an SM:               6 of 128 threads, limited by registers; 96 KiB in flight
+//   B 256, 64 heads, G = 1:     2.16 GB, 503 us
+//   B 64, 4 heads, G = 7:       34.6 MB, 8.0 us
+//   B 1, 2 heads, G = 6:        0.27 MB in 16 blocks, 0.06 us; the latency of a load and a store decides
 #include <algorithm>
 #include <stdexcept>
 
@@ -35,9 +38,10 @@ namespace {
 constexpr int kRows = 16;       // threads down a tile; widths are multiples of it
 constexpr int kMaxWidth = 128;  // of keys and values
 constexpr int kPasses = kMaxWidth / kRows;
-constexpr int kQueries = 8;  // query heads that are read between two barriers
-constexpr int64_t kFewBlocks =
-    264;  // below two blocks of 32 columns for each of an H200's 132 SMs: 16 columns
+constexpr int kQueries = 8;        // query heads that are read between two barriers
+constexpr int kThreadsOnSm = 768;  // leaves 80 registers to each
+// Below so many blocks of 32 columns (two for each SM of an H200), tiles have 16.
+constexpr int64_t kFewBlocks = 264;
 
 template <int kColumns>
 struct Tile {
@@ -106,7 +110,8 @@ __device__ __forceinline__ void end_step(Strip& running, int32_t step, const Sta
 }
 
 template <class T, int kColumns>
-__global__ void __launch_bounds__(Tile<kColumns>::kThreads) update(StateUpdateParams p) {
+__global__ void __launch_bounds__(Tile<kColumns>::kThreads, kThreadsOnSm / Tile<kColumns>::kThreads)
+    update(StateUpdateParams p) {
   using Tile = Tile<kColumns>;
   STATECORE_SHARED(float, k, kMaxWidth);
   STATECORE_SHARED(float, q, kQueries* kMaxWidth);                             // scaled
