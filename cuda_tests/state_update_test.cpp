@@ -189,7 +189,6 @@ void test_rows_do_not_depend_on_the_batch() {
                  .value_heads = 4,
                  .key_width = 32,
                  .value_width = 64,
-                 .dtype = DType::kBFloat16,
                  .decay = true};
   std::mt19937 random(6);
   Tensors tensors(all, random);
@@ -199,14 +198,14 @@ void test_rows_do_not_depend_on_the_batch() {
   for (int64_t row : {0, 17, 32}) {
     tensors.params = one;
     tensors.params.rows = 1;
-    tensors.params.q = static_cast<const char*>(one.q) + row * one.q_row * 2;
-    tensors.params.k = static_cast<const char*>(one.k) + row * one.k_row * 2;
-    tensors.params.v = static_cast<const char*>(one.v) + row * one.v_row * 2;
+    tensors.params.q = static_cast<const char*>(one.q) + row * one.q_row * 4;
+    tensors.params.k = static_cast<const char*>(one.k) + row * one.k_row * 4;
+    tensors.params.v = static_cast<const char*>(one.v) + row * one.v_row * 4;
     tensors.params.log_decay = static_cast<const float*>(one.log_decay) + row * one.value_heads;
     const int32_t slot = int32_t(row);
     tensors.params.row_slots = &slot;
     const auto alone = tensors.on_emulator("one row");
-    const size_t out_bytes = one.query_heads * one.value_width * 2;
+    const size_t out_bytes = one.query_heads * one.value_width * 4;
     const size_t state_bytes = one.value_heads * one.key_width * one.value_width * 4;
     expect(alone.out.substr(0, out_bytes) == together.out.substr(row * out_bytes, out_bytes) &&
                alone.states.substr(row * state_bytes, state_bytes) ==

@@ -50,26 +50,26 @@ struct Buffer {
 std::map<void*, Buffer> buffers;
 
 #if defined(__x86_64__)
-const Buffer* touched;
-ptrdiff_t touched_at;
+const char* touched;
 
 void report_touched() {
-  fail("access outside global buffer " + touched->name + ", at byte " + std::to_string(touched_at));
+  for (const auto& [data, buffer] : buffers)
+    if (touched >= buffer.mapping && touched < buffer.mapping + buffer.mapped)
+      fail("access outside global buffer " + buffer.name + ", at byte " +
+           std::to_string(touched - buffer.data));
+  fail("access to memory of no buffer");
 }
 
 // Makes the thread that faulted go on in report_touched(): an error of that thread, not of the process.
 void on_fault(int signal, siginfo_t* info, void* context) {
-  auto* address = static_cast<char*>(info->si_addr);
-  for (const auto& [data, buffer] : buffers) {
-    if (address < buffer.mapping || address >= buffer.mapping + buffer.mapped || !running_thread()) continue;
-    touched = &buffer;
-    touched_at = address - buffer.data;
-    auto& registers = static_cast<ucontext_t*>(context)->uc_mcontext.gregs;
-    registers[REG_RSP] = ((registers[REG_RSP] - 256) & ~15LL) - 8;  // below the red zone, as after a call
-    registers[REG_RIP] = reinterpret_cast<greg_t>(&report_touched);
+  if (!running_thread()) {
+    std::signal(signal, SIG_DFL);
     return;
   }
-  std::signal(signal, SIG_DFL);
+  touched = static_cast<char*>(info->si_addr);
+  auto& registers = static_cast<ucontext_t*>(context)->uc_mcontext.gregs;
+  registers[REG_RSP] = ((registers[REG_RSP] - 256) & ~15LL) - 8;  // below the red zone, as after a call
+  registers[REG_RIP] = reinterpret_cast<greg_t>(&report_touched);
 }
 
 void catch_faults() {
