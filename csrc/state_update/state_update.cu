@@ -68,7 +68,7 @@ __device__ __forceinline__ float4 plus_lane(float4 sum, int distance) {
   return sum;
 }
 
-// What all threads of a block hold of a state: `passes` elements a thread, 16 rows apart.
+// What a thread holds of a tile: 4 columns of each of `passes` rows, 16 apart.
 struct Strip {
   float4 at[kPasses];
 };
