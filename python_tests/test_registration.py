@@ -87,6 +87,13 @@ def test_schema_is_the_contract(schema):
     assert str(getattr(torch.ops.statecore, name).default._schema) == f"statecore::{schema}"
 
 
+def test_cuda_kernels_are_registered_where_they_are_compiled():
+    compiled = ops.build_info()["cuda_architectures"] != "none"
+    for name in CASES:
+        registered = torch._C._dispatch_has_kernel_for_dispatch_key(f"statecore::{name}", "CUDA")
+        assert registered == (compiled and name == "state_update")
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_opcheck(name):
     args, kwargs = CASES[name]()

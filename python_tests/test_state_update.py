@@ -1,6 +1,9 @@
 """state_update against its definition, and against the operators that it is one token of."""
 
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ from cases import EXACT, VALUE, Heads, random_step_ids, relative_error
 from statecore import ops, reference
 
 GROUPINGS = [(1, 1, 1), (3, 3, 3), (4, 2, 2), (12, 2, 2), (2, 2, 6), (1, 1, 5)]
-WIDTHS = [1, 3, 8, 16, 17, 40, 64, 100]
+WIDTHS = {"cpu": [1, 3, 8, 16, 17, 40, 64, 100], "cuda": [16, 32, 48, 64, 80, 112, 128]}
 ALPHA = torch.tensor([7.0, 7.0, 0.1, 0.5, 0.0, 1.0, 0.3])
 
 
@@ -17,11 +20,15 @@ def int32(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
-def random_case(seed: int, dtype: torch.dtype):
+def on(device: str, *tensors: torch.Tensor | None):
+    return tuple(x if x is None else x.to(device) for x in tensors)
+
+
+def random_case(seed: int, dtype: torch.dtype, device: str):
     """(states, the other positional arguments)"""
     draw = random.Random(seed)
     torch.manual_seed(seed)
-    heads = Heads(*draw.choice(GROUPINGS), draw.choice(WIDTHS), draw.choice(WIDTHS))
+    heads = Heads(*draw.choice(GROUPINGS), draw.choice(WIDTHS[device]), draw.choice(WIDTHS[device]))
     rows, pool = draw.choice([1, 2, 5]), 7
     q, k, v = (x[0] for x in heads.qkv(1, rows, dtype))
     if draw.random() < 0.5:
@@ -34,13 +41,16 @@ def random_case(seed: int, dtype: torch.dtype):
     slots = int32(*draw.sample(range(pool), rows)) if draw.random() < 0.6 else None
     if slots is not None and rows > 2:
         slots[[0, 2]] = -1
-    return states, (q, k, v, decay, ends, ALPHA if ends is not None else None, slots)
+    args = on(device, q, k, v, decay, ends, ALPHA if ends is not None else None, slots)
+    return states.to(device), args
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("seed", range(25))
-def test_equals_reference(seed, dtype):
-    states, args = random_case(seed, dtype)
+def test_equals_reference(seed, dtype, device):
+    if device == "cuda" and dtype == torch.float64:
+        return  # refused: test_refuses_on_cuda
+    states, args = random_case(seed, dtype, device)
     own, exact = states.clone(), states.double()
     out = ops.state_update(own, *args, scale=0.7)
     wanted = reference.state_update(
@@ -78,11 +88,11 @@ def test_token_by_token_is_linear_attention_with_decay(heads):
     assert relative_error(states[0], wanted_state) < EXACT
 
 
-def test_other_slots_and_skipped_rows_are_left_alone():
-    q, k, v = (x[0] for x in Heads(4, 2, 2, 8, 12).qkv(1, 4, torch.float32))
-    states = torch.randn(3, 6, 2, 8, 12)
+def test_other_slots_and_skipped_rows_are_left_alone(device):
+    q, k, v = on(device, *(x[0] for x in Heads(4, 2, 2, 16, 32).qkv(1, 4, torch.float32)))
+    states = torch.randn(3, 6, 2, 16, 32).to(device)
     before = states.clone()
-    out = ops.state_update(states, q, k, v, None, int32(2, 2, -1, 0), ALPHA, int32(5, -1, 0, -1))
+    out = ops.state_update(states, q, k, v, None, *on(device, int32(2, 2, -1, 0), ALPHA, int32(5, -1, 0, -1)))
     assert torch.equal(states[:, [1, 2, 3, 4]], before[:, [1, 2, 3, 4]])
     assert torch.equal(states[1:, 0], before[1:, 0])
     assert not torch.equal(states[0, 0], before[0, 0])
@@ -91,24 +101,24 @@ def test_other_slots_and_skipped_rows_are_left_alone():
     assert out[[1, 3]].count_nonzero() == 0
 
 
-def test_end_of_prompt_makes_all_three_states_the_running_one():
-    q, k, v = (x[0] for x in Heads(2, 2, 2, 8, 12).qkv(1, 1, torch.float32))
-    states = torch.randn(3, 1, 2, 8, 12)
+def test_end_of_prompt_makes_all_three_states_the_running_one(device):
+    q, k, v = on(device, *(x[0] for x in Heads(2, 2, 2, 16, 32).qkv(1, 1, torch.float32)))
+    states = torch.randn(3, 1, 2, 16, 32).to(device)
     running = states[0] + torch.einsum("bhd,bhe->bhde", k, v)
-    ops.state_update(states, q, k, v, ends_step=int32(0), alpha=ALPHA)
+    ops.state_update(states, q, k, v, ends_step=int32(0).to(device), alpha=ALPHA.to(device))
     for state in states:
         assert relative_error(state, running) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_rounds_once(dtype):
+def test_half_precision_rounds_once(dtype, device):
     heads = Heads(12, 2, 2, 64, 64)
-    q, k, v = (x[0] for x in heads.qkv(1, 8, dtype))
-    states = torch.randn(3, 8, 2, 64, 64)
+    q, k, v = on(device, *(x[0] for x in heads.qkv(1, 8, dtype)))
+    states = torch.randn(3, 8, 2, 64, 64).to(device)
     exact = states.double()
-    ends = int32(-1, 0, 1, 2, 3, -1, -1, 6)
-    out = ops.state_update(states, q, k, v, None, ends, ALPHA)
-    wanted = reference.state_update(exact, q.double(), k.double(), v.double(), None, ends, ALPHA)
+    ends, alpha = on(device, int32(-1, 0, 1, 2, 3, -1, -1, 6), ALPHA)
+    out = ops.state_update(states, q, k, v, None, ends, alpha)
+    wanted = reference.state_update(exact, q.double(), k.double(), v.double(), None, ends, alpha)
     assert out.dtype == dtype
     assert relative_error(out, wanted) <= 1.5 * relative_error(wanted.to(dtype), wanted)
     assert relative_error(states, exact) < 1e-5
@@ -128,10 +138,80 @@ def test_bits_do_not_depend_on_threads():
         assert torch.equal(states, results[0][1])
 
 
-def test_no_rows():
-    q, k, v = (x[0] for x in Heads(4, 2, 2, 8, 12).qkv(1, 0, torch.float32))
+def test_no_rows(device):
+    q, k, v = on(device, *(x[0] for x in Heads(4, 2, 2, 16, 32).qkv(1, 0, torch.float32)))
     for pool in (0, 3):
-        assert ops.state_update(torch.zeros(1, pool, 2, 8, 12), q, k, v).shape == (0, 4, 12)
+        assert ops.state_update(torch.zeros(1, pool, 2, 16, 32, device=device), q, k, v).shape == (0, 4, 32)
+
+
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+def test_same_bits_on_every_run_and_in_a_graph(device):
+    """Captured once, replayed on other contents: what is read on the device is read when it runs."""
+    heads = Heads(12, 2, 2, 128, 128)
+    q, k, v = on(device, *(x[0] for x in heads.qkv(1, 8, torch.bfloat16)))
+    start = torch.randn(3, 8, 2, 128, 128).to(device)
+    states, ends, slots, alpha = on(device, start.clone(), int32(*[-1] * 8), int32(*[-1] * 8), ALPHA)
+    ops.state_update(states, q, k, v, None, ends, alpha, slots)  # before capture: kernels are loaded
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = ops.state_update(states, q, k, v, None, ends, alpha, slots)
+    ends.copy_(int32(-1, 0, 1, 2, 3, -1, 4, 6))
+    slots.copy_(int32(7, 6, 5, -1, 3, 2, 1, 0))
+    wanted_states = start.clone()
+    wanted = ops.state_update(wanted_states, q, k, v, None, ends, alpha, slots)
+    for _ in range(20):
+        states.copy_(start)
+        graph.replay()
+        assert torch.equal(out, wanted)
+        assert torch.equal(states, wanted_states)
+
+
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+def test_slots_outside_the_pool_are_skipped_on_cuda(device):
+    q, k, v = on(device, *(x[0] for x in Heads(4, 2, 2, 16, 32).qkv(1, 3, torch.float32)))
+    states = torch.randn(1, 3, 2, 16, 32).to(device)
+    before = states.clone()
+    out = ops.state_update(states, q, k, v, slots=int32(3, -7, 2**31 - 1).to(device))
+    assert torch.equal(states, before)
+    assert out.count_nonzero() == 0
+
+
+CHECKED = """
+import torch
+from statecore import ops
+
+x = torch.ones(2, 1, 16, device="cuda")
+slots = torch.tensor([0, 9], dtype=torch.int32, device="cuda")
+ops.state_update(torch.zeros(1, 3, 1, 16, 16, device="cuda"), x, x, x, slots=slots)
+"""
+
+
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+def test_contents_are_refused_on_cuda_when_asked(device):
+    """In a process of its own: STATECORE_CHECK is read once."""
+    environment = os.environ | {"STATECORE_CHECK": "1"}
+    run = subprocess.run([sys.executable, "-c", CHECKED], env=environment, capture_output=True, text=True, check=False)
+    assert r"slots must be in [0, 3), or -1 to skip the row, got 9 at [1]" in run.stderr
+
+
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+def test_refuses_on_cuda(device):
+    def update(key_width: int = 16, value_width: int = 32, dtype=torch.float32, offset: int = 0):
+        state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        size = 3 * key_width * value_width
+        states = torch.zeros(offset + size, dtype=state_dtype, device=device)[offset:]
+        q, k, v = on(device, *(x[0] for x in Heads(1, 1, 1, key_width, value_width).qkv(1, 3, dtype)))
+        ops.state_update(states.view(1, 3, 1, key_width, value_width), q, k, v)
+
+    update()
+    with pytest.raises(RuntimeError, match="q must be float32, bfloat16 or float16 on CUDA, got float64"):
+        update(dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"q and k must have a width that is a multiple of 16 up to 128 .*, got 24"):
+        update(key_width=24)
+    with pytest.raises(RuntimeError, match="v must have a width that is a multiple of 16 up to 128 on CUDA, got 144"):
+        update(value_width=144)
+    with pytest.raises(RuntimeError, match="states must start at a multiple of 16 bytes on CUDA"):
+        update(offset=1)
 
 
 def refused(match: str, **changes):

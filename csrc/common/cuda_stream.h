@@ -6,11 +6,22 @@
 #pragma once
 
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 
 extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 
 namespace statecore {
 
 inline bool torch_has_cuda() { return &aoti_torch_get_current_cuda_stream != nullptr; }
+
+// A cudaStream_t.
+inline void* current_cuda_stream(int32_t device) {
+  void* stream = nullptr;
+  if (!torch_has_cuda() || aoti_torch_get_current_cuda_stream(device, &stream) != 0)
+    throw std::runtime_error("statecore: torch has no current CUDA stream for device " +
+                             std::to_string(device));
+  return stream;
+}
 
 }  // namespace statecore

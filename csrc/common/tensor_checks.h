@@ -2,9 +2,11 @@
 // Messages reach Python as RuntimeError.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cstdlib>
 #include <initializer_list>
 #include <optional>
 #include <sstream>
@@ -87,6 +89,17 @@ inline void check_last_contiguous(const char* name, const Tensor& t) {
 
 inline void check_contiguous(const char* name, const Tensor& t) {
   if (!t.is_contiguous()) refuse(name, " must be contiguous; call .contiguous() on it first");
+}
+
+// Whether the contents of t are looked at: always on the CPU; elsewhere it costs a synchronisation, which
+// STATECORE_CHECK=1 asks for.
+inline bool checks_contents(const Tensor& t) {
+  static const char* const asked = std::getenv("STATECORE_CHECK");
+  return t.is_cpu() || (asked && std::string(asked) == "1");
+}
+
+inline Tensor on_cpu(const Tensor& t) {
+  return t.is_cpu() ? t : torch::stable::to(t, torch::stable::Device(torch::headeronly::DeviceType::CPU));
 }
 
 // dtype of q, k, v: float32, bfloat16, float16, or float64 (CPU only), all the same.

@@ -13,8 +13,14 @@
 namespace statecore {
 
 template <class Real>
-Real correction_strength(int32_t step, const Real* alpha, int64_t alphas) {
+constexpr Real correction_strength(int32_t step, const Real* alpha, int64_t alphas) {
   return step >= 2 && step < alphas ? alpha[step] : Real(0);
+}
+
+// One element of S_t, with own = 1 - alpha_t and mean = alpha_t / (t - 1).
+template <class Real>
+constexpr Real corrected(Real running, Real start, Real prompt, Real own, Real mean) {
+  return start + own * (running - start) + mean * (start - prompt);
 }
 
 // Each state is n contiguous elements.
@@ -25,8 +31,7 @@ void end_step(int64_t n, int32_t step, const Real* alpha, int64_t alphas, Real* 
   const Real strength = correction_strength(step, alpha, alphas);
   if (strength != 0) {
     const Real own = 1 - strength, mean = strength / Real(step - 1);
-    for (int64_t i = 0; i < n; ++i)
-      running[i] = start[i] + own * (running[i] - start[i]) + mean * (start[i] - prompt[i]);
+    for (int64_t i = 0; i < n; ++i) running[i] = corrected(running[i], start[i], prompt[i], own, mean);
   }
   std::copy_n(running, n, start);
 }

@@ -40,4 +40,8 @@ struct StateUpdateParams {
 
 void state_update_cpu(const StateUpdateParams& params);
 
+// Queued on `stream`, a cudaStream_t. Widths are multiples of 16 up to 128, states is aligned to 16 bytes; no
+// float64. Nothing is read on the host: a slot outside the pool is skipped like -1.
+void state_update_cuda(const StateUpdateParams& params, void* stream);
+
 }  // namespace statecore

@@ -1,3 +1,4 @@
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -6,24 +7,32 @@
 #include <utility>
 #include <vector>
 
+#include "common/cuda_stream.h"
 #include "linear_attention/linear_attention_op.h"
 #include "state_update/state_update.h"
 
 namespace statecore {
 namespace {
 
-// The int32 data of x [B].
-const int32_t* checked_rows(const char* name, const Tensor& x, int64_t rows, const Tensor& q,
-                            HeldTensors& held) {
+// x [B] of int32, contiguous.
+const Tensor& checked_rows(const char* name, const Tensor& x, int64_t rows, const Tensor& q,
+                           HeldTensors& held) {
   check_shape(name, x, {rows});
   check_dtype(name, x, ScalarType::Int);
   check_same_device(name, x, q);
   held.push_back(torch::stable::contiguous(x));
-  return static_cast<const int32_t*>(held.back().const_data_ptr());
+  return held.back();
 }
 
-// On the CPU: slots are -1 or inside the pool, and none is named twice (the result would depend on the
-// order).
+const int32_t* data(const Tensor& rows) { return static_cast<const int32_t*>(rows.const_data_ptr()); }
+
+void check_ends_step(const int32_t* ends_step, int64_t rows) {
+  for (int64_t b = 0; b < rows; ++b)
+    if (ends_step[b] < -1)
+      refuse("ends_step must be >= 0, or -1 where the step goes on, got ", ends_step[b], " at [", b, "]");
+}
+
+// Slots are -1 or inside the pool, and none is named twice (the result would depend on the order).
 void check_slots(const int32_t* slots, int64_t rows, int64_t pool) {
   std::vector<std::pair<int32_t, int64_t>> used;
   used.reserve(rows);
@@ -39,7 +48,8 @@ void check_slots(const int32_t* slots, int64_t rows, int64_t pool) {
              used[i].second, "]");
 }
 
-using Run = void (*)(const StateUpdateParams&);
+// `device` is that of the tensors.
+using Run = void (*)(const StateUpdateParams&, int32_t device);
 
 template <Run run>
 Tensor state_update(const Tensor& states, const Tensor& q, const Tensor& k, const Tensor& v,
@@ -82,14 +92,14 @@ Tensor state_update(const Tensor& states, const Tensor& q, const Tensor& k, cons
   if (ends_step) {
     if (p.state_kinds == 3 && !alpha)
       refuse("alpha must be given with ends_step where states has 3 states a slot");
-    p.ends_step = checked_rows("ends_step", *ends_step, p.rows, q, held);
-    for (int64_t b = 0; q.is_cpu() && b < p.rows; ++b)
-      if (p.ends_step[b] < -1)
-        refuse("ends_step must be >= 0, or -1 where the step goes on, got ", p.ends_step[b], " at [", b, "]");
+    const Tensor& rows = checked_rows("ends_step", *ends_step, p.rows, q, held);
+    p.ends_step = data(rows);
+    if (checks_contents(rows)) check_ends_step(data(on_cpu(rows)), p.rows);
   }
   if (slots) {
-    p.row_slots = checked_rows("slots", *slots, p.rows, q, held);
-    if (q.is_cpu()) check_slots(p.row_slots, p.rows, p.slots);
+    const Tensor& rows = checked_rows("slots", *slots, p.rows, q, held);
+    p.row_slots = data(rows);
+    if (checks_contents(rows)) check_slots(data(on_cpu(rows)), p.rows, p.slots);
   } else if (p.slots < p.rows) {
     refuse("states must have a slot for each of the ", p.rows, " rows when slots is not given, got ",
            p.slots);
@@ -102,14 +112,36 @@ Tensor state_update(const Tensor& states, const Tensor& q, const Tensor& k, cons
   p.states = states.mutable_data_ptr();
   Tensor out = torch::stable::new_empty(q, {p.rows, std::max(p.query_heads, p.value_heads), p.value_width});
   p.out = out.mutable_data_ptr();
-  run(p);
+  run(p, q.get_device_index());
   return out;
 }
+
+void run_on_cpu(const StateUpdateParams& p, int32_t) { state_update_cpu(p); }
+
+#if defined(STATECORE_WITH_CUDA)
+void run_on_cuda(const StateUpdateParams& p, int32_t device) {
+  if (p.dtype == DType::kFloat64) refuse("q must be float32, bfloat16 or float16 on CUDA, got float64");
+  for (const auto& [name, width] : {std::pair{"q and k", p.key_width}, std::pair{"v", p.value_width}})
+    if (width % 16 != 0 || width > 128)
+      refuse(name, " must have a width that is a multiple of 16 up to 128 on CUDA, got ", width);
+  if (reinterpret_cast<uintptr_t>(p.states) % 16 != 0)
+    refuse("states must start at a multiple of 16 bytes on CUDA; call .clone() on it first");
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  state_update_cuda(p, current_cuda_stream(device));
+}
+#endif
 
 }  // namespace
 }  // namespace statecore
 
 STABLE_TORCH_LIBRARY_IMPL(statecore, CPU, m) {
   using namespace statecore;
-  m.impl("state_update", TORCH_BOX(&state_update<state_update_cpu>));
+  m.impl("state_update", TORCH_BOX(&state_update<run_on_cpu>));
 }
+
+#if defined(STATECORE_WITH_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(statecore, CUDA, m) {
+  using namespace statecore;
+  m.impl("state_update", TORCH_BOX(&state_update<run_on_cuda>));
+}
+#endif

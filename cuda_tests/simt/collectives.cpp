@@ -1,0 +1,130 @@
+// Where threads meet: the block's barrier, and collectives of a warp, in which the last lane to come does the
+// work for all.
+
+#include <cstdio>
+
+#include "simt/block.h"
+
+namespace simt {
+namespace {
+
+std::string hex(uint32_t mask) {
+  char text[9];
+  std::snprintf(text, sizeof text, "%08x", mask);
+  return text;
+}
+
+void release_barrier(Block& block) {
+  order_all(block.at_barrier);
+  for (ThreadState* thread : block.at_barrier) make_ready(*thread);
+  block.at_barrier.clear();
+}
+
+// work(meeting) is called once all lanes of the mask are here.
+template <class Work>
+void meet(const char* what, uint32_t mask, void* argument, const Where& where, const Work& work) {
+  ThreadState& self = *running_thread();
+  Warp& warp = running_block()->warps[self.id.warp];
+  const uint32_t own = 1u << self.id.lane;
+  mask &= warp.lanes;  // the last warp of a block may be short
+  if (!(mask & own)) fail(where, std::string(what) + ": the calling lane is not in the mask " + hex(mask));
+  if (mask & warp.returned)
+    fail(where, std::string(what) + ": the mask " + hex(mask) + " names lanes that have returned");
+
+  auto found = warp.meetings.begin();
+  while (found != warp.meetings.end() && !((*found)->mask & mask)) ++found;
+  if (found == warp.meetings.end()) {
+    warp.meetings.push_back(std::make_unique<Meeting>(Meeting{mask, 0, what, where, {}, {}}));
+    found = warp.meetings.end() - 1;
+  }
+  Meeting& meeting = **found;
+  if (meeting.mask != mask)
+    fail(where, std::string(what) + ": the mask " + hex(mask) + " overlaps the mask " + hex(meeting.mask) +
+                    " that other lanes wait with at " + line_text(meeting.where));
+  if (meeting.what != what || meeting.where.line() != where.line())
+    fail(where, std::string("divergent warp: one lane is in ") + what + ", others wait in " + meeting.what +
+                    " at " + line_text(meeting.where));
+  meeting.arrived |= own;
+  meeting.argument[self.id.lane] = argument;
+  meeting.thread[self.id.lane] = &self;
+  if (meeting.arrived != mask) return wait_here(what, where);
+
+  const std::unique_ptr<Meeting> complete = std::move(*found);
+  warp.meetings.erase(found);
+  work(*complete);
+  for (int lane = 0; lane < 32; ++lane)
+    if (mask >> lane & 1) make_ready(*complete->thread[lane]);
+  wait_here(what, where);  // the last to come is not always the first to go on
+}
+
+constexpr char kWarpBarrier[] = "__syncwarp", kShuffle[] = "a shuffle", kVote[] = "a vote";
+
+}  // namespace
+
+void block_barrier(const Where& where) {
+  Block& block = *running_block();
+  if (!block.at_barrier.empty() && block.at_barrier[0]->where.line() != where.line())
+    fail(where, "divergent __syncthreads: other threads of the block wait at " +
+                    line_text(block.at_barrier[0]->where));
+  block.at_barrier.push_back(running_thread());
+  running_thread()->where = where;
+  if (block.at_barrier.size() == block.alive) release_barrier(block);
+  wait_here("__syncthreads", where);
+}
+
+// A barrier does not wait for threads that have returned; a warp's collective does, for ever.
+void leave_block(ThreadState& thread) {
+  Block& block = *running_block();
+  Warp& warp = block.warps[thread.id.warp];
+  --block.alive;
+  warp.returned |= 1u << thread.id.lane;
+  for (const auto& meeting : warp.meetings)
+    if (meeting->mask >> thread.id.lane & 1)
+      fail(meeting->where, std::string("a lane returned while its warp waits for it in ") + meeting->what);
+  if (!block.at_barrier.empty() && block.at_barrier.size() == block.alive) release_barrier(block);
+}
+
+void warp_barrier(uint32_t mask, const Where& where) {
+  meet(kWarpBarrier, mask, nullptr, where, [](const Meeting& meeting) {
+    std::vector<ThreadState*> threads;
+    for (int lane = 0; lane < 32; ++lane)
+      if (meeting.mask >> lane & 1) threads.push_back(meeting.thread[lane]);
+    order_all(threads);
+  });
+}
+
+// Shuffles and votes order no memory accesses: CUDA does not promise it.
+uint32_t exchange(uint32_t mask, uint32_t value, int from_lane, const Where& where) {
+  struct Argument {
+    uint32_t in, out;
+    int from;
+  } argument{value, 0, from_lane};
+  meet(kShuffle, mask, &argument, where, [](const Meeting& meeting) {
+    for (int lane = 0; lane < 32; ++lane) {
+      if (!(meeting.mask >> lane & 1)) continue;
+      auto& to = *static_cast<Argument*>(meeting.argument[lane]);
+      if (!(meeting.mask >> to.from & 1))
+        fail(meeting.where, "a shuffle reads lane " + std::to_string(to.from) + ", which does not take part");
+      to.out = static_cast<Argument*>(meeting.argument[to.from])->in;
+    }
+  });
+  return argument.out;
+}
+
+uint32_t vote(uint32_t mask, bool yes, const Where& where) {
+  struct Argument {
+    bool in;
+    uint32_t out;
+  } argument{yes, 0};
+  meet(kVote, mask, &argument, where, [](const Meeting& meeting) {
+    uint32_t result = 0;
+    for (int lane = 0; lane < 32; ++lane)
+      if (meeting.mask >> lane & 1 && static_cast<Argument*>(meeting.argument[lane])->in)
+        result |= 1u << lane;
+    for (int lane = 0; lane < 32; ++lane)
+      if (meeting.mask >> lane & 1) static_cast<Argument*>(meeting.argument[lane])->out = result;
+  });
+  return argument.out;
+}
+
+}  // namespace simt

@@ -1,0 +1,102 @@
+// The CUDA C++ that the kernels use, for a host compiler: keywords, built-in variables and functions, 16-bit
+// floats. Functions in which threads meet carry the line they are called from, for messages.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <source_location>
+#include <type_traits>
+
+// The standard headers come first: some of their attributes are spelled like CUDA's keywords.
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+namespace simt {
+
+using Where = std::source_location;
+
+struct Thread {
+  uint3 thread, block;
+  dim3 block_size, grid_size;
+  unsigned index, lane, warp;  // in the block
+};
+const Thread& this_thread();
+
+void block_barrier(const Where&);
+void warp_barrier(uint32_t mask, const Where&);
+uint32_t exchange(uint32_t mask, uint32_t value, int from_lane, const Where&);
+uint32_t vote(uint32_t mask, bool yes, const Where&);
+void check_aligned(const void* address, size_t bytes, const Where&);
+
+}  // namespace simt
+
+#define threadIdx (::simt::this_thread().thread)
+#define blockIdx (::simt::this_thread().block)
+#define blockDim (::simt::this_thread().block_size)
+#define gridDim (::simt::this_thread().grid_size)
+
+using std::max;
+using std::min;
+
+// ---- threads that meet
+inline void __syncthreads(simt::Where where = simt::Where::current()) { simt::block_barrier(where); }
+inline void __syncwarp(uint32_t mask = 0xffffffffu, simt::Where where = simt::Where::current()) {
+  simt::warp_barrier(mask, where);
+}
+template <class T>
+T __shfl_sync(uint32_t mask, T value, int lane, simt::Where where = simt::Where::current()) {
+  static_assert(sizeof(T) == 4);
+  return std::bit_cast<T>(simt::exchange(mask, std::bit_cast<uint32_t>(value), lane % 32, where));
+}
+template <class T>
+T __shfl_xor_sync(uint32_t mask, T value, int bits, simt::Where where = simt::Where::current()) {
+  return __shfl_sync(mask, value, int(simt::this_thread().lane) ^ bits, where);
+}
+inline uint32_t __ballot_sync(uint32_t mask, int yes, simt::Where where = simt::Where::current()) {
+  return simt::vote(mask, yes != 0, where);
+}
+
+// ---- streaming loads and stores
+template <class T>
+T __ldcs(const T* from, simt::Where where = simt::Where::current()) {
+  simt::check_aligned(from, sizeof(T), where);
+  return *from;
+}
+template <class T>
+void __stcs(T* to, T value, simt::Where where = simt::Where::current()) {
+  simt::check_aligned(to, sizeof(T), where);
+  *to = value;
+}
+
+// ---- 16-bit floats
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
+inline float __bfloat162float(__nv_bfloat16 x) { return std::bit_cast<float>(uint32_t(x.bits) << 16); }
+inline __nv_bfloat16 __float2bfloat16_rn(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return {0x7fff};  // the GPU's NaN
+  return {uint16_t((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
+}
+struct __half {
+  uint16_t bits;
+};
+inline float __half2float(__half x) { return float(std::bit_cast<_Float16>(x.bits)); }
+inline __half __float2half_rn(float x) { return {std::bit_cast<uint16_t>(_Float16(x))}; }

@@ -1,0 +1,175 @@
+// The checked build: every memory access of a kernel is looked at.
+//
+// Kernels are compiled with -fsanitize=thread and linked without its run-time library: the functions that the
+// compiler inserts before each access are the ones at the end of this file. An access to shared memory must
+// lie inside an array, find set bytes, and be ordered after whatever it conflicts with, by __syncthreads or
+// __syncwarp alone, whichever order the threads happen to run in. Blocks are not ordered at all.
+
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <map>
+
+#include "simt/block.h"
+
+namespace simt {
+namespace {
+
+struct Access {
+  uint32_t thread, time;  // time 0: none
+  const void* code;
+};
+struct Shadow {  // of two bytes
+  Access write{};
+  std::vector<Access> reads;  // since then, none of them ordered before another
+};
+std::vector<Shadow> shadow;
+
+// file:line, innermost inlined function first, of the instruction before `code`.
+std::string code_text(const void* code) {
+  Dl_info module{};
+  if (!dladdr(code, &module)) return "an unknown line";
+  char command[4096];
+  std::snprintf(command, sizeof command, "addr2line -i -e '%s' 0x%zx 2>/dev/null", module.dli_fname,
+                size_t(static_cast<const char*>(code) - static_cast<char*>(module.dli_fbase)) - 1);
+  std::string text;
+  if (FILE* lines = popen(command, "r")) {
+    char line[1024];
+    while (std::fgets(line, sizeof line, lines)) {
+      std::string name(line);
+      name = name.substr(name.rfind('/') + 1);
+      text += (text.empty() ? "" : " < ") + name.substr(0, name.find_first_of(" \n"));
+    }
+    pclose(lines);
+  }
+  return text;
+}
+
+[[noreturn]] void report(const std::string& what, const void* code) { fail(what + " at " + code_text(code)); }
+
+[[noreturn]] void report_race(const char* what, const void* code, const Access& other) {
+  report(std::string("race: ") + what + " by thread " + std::to_string(other.thread) + " at " +
+             code_text(other.code) + ",",
+         code);
+}
+
+bool before_now(const Access& access, const ThreadState& thread) {
+  return access.time == 0 || access.thread == thread.id.index || access.time <= thread.clock[access.thread];
+}
+
+void check_shared(uint32_t begin, uint32_t end, bool write, const void* code) {
+  bool inside = false;
+  for (const SharedArray& array : running_block()->shared) inside |= begin >= array.begin && end <= array.end;
+  if (!inside) report(write ? "shared write out of bounds" : "shared read out of bounds", code);
+  const ThreadState& self = *running_thread();
+  const Access now{self.id.index, self.clock[self.id.index], code};
+  if (shadow.size() <= (end - 1) / 2) shadow.resize((end - 1) / 2 + 1);
+  for (uint32_t i = begin / 2; i <= (end - 1) / 2; ++i) {
+    auto& [last_write, reads] = shadow[i];
+    if (!write && last_write.time == 0) report("read of uninitialised shared memory", code);
+    if (!before_now(last_write, self))
+      report_race(write ? "write not ordered after a write" : "read not ordered after a write", code,
+                  last_write);
+    if (write) {
+      for (const Access& read : reads)
+        if (!before_now(read, self)) report_race("write not ordered after a read", code, read);
+      last_write = now;
+      reads.clear();
+    } else {
+      // What is ordered after this read is ordered after all reads that are before it.
+      std::erase_if(reads, [&](const Access& read) { return before_now(read, self); });
+      reads.push_back(now);
+    }
+  }
+}
+
+struct Watched {
+  uintptr_t end;
+  std::string name;
+  std::vector<uint32_t> reader, writer;  // block + 1 of each 16-bit element; 0: nobody
+};
+std::map<uintptr_t, Watched> watched;
+
+void check_global(uintptr_t begin, uintptr_t end, bool write, const void* code) {
+  auto found = watched.upper_bound(begin);
+  if (found == watched.begin()) return;
+  auto& [start, buffer] = *--found;
+  if (begin >= buffer.end) return;
+  const uint32_t self = running_block()->index + 1;
+  for (size_t i = (begin - start) / 2; i <= (end - 1 - start) / 2 && i < buffer.writer.size(); ++i) {
+    uint32_t &reader = buffer.reader[i], &writer = buffer.writer[i];
+    if (writer && writer != self)
+      report(write ? "two blocks write one element of " + buffer.name
+                   : "a block reads what another block writes in " + buffer.name,
+             code);
+    if (write && reader && reader != self)
+      report("a block writes what another block reads in " + buffer.name, code);
+    (write ? writer : reader) = self;
+  }
+}
+
+void check(const void* address, size_t bytes, bool write, const void* code) {
+  if (!running_thread()) return;  // host code of the same file
+  const auto begin = reinterpret_cast<uintptr_t>(address), base = reinterpret_cast<uintptr_t>(arena());
+  if (begin - base < kArenaBytes)
+    check_shared(uint32_t(begin - base), uint32_t(begin - base + bytes), write, code);
+  else
+    check_global(begin, begin + bytes, write, code);
+}
+
+}  // namespace
+
+void start_checks() {
+  shadow.clear();
+  for (ThreadState& thread : running_block()->threads) {
+    thread.clock.assign(running_block()->threads.size(), 0);
+    thread.clock[thread.id.index] = 1;
+  }
+}
+
+void order_all(const std::vector<ThreadState*>& threads) {
+  Clock latest(running_block()->threads.size(), 0);
+  for (const ThreadState* thread : threads)
+    for (size_t i = 0; i < latest.size(); ++i) latest[i] = std::max(latest[i], thread->clock[i]);
+  for (ThreadState* thread : threads) {
+    thread->clock = latest;
+    ++thread->clock[thread->id.index];
+  }
+}
+
+void watch_blocks(const void* buffer, size_t bytes, const char* name) {
+  const auto begin = reinterpret_cast<uintptr_t>(buffer);
+  watched[begin] = {begin + bytes, name, std::vector<uint32_t>((bytes + 1) / 2),
+                    std::vector<uint32_t>((bytes + 1) / 2)};
+}
+
+void forget_blocks() { watched.clear(); }
+bool checks_races() { return true; }
+
+}  // namespace simt
+
+// ---- what the compiler calls
+#define SIMT_ACCESS(bytes)                                                                                   \
+  extern "C" void __tsan_read##bytes(void* p) { simt::check(p, bytes, false, __builtin_return_address(0)); } \
+  extern "C" void __tsan_write##bytes(void* p) { simt::check(p, bytes, true, __builtin_return_address(0)); } \
+  extern "C" void __tsan_unaligned_read##bytes(void* p) {                                                    \
+    simt::check(p, bytes, false, __builtin_return_address(0));                                               \
+  }                                                                                                          \
+  extern "C" void __tsan_unaligned_write##bytes(void* p) {                                                   \
+    simt::check(p, bytes, true, __builtin_return_address(0));                                                \
+  }
+SIMT_ACCESS(1)
+SIMT_ACCESS(2)
+SIMT_ACCESS(4)
+SIMT_ACCESS(8)
+SIMT_ACCESS(16)
+extern "C" void __tsan_read_range(void* p, size_t bytes) {
+  simt::check(p, bytes, false, __builtin_return_address(0));
+}
+extern "C" void __tsan_write_range(void* p, size_t bytes) {
+  simt::check(p, bytes, true, __builtin_return_address(0));
+}
+extern "C" void __tsan_init() {}
+extern "C" void __tsan_func_entry(void*) {}
+extern "C" void __tsan_func_exit() {}

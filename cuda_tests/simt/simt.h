@@ -1,0 +1,57 @@
+// A CUDA block on one CPU thread: what tests see of the emulator.
+//
+// Every CUDA thread is a fiber. Fibers change only where threads of a block wait for each other (barriers,
+// warp collectives), in an order that the test chooses; blocks run one after another. Kernels are the shipped
+// .cu files compiled as C++20 with STATECORE_EMULATED; language.h is the part of CUDA C++ that they use.
+//
+// What it finds always: deadlock, barriers and collectives that diverge, lanes missing from a mask, accesses
+// outside buffers of alloc_global(), misaligned vector accesses, results that depend on the order of threads
+// (tests compare them) and use of unset shared memory (it is filled with NaN).
+// What it finds in addition where race_check.cpp is linked and the kernel is compiled with -fsanitize=thread:
+// data races, accesses outside shared arrays, reads of unset shared memory, and blocks that touch what
+// another block writes. What it cannot show: registers, occupancy, time, and the rounding of approximate
+// instructions.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <source_location>
+#include <stdexcept>
+
+#include "simt/language.h"
+
+namespace simt {
+
+// Thrown out of launch() for whatever is found.
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+enum class Order { kForward, kReverse, kRandom };
+
+struct Schedule {
+  Order order = Order::kForward;  // in which threads that could run do run
+  uint64_t seed = 1;              // of kRandom
+};
+Schedule& schedule();
+
+// Runs thread() for every thread of every block.
+void launch(const char* kernel, dim3 grid, dim3 block, const std::function<void()>& thread);
+
+// ---- memory
+// The array of the running block that `key` stands for: created, unset, by the first thread to ask.
+void* shared_array(const void* key, size_t bytes);
+
+// Global memory for tests, set to NaN: it ends against a page that nobody may touch, up to the rounding of
+// its size to 16.
+void* alloc_global(size_t bytes, const char* name);
+void free_global(void*);
+
+// With race_check.cpp: from here on no two blocks may write one element of the buffer, or one read what
+// another writes. Without: does nothing.
+void watch_blocks(const void* buffer, size_t bytes, const char* name);
+void forget_blocks();  // what they have touched, before the next launch
+bool checks_races();
+
+}  // namespace simt
