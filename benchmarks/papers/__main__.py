@@ -1,6 +1,6 @@
 """All sections as one page.
 
-    python -m benchmarks.papers        joins what the scripts of the single papers wrote: results/papers/README.md
+python -m benchmarks.papers        joins what the scripts of the single papers wrote: results/papers/README.md
 """
 
 from pathlib import Path
