@@ -46,7 +46,10 @@ NOTES = {
         "on the CPU it has no backward. Compiling is not counted.\n\n"
         "Memory is the growth of the process's peak resident memory during the call (VmHWM after resetting it, less "
         "VmRSS before), the results included. What the masked peer would need is computed: the boolean mask and the "
-        "copy of it as numbers in the inputs' dtype that the fused kernel makes."
+        "copy of it as numbers in the inputs' dtype that the fused kernel makes.\n\n"
+        "Results of over 32 MB (float32, 16/16) are fresh memory in every call. On a virtual machine that gives idle "
+        "memory back to its host, a call that follows seconds of a peer waits until it is there again, which can take "
+        "longer than the call: its share of the peak, measured among short calls (below), shows it without."
     ),
     "linear": (
         "The eager peer is chunked: batched matrix products inside chunks, the query heads of a group in one product, "
