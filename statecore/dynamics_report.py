@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from .dynamics import EPSILON, Trajectory
+from .figures import new_figure
 from .outputs import write_json
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -114,12 +115,6 @@ def _layer_colours(one: Trajectory) -> dict[int, Any]:
 
     layers = sorted({head.layer for head in one.heads})
     return {layer: colormaps["viridis"](0.9 * i / max(len(layers) - 1, 1)) for i, layer in enumerate(layers)}
-
-
-def new_figure(size: tuple[float, float]) -> Any:
-    from matplotlib.figure import Figure  # here, not above: importing this should not wait for matplotlib
-
-    return Figure(figsize=size, layout="constrained")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

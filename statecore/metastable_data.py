@@ -23,7 +23,8 @@ from sklearn.metrics import adjusted_rand_score
 from tqdm.auto import tqdm
 
 from .data import PATTERNS_FILE
-from .metastable_world import new_figure, without
+from .figures import new_figure
+from .metastable_world import without
 from .outputs import new_folder, write_json
 from .traces import RowProblem, read_lines
 

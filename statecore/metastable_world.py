@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from .figures import new_figure
 from .metastable import (
     BaseModel,
     Dense,
@@ -314,9 +315,3 @@ def fit_scaling(panels: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str
 
 def _abscissa(vary: str, row: Mapping[str, float]) -> float:
     return row[vary] - 1 if vary == "clusters" else row[vary]
-
-
-def new_figure(size: tuple[float, float]) -> Any:
-    from matplotlib.figure import Figure  # here, not above: importing this should not wait for matplotlib
-
-    return Figure(figsize=size, layout="constrained")

@@ -19,7 +19,7 @@ namespace statecore {
 // state.
 template <class Operand>
 constexpr int kChunk = kIsReal<Operand> ? 32 : 48;
-constexpr int kMaxChunk = 64;
+constexpr int kMaxChunk = std::max(kChunk<float>, kChunk<BFloat16Pair>);
 constexpr int kBand = 16;  // rows of a lower triangle that are multiplied at once
 
 // ---- addresses -----------------------------------------------------------------------------------------
