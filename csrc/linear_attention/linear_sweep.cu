@@ -1,0 +1,564 @@
+#include <algorithm>
+#include <stdexcept>
+#include <type_traits>
+
+#include "common/mma.cuh"
+#include "linear_attention/linear_sweep.cuh"
+
+namespace statecore {
+namespace {
+
+constexpr int kThreads = 128, kWarps = kThreads / 32;
+
+template <class T, int kKeyWidth>
+struct Shape {
+  static constexpr int kChunk = sizeof(T) == 2 ? 64 : 32;
+  using Keys = Tile<T, kKeyWidth>;
+  using Values = Tile<T, kSweepValues>;
+  using Scores = Tile<T, kChunk>;  // [token of the result, token of the operand], in kParts
+  static constexpr int kKeyBytes = Keys::bytes(kChunk), kValueBytes = Values::bytes(kChunk);
+  static constexpr int kStageBytes = 2 * kKeyBytes + kValueBytes;
+  static constexpr int kPartBytes = Scores::bytes(kChunk);
+  static constexpr int kSharedBytes = 2 * kStageBytes + kParts<T> * kPartBytes;
+  // Warps share the scores 16 rows each, and where there are fewer rows also the columns.
+  static constexpr int kWarpsDown = kChunk / 16, kScoreColumns = kChunk / (kWarps / kWarpsDown);
+};
+
+// Weights of a chunk's tokens with decay; G_i is the sum of log2 e^g over the tokens up to i.
+template <int kChunk>
+struct ChunkDecay {
+  float2 sum[kChunk];      // G_i as high + low: it is large, but differences of neighbours are small
+  float to_state[kChunk];  // of what goes into the state: e^{G_last - G_i}, in reverse e^{G_i}
+  float of_state[kChunk];  // of what is read from it: e^{G_i}, in reverse e^{G_last - G_i}
+  float total;             // e^{G_last}
+};
+
+// high + low of a sum that is exact to about 2^-48.
+__device__ __forceinline__ float2 plus(float2 a, float2 b) {
+  const float sum = a.x + b.x, from_b = sum - a.x;
+  const float error = (a.x - (sum - from_b)) + (b.x - from_b);
+  return make_float2(sum, a.y + b.y + error);
+}
+__device__ __forceinline__ float difference(float2 a, float2 b) { return (a.x - b.x) + (a.y - b.y); }
+
+// Numbers of any size as float16: rows are multiplied by a power of two that brings their largest element to
+// 2^14, and what is computed with them is divided by it. Both are exact.
+constexpr int kLargestExponent = 127 + 14;
+__device__ __forceinline__ int range_exponent(float largest) {  // biased; below 2^-40 nothing is gained
+  return max(int(__float_as_uint(largest) >> 23 & 255u), 127 - 40);
+}
+__device__ __forceinline__ float into_range(int exponent) {
+  return __uint_as_float(uint32_t(127 + kLargestExponent - exponent) << 23);
+}
+__device__ __forceinline__ float out_of_range(int exponent) {
+  return __uint_as_float(uint32_t(exponent - kLargestExponent + 127) << 23);
+}
+
+// The largest of the four lanes that share rows of accumulators.
+__device__ __forceinline__ float largest_of_row(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
+__device__ __forceinline__ float sigmoid(float x) { return 1 / (1 + expf(-x)); }
+
+// y = segment + sigmoid(gate) x for 16 bytes.
+template <class T>
+__device__ __forceinline__ uint4 gated(uint4 x, uint4 gate, uint4 segment) {
+  const auto pair = [](uint32_t x, uint32_t gate, uint32_t segment) {
+    const float2 a = unpack<T>(x), g = unpack<T>(gate), s = unpack<T>(segment);
+    return pack<T>(s.x + sigmoid(g.x) * a.x, s.y + sigmoid(g.y) * a.y);
+  };
+  return make_uint4(pair(x.x, gate.x, segment.x), pair(x.y, gate.y, segment.y), pair(x.z, gate.z, segment.z),
+                    pair(x.w, gate.w, segment.w));
+}
+
+template <class T, int kKeyWidth>
+__global__ void __launch_bounds__(kThreads, 2) sweep(Sweep p) {
+  using S = Shape<T, kKeyWidth>;
+  using Keys = typename S::Keys;
+  using Values = typename S::Values;
+  using Scores = typename S::Scores;
+  constexpr int kChunk = S::kChunk, kDepth = kMmaDepth<T>;
+  constexpr bool kNarrowRange = std::is_same_v<T, __half>;
+  STATECORE_DYNAMIC_SHARED(shared);
+  STATECORE_SHARED(ChunkDecay<kChunk>, decays, 2);
+  STATECORE_SHARED(int, score_exponents, kChunk);
+  STATECORE_SHARED(float, transition, 9);
+  unsigned char* const scores = shared + 2 * S::kStageBytes;
+
+  // ---- who we are: 64 columns of the state of one item in one segment
+  const int slices = (p.value_width + kSweepValues - 1) / kSweepValues;
+  const int64_t slot = blockIdx.x / unsigned(slices * p.items);
+  const int item = int(blockIdx.x / unsigned(slices)) % p.items;
+  const int first_value = int(blockIdx.x) % slices * kSweepValues;
+  const int values = min(p.value_width - first_value, kSweepValues);
+  const Span span = span_of(p.segments, slot, kChunk);
+  if (span.sequence < 0) return;
+  const int thread = int(threadIdx.x), warp = thread / 32, lane = lane_index();
+  const bool has_out = p.out || p.out_float, decaying = p.log_decay.data != nullptr;
+
+  // ---- the state: rows are values, 16 a warp, columns are keys
+  float state[kKeyWidth / 8][4];
+  const auto at_state = [&](const SweepStates& states, int kind) {
+    return states.data + kind * states.kind + slot * states.slot + item / states.shared * states.head;
+  };
+  const auto each_element = [&](const SweepStates& states, const auto& body) {
+#pragma unroll
+    for (int n = 0; n < kKeyWidth / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int value = first_value + 16 * warp + accumulator_row(i), key = 8 * n + accumulator_column(i);
+        body(n, i, value < p.value_width && key < p.key_width, value * states.value + key * states.key);
+      }
+  };
+  const float* initial = p.initial.data ? at_state(p.initial, 0) : nullptr;
+  each_element(p.initial, [&](int n, int i, bool valid, int at) {
+    state[n][i] = initial && valid ? initial[at] * p.initial.factor : 0;
+  });
+  float* const start_state = p.step_states + int64_t(blockIdx.x) * 2 * kSweepValues * kKeyWidth + thread;
+  float* const prompt_state = start_state + kSweepValues * kKeyWidth;
+  const auto own = [](int n, int i) { return (n * 4 + i) * kThreads; };  // of start_state, prompt_state
+  if (p.states == 3)
+    for (int kind = 1; kind < 3; ++kind) {
+      const float* from = initial ? at_state(p.initial, kind) : nullptr;
+      float* to = kind == 1 ? start_state : prompt_state;
+      each_element(p.initial, [&](int n, int i, bool valid, int at) {
+        to[own(n, i)] = from && valid ? from[at] * p.initial.factor : 0;
+      });
+    }
+  if (p.transition && thread == 0)
+    for (int i = 0; i < 9; ++i) transition[i] = i % 4 == 0 ? 1 : 0;
+
+  const auto end_step = [&](int32_t step) {
+    const StepEnd end(step, p.alpha, p.alphas);
+    // Forwards, without a correction, the others are only written.
+    const bool reads = p.reverse || end.start != 0;
+#pragma unroll
+    for (int n = 0; n < kKeyWidth / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float start = reads ? start_state[own(n, i)] : 0, prompt = reads ? prompt_state[own(n, i)] : 0;
+        if (p.reverse)
+          end.apply_reverse(state[n][i], start, prompt);
+        else
+          end.apply(state[n][i], start, prompt);
+        start_state[own(n, i)] = start;
+        if (p.reverse || end.copies_prompt) prompt_state[own(n, i)] = prompt;
+      }
+    if (p.transition && thread == 0)
+      for (int i = 0; i < 3; ++i) {
+        if (p.reverse)
+          end.apply_reverse(transition[i], transition[3 + i], transition[6 + i]);
+        else
+          end.apply(transition[i], transition[3 + i], transition[6 + i]);
+      }
+  };
+
+  // ---- copies to shared memory
+  const auto chunk_at = [&](int i) {  // in the order of the sweep
+    return chunk_of(span, p.reverse ? span.chunks - 1 - i : i, kChunk);
+  };
+  const auto rows_of = [&](const HeadsView& x, int head, int token) {
+    return static_cast<const T*>(x.data) + span.row * x.batch + int64_t(token) * x.time + head * x.head;
+  };
+  const auto load_chunk = [&](const SweptChunk& chunk, int g, unsigned char* stage) {
+    if (chunk.ended != kPaddingChunk) {
+      const int head = item * p.group + g;
+      if (has_out)
+        load_tile<T, kChunk, kKeyWidth, kThreads>(stage, rows_of(p.q, head / p.q.shared, chunk.begin),
+                                                  p.q.time, chunk.length, p.key_width);
+      load_tile<T, kChunk, kKeyWidth, kThreads>(stage + S::kKeyBytes,
+                                                rows_of(p.k, head / p.k.shared, chunk.begin), p.k.time,
+                                                chunk.length, p.key_width);
+      load_tile<T, kChunk, kSweepValues, kThreads>(
+          stage + 2 * S::kKeyBytes, rows_of(p.v, head / p.v.shared, chunk.begin) + first_value, p.v.time,
+          p.adds_nothing ? 0 : chunk.length, values);
+    }
+    cp_async_commit();
+  };
+
+  // ---- decay weights of a chunk, by one warp; lane l has tokens kOwn l, kOwn l + 1, ...
+  constexpr int kOwn = kChunk / 32;
+  const auto load_decays = [&](const SweptChunk& chunk, float (&log_decays)[kOwn]) {
+    const float* from = static_cast<const float*>(p.log_decay.data) + span.row * p.log_decay.batch +
+                        item / p.log_decay.shared * p.log_decay.head;
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const int token = kOwn * lane + i;
+      const float x =
+          token < chunk.length ? from[int64_t(chunk.begin + token) * p.log_decay.time] * kLog2E : 0;
+      log_decays[i] = x < -300 ? -300 : x;  // 2^-300 is 0, and differences to -inf are no numbers
+    }
+  };
+  const auto store_decays = [&](const float (&log_decays)[kOwn], ChunkDecay<kChunk>& to) {
+    float2 sums[kOwn];
+    sums[0] = make_float2(log_decays[0], 0);
+#pragma unroll
+    for (int i = 1; i < kOwn; ++i) sums[i] = plus(sums[i - 1], make_float2(log_decays[i], 0));
+    float2 until = sums[kOwn - 1];
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const float2 before = make_float2(__shfl_up_sync(0xffffffffu, until.x, distance),
+                                        __shfl_up_sync(0xffffffffu, until.y, distance));
+      if (lane >= distance) until = plus(before, until);
+    }
+    const float2 last =
+        make_float2(__shfl_sync(0xffffffffu, until.x, 31), __shfl_sync(0xffffffffu, until.y, 31));
+    float2 before = make_float2(__shfl_up_sync(0xffffffffu, until.x, 1),
+                                __shfl_up_sync(0xffffffffu, until.y, 1));
+    if (lane == 0) before = make_float2(0, 0);
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const int token = kOwn * lane + i;
+      const float2 sum = plus(before, sums[i]);
+      const float from_start = exp2_approx(sum.x + sum.y), to_end = exp2_approx(difference(last, sum));
+      to.sum[token] = sum;
+      to.to_state[token] = p.reverse ? from_start : to_end;
+      to.of_state[token] = p.reverse ? to_end : from_start;
+    }
+    if (lane == 0) to.total = exp2_approx(last.x + last.y);
+  };
+
+  // ---- over the chunks and, in each, over the virtual heads
+  SweptChunk chunk{}, next{};
+  if (span.chunks > 0) {
+    chunk = chunk_at(0);
+    load_chunk(chunk, 0, shared);
+    if (decaying && warp == 0) {
+      float log_decays[kOwn];
+      load_decays(chunk, log_decays);
+      store_decays(log_decays, decays[0]);
+    }
+  }
+  float out[kChunk / 8][4];  // rows are values, as in the state, columns are tokens
+  float state_factor = 1;
+  for (int c = 0, at = 0; c < span.chunks; ++c, chunk = next) {
+    const bool last_chunk = c + 1 == span.chunks;
+    if (!last_chunk) next = chunk_at(c + 1);
+    const ChunkDecay<kChunk>& decay = decays[c % 2];
+    for (int g = 0; g < p.group; ++g, at ^= 1) {
+      unsigned char* const stage = shared + at * S::kStageBytes;
+      const unsigned char *const q = stage, *const k = stage + S::kKeyBytes;
+      unsigned char* const v = stage + 2 * S::kKeyBytes;
+      const bool last_head = g + 1 == p.group;
+
+      // This stage has landed; the other one, the scores and the older decays are no longer read.
+      cp_async_wait<0>();
+      __syncthreads();
+      if (!last_head)
+        load_chunk(chunk, g + 1, shared + (at ^ 1) * S::kStageBytes);
+      else if (!last_chunk)
+        load_chunk(next, 0, shared + (at ^ 1) * S::kStageBytes);
+      const bool prepares_decay = decaying && warp == 0 && last_head && !last_chunk;
+      float next_log_decays[kOwn];
+      if (prepares_decay) load_decays(next, next_log_decays);
+
+      const int64_t first_row = span.row * p.segments.tokens + chunk.begin;  // of [B * T, items, value_width]
+      const auto at_out = [&](int token, int value) {
+        return ((first_row + token) * p.items + item) * p.value_width + first_value + value;
+      };
+
+      if (chunk.ended == kPaddingChunk) {
+        if (has_out && last_head)
+          for (int i = thread; i < chunk.length * values; i += kThreads) {
+            const int64_t to = at_out(i / values, i % values);
+            if (p.out) set(static_cast<T*>(p.out)[to], 0);
+            if (p.gated_out) set(static_cast<T*>(p.gated_out)[to], 0);
+            if (p.out_float) p.out_float[to] = 0;
+          }
+        continue;
+      }
+      if (!p.reverse && chunk.ended >= 0) end_step(chunk.ended);
+
+      if (has_out) {
+        // ---- scores of the tokens that a token sees: those up to it, in reverse those from it on
+        const int score_row = warp % S::kWarpsDown * 16, score_column = warp / S::kWarpsDown * S::kScoreColumns;
+        float score[S::kScoreColumns / 8][4] = {};
+        const auto unseen = [&](int row, int column) {  // blocks of 16 rows and columns
+          return p.reverse ? column < row : column > row;
+        };
+#pragma unroll
+        for (int depth = 0; depth < kKeyWidth; depth += kDepth) {
+          OperandA<T> a;
+          load<false>(a, Keys{}, q, score_row, depth);
+#pragma unroll
+          for (int n = 0; n < S::kScoreColumns; n += 16) {
+            if (unseen(score_row, score_column + n)) continue;
+            OperandB<T> b[2];
+            load<false>(b, Keys{}, k, score_column + n, depth);
+            mma(score[n / 8], a, b[0]);
+            mma(score[n / 8 + 1], a, b[1]);
+          }
+        }
+#pragma unroll
+        for (int n = 0; n < S::kScoreColumns / 8; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int row = score_row + accumulator_row(i), column = score_column + 8 * n + accumulator_column(i);
+            const bool seen = p.reverse ? column >= row : column <= row;
+            if (decaying) {
+              const float log = p.reverse ? difference(decay.sum[column], decay.sum[row])
+                                          : difference(decay.sum[row], decay.sum[column]);
+              score[n][i] *= exp2_approx(seen ? log : 0);
+            }
+            score[n][i] = seen ? score[n][i] : 0;
+          }
+        if constexpr (kNarrowRange) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            float largest = 0;
+#pragma unroll
+            for (int n = 0; n < S::kScoreColumns / 8; ++n)
+              largest = fmaxf(largest, fmaxf(fabsf(score[n][2 * half]), fabsf(score[n][2 * half + 1])));
+            const int exponent = range_exponent(largest_of_row(largest));
+            const float factor = into_range(exponent);
+#pragma unroll
+            for (int n = 0; n < S::kScoreColumns / 8; ++n)
+              score[n][2 * half] *= factor, score[n][2 * half + 1] *= factor;
+            if (lane % 4 == 0) score_exponents[score_row + accumulator_row(2 * half)] = exponent;
+          }
+        }
+#pragma unroll
+        for (int n = 0; n < S::kScoreColumns / 8; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; i += 2)
+            store_parts(Scores{}, scores, S::kPartBytes, score_row + accumulator_row(i),
+                        score_column + 8 * n + accumulator_column(i), score[n][i], score[n][i + 1]);
+
+        // ---- out^T = S^T q^T, before the state changes
+        if (g == 0) {
+#pragma unroll
+          for (int n = 0; n < kChunk / 8; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) out[n][i] = 0;
+          int exponents[2];
+          if constexpr (kNarrowRange) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              float largest = 0;
+#pragma unroll
+              for (int n = 0; n < kKeyWidth / 8; ++n)
+                largest = fmaxf(largest, fmaxf(fabsf(state[n][2 * half]), fabsf(state[n][2 * half + 1])));
+              exponents[half] = range_exponent(largest_of_row(largest));
+            }
+          }
+#pragma unroll
+          for (int depth = 0; depth < kKeyWidth; depth += kDepth) {
+            SplitA<T> a;
+            if constexpr (kNarrowRange) {
+              float scaled_state[kDepth / 8][4];
+#pragma unroll
+              for (int n = 0; n < kDepth / 8; ++n)
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                  scaled_state[n][i] = state[depth / 8 + n][i] * into_range(exponents[i / 2]);
+              from_accumulators<T>(a, scaled_state);
+            } else {
+              from_accumulators<T>(a, state + depth / 8);
+            }
+#pragma unroll
+            for (int n = 0; n < kChunk; n += 16) {
+              OperandB<T> b[2];
+              load<false>(b, Keys{}, q, n, depth);
+              mma(out[n / 8], a, b[0]);
+              mma(out[n / 8 + 1], a, b[1]);
+            }
+          }
+#pragma unroll
+          for (int n = 0; n < kChunk / 8; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              if constexpr (kNarrowRange) out[n][i] *= out_of_range(exponents[i / 2]);
+              if (decaying) out[n][i] *= decay.of_state[8 * n + accumulator_column(i)];
+            }
+        }
+        __syncthreads();  // scores are complete
+        if constexpr (kNarrowRange) {
+#pragma unroll
+          for (int n = 0; n < kChunk / 8; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+              out[n][i] *= into_range(score_exponents[8 * n + accumulator_column(i)]);
+        }
+      }
+
+      // ---- out^T += v^T scores^T, S^T = e^{G_last} S^T + v^T k, sharing v^T
+      if (decaying && g == 0) {
+#pragma unroll
+        for (int n = 0; n < kKeyWidth / 8; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) state[n][i] *= decay.total;
+        state_factor *= decay.total;
+      }
+#pragma unroll
+      for (int depth = 0; depth < kChunk; depth += kDepth) {
+        OperandA<T> a;
+        load<true>(a, Values{}, v, depth, 16 * warp);
+        if (has_out) {
+#pragma unroll
+          for (int n = 0; n < kChunk; n += 16) {
+            if (p.reverse ? depth + kDepth <= n : depth >= n + 16) continue;  // not seen
+#pragma unroll
+            for (int part = 0; part < kParts<T>; ++part) {
+              OperandB<T> b[2];
+              load<false>(b, Scores{}, scores + part * S::kPartBytes, n, depth);
+              mma(out[n / 8], a, b[0]);
+              mma(out[n / 8 + 1], a, b[1]);
+            }
+          }
+        }
+        const auto add_to_state = [&](const auto& a) {
+#pragma unroll
+          for (int n = 0; n < kKeyWidth; n += 16) {
+            OperandB<T> b[2];
+            load<true>(b, Keys{}, k, depth, n);
+            mma(state[n / 8], a, b[0]);
+            mma(state[n / 8 + 1], a, b[1]);
+          }
+        };
+        if (decaying)
+          add_to_state(scaled(a, [&](int i) { return decay.to_state[depth + i]; }));
+        else
+          add_to_state(a);
+      }
+      if (p.reverse && last_head && chunk.ended >= 0) end_step(chunk.ended);
+      if (prepares_decay) store_decays(next_log_decays, decays[(c + 1) % 2]);
+      if (!has_out) continue;
+      if constexpr (kNarrowRange) {
+#pragma unroll
+        for (int n = 0; n < kChunk / 8; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            out[n][i] *= out_of_range(score_exponents[8 * n + accumulator_column(i)]);
+      }
+      if (!last_head) continue;
+
+      // ---- results to memory
+#pragma unroll
+      for (int n = 0; n < kChunk / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) out[n][i] *= p.out_factor;
+
+      if (p.products && 16 * warp < values) {
+        const T* const partner =
+            rows_of(p.partner, item / p.partner.shared, chunk.begin) + first_value + 16 * warp;
+        float* const to =
+            p.products +
+            ((int64_t(first_value / 16 + warp) * p.batch + span.row) * p.items + item) *
+                p.segments.tokens +
+            chunk.begin;
+#pragma unroll
+        for (int n = 0; n < kChunk / 8; ++n)
+#pragma unroll
+          for (int odd = 0; odd < 2; ++odd) {
+            const int token = 8 * n + accumulator_column(odd);
+            float sum = 0;
+            if (token < chunk.length) {
+              const T* row = partner + token * p.partner.time;
+              sum = out[n][odd] * to_float(row[lane / 4]) + out[n][odd + 2] * to_float(row[lane / 4 + 8]);
+            }
+#pragma unroll
+            for (int rows = 4; rows < 32; rows *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, rows);
+            if (lane < 4 && token < chunk.length) to[token] = sum;
+          }
+      }
+
+      if (sizeof(T) == 2 && p.out) {
+        // Through the columns of v that this warp alone has read, where they turn from columns into rows.
+        __syncwarp();
+#pragma unroll
+        for (int n = 0; n < kChunk / 8; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            set(*reinterpret_cast<T*>(v + Values::offset(8 * n + accumulator_column(i),
+                                                         16 * warp + accumulator_row(i))),
+                out[n][i]);
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < kChunk / 16; ++i) {
+          const int token = 16 * i + lane / 2, value = 16 * warp + lane % 2 * 8;
+          if (token >= chunk.length || value >= values) continue;
+          const uint4 row = *reinterpret_cast<const uint4*>(v + Values::offset(token, value));
+          const int64_t to = at_out(token, value);
+          __stcs(reinterpret_cast<uint4*>(static_cast<T*>(p.out) + to), row);
+          if (!p.gated_out) continue;
+          const T* gate = rows_of(p.gate, item, chunk.begin + token) + first_value + value;
+          const T* segment = static_cast<const T*>(p.segment_out) + to;
+          if constexpr (sizeof(T) == 2)
+            __stcs(reinterpret_cast<uint4*>(static_cast<T*>(p.gated_out) + to),
+                   gated<T>(row, *reinterpret_cast<const uint4*>(gate),
+                            *reinterpret_cast<const uint4*>(segment)));
+        }
+      } else {
+        // A store covers 32 bytes of each of 4 tokens.
+#pragma unroll
+        for (int n = 0; n < kChunk / 8; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int token = 8 * n + accumulator_column(i), value = 16 * warp + accumulator_row(i);
+            if (token >= chunk.length || value >= values) continue;
+            const int64_t to = at_out(token, value);
+            if (p.out_float) p.out_float[to] = out[n][i];
+            if (!p.out) continue;
+            set(static_cast<T*>(p.out)[to], out[n][i]);
+            if (!p.gated_out) continue;
+            const float gate = to_float(rows_of(p.gate, item, chunk.begin + token)[first_value + value]);
+            set(static_cast<T*>(p.gated_out)[to],
+                to_float(static_cast<const T*>(p.segment_out)[to]) + sigmoid(gate) * out[n][i]);
+          }
+      }
+    }
+  }
+
+  // ---- the state to memory
+  if (p.final.data && item % p.final.shared == 0)
+    for (int kind = 0; kind < p.states; ++kind) {
+      float* to = at_state(p.final, kind);
+      const float* from = kind == 1 ? start_state : prompt_state;
+      each_element(p.final, [&](int n, int i, bool valid, int at) {
+        if (valid) to[at] = (kind == 0 ? state[n][i] : from[own(n, i)]) * p.final.factor;
+      });
+    }
+  if (p.transition && thread == 0 && first_value == 0) {
+    float* to = p.transition + (slot * p.items + item) * 9;
+    to[0] = decaying ? state_factor : transition[0];
+    for (int i = 1; i < 9; ++i) to[i] = transition[i];
+  }
+}
+
+template <class T, int kKeyWidth>
+void launch_sweep(const Sweep& p, int64_t blocks, void* stream) {
+  launch("linear_sweep", sweep<T, kKeyWidth>,
+         {dim3(unsigned(blocks)), dim3(kThreads), size_t(Shape<T, kKeyWidth>::kSharedBytes)}, stream, p);
+}
+
+template <class T>
+void launch_sweep(const Sweep& p, int64_t blocks, void* stream) {
+  p.key_width <= 64 ? launch_sweep<T, 64>(p, blocks, stream) : launch_sweep<T, 128>(p, blocks, stream);
+}
+
+int64_t block_count(const Sweep& p) {
+  return p.segments.slots * p.items * ((p.value_width + kSweepValues - 1) / kSweepValues);
+}
+
+}  // namespace
+
+int64_t sweep_step_floats(const Sweep& p) {
+  return p.states == 3 ? block_count(p) * 2 * kSweepValues * (p.key_width <= 64 ? 64 : 128) : 0;
+}
+
+void launch_sweep(const Sweep& p, void* stream) {
+  const int64_t blocks = block_count(p);
+  if (blocks == 0) return;
+  if (blocks > INT32_MAX)
+    throw std::runtime_error("statecore: linear attention has too many sequences and heads for one launch");
+  switch (p.dtype) {
+    case DType::kFloat32: return launch_sweep<float>(p, blocks, stream);
+    case DType::kBFloat16: return launch_sweep<__nv_bfloat16>(p, blocks, stream);
+    case DType::kFloat16: return launch_sweep<__half>(p, blocks, stream);
+    case DType::kFloat64: throw std::runtime_error("statecore: linear attention on CUDA takes no float64");
+  }
+}
+
+}  // namespace statecore
