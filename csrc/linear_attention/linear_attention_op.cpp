@@ -7,6 +7,8 @@
 #include <cmath>
 #include <tuple>
 
+#include "common/cuda_backend.h"
+
 namespace statecore {
 
 HeadsView heads_view(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
@@ -260,7 +262,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> step_linear_attention_backward(
 }  // namespace
 }  // namespace statecore
 
-STABLE_TORCH_LIBRARY_IMPL(statecore, CPU, m) {
+#if defined(STATECORE_CPU_BACKEND)
+STATECORE_CPU_IMPL(m) {
   using namespace statecore;
   m.impl("linear_attention", TORCH_BOX(&linear_attention<linear_attention_cpu>));
   m.impl("linear_attention_backward", TORCH_BOX(&linear_attention_backward<linear_attention_backward_cpu>));
@@ -268,3 +271,4 @@ STABLE_TORCH_LIBRARY_IMPL(statecore, CPU, m) {
   m.impl("step_linear_attention_backward",
          TORCH_BOX(&step_linear_attention_backward<linear_attention_backward_cpu>));
 }
+#endif

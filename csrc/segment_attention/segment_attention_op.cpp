@@ -6,6 +6,7 @@
 #include <cmath>
 #include <tuple>
 
+#include "common/cuda_backend.h"
 #include "common/tensor_checks.h"
 
 namespace statecore {
@@ -124,9 +125,11 @@ std::tuple<Tensor, Tensor, Tensor> segment_attention_backward(
 }  // namespace
 }  // namespace statecore
 
-STABLE_TORCH_LIBRARY_IMPL(statecore, CPU, m) {
+#if defined(STATECORE_CPU_BACKEND)
+STATECORE_CPU_IMPL(m) {
   using namespace statecore;
   m.impl("segment_attention", TORCH_BOX(&segment_attention<segment_attention_cpu>));
   m.impl("segment_attention_backward",
          TORCH_BOX(&segment_attention_backward<segment_attention_backward_cpu>));
 }
+#endif

@@ -51,8 +51,6 @@ struct Block {
   std::vector<SharedArray> shared;
 };
 
-constexpr uint32_t kArenaBytes = 227 * 1024;  // shared memory of a block, as on sm_90
-
 Block* running_block();         // null outside of launch()
 ThreadState* running_thread();  // null in the scheduler
 unsigned char* arena();

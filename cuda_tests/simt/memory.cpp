@@ -16,7 +16,7 @@ namespace simt {
 
 // ---- shared: one arena, in which the arrays of a block lie apart from each other
 unsigned char* arena() {
-  alignas(16) static unsigned char bytes[kArenaBytes];
+  alignas(16) static unsigned char bytes[kSharedBytes];
   return bytes;
 }
 
@@ -26,7 +26,7 @@ void* shared_array(const void* key, size_t bytes) {
     if (array.key == key) return arena() + array.begin;
   constexpr uint32_t kGap = 64;
   const uint32_t begin = block.shared.empty() ? kGap : (block.shared.back().end + kGap + 15) / 16 * 16;
-  if (begin + bytes > kArenaBytes) fail("too much shared memory");
+  if (begin + bytes > kSharedBytes) fail("too much shared memory");
   block.shared.push_back({key, begin, uint32_t(begin + bytes)});
   std::memset(arena() + begin, 0xff, bytes);
   return arena() + begin;

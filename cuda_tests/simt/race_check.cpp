@@ -112,7 +112,7 @@ void check_global(uintptr_t begin, uintptr_t end, bool write, const void* code) 
 void check(const void* address, size_t bytes, bool write, const void* code) {
   if (!running_thread()) return;  // host code of the same file
   const auto begin = reinterpret_cast<uintptr_t>(address), base = reinterpret_cast<uintptr_t>(arena());
-  if (begin - base < kArenaBytes)
+  if (begin - base < kSharedBytes)
     check_shared(uint32_t(begin - base), uint32_t(begin - base + bytes), write, code);
   else
     check_global(begin, begin + bytes, write, code);
