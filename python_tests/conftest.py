@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from devices import EMULATORS, Device, emulator, missing
+from devices import Device, require, using
 
 
 @pytest.fixture(autouse=True)
@@ -24,17 +24,9 @@ def device(request) -> Iterator[Device]:
     What is missing here is skipped, or fails where STATECORE_REQUIRE_EMULATOR=1 or STATECORE_REQUIRE_CUDA=1.
     Parametrised indirectly, tests also get "checked", the emulator that looks at every memory access.
     """
-    name = request.param
-    if reason := missing(name):
-        required = "STATECORE_REQUIRE_CUDA" if name == "cuda" else "STATECORE_REQUIRE_EMULATOR"
-        if os.environ.get(required) == "1":
-            pytest.fail(f"{required}=1, but {reason}")
-        pytest.skip(f"no device {name}: {reason}")
-    if name in EMULATORS:
-        emulator(name).serve()
-    yield Device(name)
-    if name in EMULATORS:
-        emulator(name).stop_serving()
+    require(request.param)
+    with using(request.param) as device:
+        yield device
 
 
 @pytest.fixture(scope="session")

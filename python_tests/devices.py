@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -19,15 +20,20 @@ OPERATORS = (
 )  # fmt: skip
 
 
-def missing(name: str) -> str | None:
-    """Why nothing can run on the device `name`, None where it can."""
+def require(name: str) -> None:
+    """Skips the test where nothing can run on the device `name`; fails it where the environment demands the device."""
+    missing = None
     if name == "cuda" and ops.build_info()["cuda_architectures"] == "none":
-        return "statecore was built without CUDA kernels"
-    if name == "cuda" and not torch.cuda.is_available():
-        return "torch finds no GPU here"
-    if name in EMULATORS and not _library(name).exists():
-        return f"{_library(name)} is not built (make test builds it)"
-    return None
+        missing = "statecore was built without CUDA kernels"
+    elif name == "cuda" and not torch.cuda.is_available():
+        missing = "torch finds no GPU here"
+    elif name in EMULATORS and not _library(name).exists():
+        missing = f"{_library(name)} is not built (make test builds it)"
+    demand = "STATECORE_REQUIRE_CUDA" if name == "cuda" else "STATECORE_REQUIRE_EMULATOR"
+    if missing and os.environ.get(demand) == "1":
+        pytest.fail(f"{demand}=1, but {missing}")
+    if missing:
+        pytest.skip(f"no device {name}: {missing}")
 
 
 def _library(name: str) -> Path:
@@ -68,30 +74,28 @@ class Emulator:
         torch.ops.load_library(_library(name))
         self._library = EMULATORS[name]
         self._ops = getattr(torch.ops, self._library)
-        self._registrations = None
         assert self._ops.checks_races() == (name == "checked")
 
-    def serve(self) -> None:
-        """From here on they compute for CPU tensors; gradients, fakes and autocast stay those of statecore.ops.
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """They compute for CPU tensors meanwhile; gradients, fakes and autocast stay those of statecore.ops.
 
-        The controls are at their defaults, and memory that nobody has set is NaN.
+        The controls start at their defaults, and memory that nobody has set is NaN.
         """
         self.schedule("forward")
         self.gpu()
-        self._deterministic = torch.are_deterministic_algorithms_enabled()
-        torch.use_deterministic_algorithms(True)  # fills new tensors
-        self._registrations = torch.library.Library("statecore", "IMPL")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Warning only once for all operators")  # that this overrides
-            for name in OPERATORS:
-                self._registrations.impl(name, self._kernel(name), "CPU")
-
-    def stop_serving(self) -> None:
-        """The CPU backend is back."""
-        if self._registrations is not None:
-            self._registrations._destroy()
-            self._registrations = None
-            torch.use_deterministic_algorithms(self._deterministic)
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        registrations = torch.library.Library("statecore", "IMPL")
+        try:
+            torch.use_deterministic_algorithms(True)  # fills new tensors
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Warning only once for all operators")  # that this overrides
+                for name in OPERATORS:
+                    registrations.impl(name, self._kernel(name), "CPU")
+            yield
+        finally:
+            registrations._destroy()  # the CPU backend is back
+            torch.use_deterministic_algorithms(deterministic)
 
     def _kernel(self, name: str):
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"{self._library}::{name}", "CPU"):
@@ -111,3 +115,9 @@ class Emulator:
 @cache
 def emulator(name: str) -> Emulator:
     return Emulator(name)
+
+
+@contextmanager
+def using(name: str) -> Iterator[Device]:
+    with emulator(name).serving() if name in EMULATORS else nullcontext():
+        yield Device(name)

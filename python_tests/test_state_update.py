@@ -4,6 +4,7 @@ import os
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -168,7 +169,7 @@ def test_graph_capture(device):
         assert torch.equal(states, wanted_states)
 
 
-@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+@pytest.mark.parametrize("device", ["emulated", "checked", "cuda"], indirect=True)
 def test_slots_outside_the_pool_are_skipped_on_cuda(device):
     q, k, v = on(device, *(x[0] for x in Heads(4, 2, 2, 16, 32).qkv(1, 3, torch.float32)))
     states = torch.randn(1, 3, 2, 16, 32).to(device)
@@ -179,20 +180,26 @@ def test_slots_outside_the_pool_are_skipped_on_cuda(device):
 
 
 CHECKED = """
+import sys
 import torch
+from devices import using
 from statecore import ops
 
-x = torch.ones(2, 1, 16, device="cuda")
-slots = torch.tensor([0, 9], dtype=torch.int32, device="cuda")
-ops.state_update(torch.zeros(1, 3, 1, 16, 16, device="cuda"), x, x, x, slots=slots)
+with using(sys.argv[1]) as device:
+    x = torch.ones(2, 1, 16, device=device)
+    slots = torch.tensor([0, 9], dtype=torch.int32, device=device)
+    ops.state_update(torch.zeros(1, 3, 1, 16, 16, device=device), x, x, x, slots=slots)
 """
 
 
-@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+@pytest.mark.parametrize("device", ["emulated", "cuda"], indirect=True)
 def test_contents_are_refused_on_cuda_when_asked(device):
     """In a process of its own: STATECORE_CHECK is read once."""
+    command = [sys.executable, "-c", CHECKED, device.name]
     environment = os.environ | {"STATECORE_CHECK": "1"}
-    run = subprocess.run([sys.executable, "-c", CHECKED], env=environment, capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        command, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
     assert r"slots must be in [0, 3), or -1 to skip the row, got 9 at [1]" in run.stderr
 
 

@@ -23,8 +23,6 @@ const Tensor& checked_rows(const char* name, const Tensor& x, int64_t rows, cons
   return held.back();
 }
 
-const int32_t* data(const Tensor& rows) { return static_cast<const int32_t*>(rows.const_data_ptr()); }
-
 void check_ends_step(const int32_t* ends_step, int64_t rows) {
   for (int64_t b = 0; b < rows; ++b)
     if (ends_step[b] < -1)
@@ -91,13 +89,13 @@ Tensor state_update(const Tensor& states, const Tensor& q, const Tensor& k, cons
     if (p.state_kinds == 3 && !alpha)
       refuse("alpha must be given with ends_step where states has 3 states a slot");
     const Tensor& rows = checked_rows("ends_step", *ends_step, p.rows, q, held);
-    p.ends_step = data(rows);
-    if (checks_contents(rows)) check_ends_step(data(on_cpu(rows)), p.rows);
+    p.ends_step = int32_data(rows);
+    if (checks_contents(rows)) check_ends_step(int32_data(on_cpu(rows)), p.rows);
   }
   if (slots) {
     const Tensor& rows = checked_rows("slots", *slots, p.rows, q, held);
-    p.row_slots = data(rows);
-    if (checks_contents(rows)) check_slots(data(on_cpu(rows)), p.rows, p.slots);
+    p.row_slots = int32_data(rows);
+    if (checks_contents(rows)) check_slots(int32_data(on_cpu(rows)), p.rows, p.slots);
   } else if (p.slots < p.rows) {
     refuse("states must have a slot for each of the ", p.rows, " rows when slots is not given, got ",
            p.slots);
