@@ -1,6 +1,7 @@
 """What the fixture `device` stands for, and the CUDA kernels on the emulator in place of the CPU backend."""
 
 import os
+import random
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from statecore import ops
 
@@ -53,6 +55,20 @@ class Device(str):
         self.runs_cuda = name != "cpu"
         return self
 
+    @property
+    def finest(self) -> torch.dtype:
+        """The dtype with the least error that is served."""
+        return torch.float32 if self.runs_cuda else torch.float64
+
+    def length(self, time: int) -> int:
+        """Tokens of a long case: fewer where thousands take minutes."""
+        return min(time, 512) if self.name in EMULATORS else time
+
+    def vary(self, draw: random.Random) -> None:
+        """From here on the emulated GPU is another one; kernels, tiles and splits are chosen by its size."""
+        if self.name in EMULATORS:
+            emulator(self.name).gpu(draw.choice([80, 90]), draw.choice([1, 8, 132]))
+
     def every_way(self) -> Iterator[str]:
         """Ways to run the same once more that must not change a bit, which hold until the next one is asked for."""
         if self.name == "cpu":
@@ -65,6 +81,14 @@ class Device(str):
             for order, seed in (("forward", 0), ("reverse", 0), ("random", 1), ("random", 2)):
                 emulator(self.name).schedule(order, seed)
                 yield f"threads run in {order} order"
+
+
+CPU = Device("cpu")
+
+
+def on(device: Device, *values):
+    """The same values, tensors among them on the device."""
+    return tuple(x.to(device) if isinstance(x, Tensor) else x for x in values)
 
 
 class Emulator:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import EXACT, VALUE, Heads, random_step_ids, relative_error
-from devices import Device
+from devices import Device, on
 
 from statecore import ops, reference
 
@@ -20,10 +20,6 @@ ALPHA = torch.tensor([7.0, 7.0, 0.1, 0.5, 0.0, 1.0, 0.3])
 
 def int32(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
-
-
-def on(device: Device, *tensors: torch.Tensor | None):
-    return tuple(x if x is None else x.to(device) for x in tensors)
 
 
 def random_case(seed: int, dtype: torch.dtype, device: Device):
