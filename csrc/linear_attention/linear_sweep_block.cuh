@@ -1,0 +1,314 @@
+// A block of a sweep, whatever multiplies in it: which part of the state it has, where that comes from and
+// goes to, decay, ends of steps, and how results leave. Both sweeps use it: linear_sweep.cu, which multiplies
+// with mma.sync, and linear_sweep_sm90.cu.
+//
+// A block owns kSweepValues columns of the state of one item in one segment, transposed in registers of four
+// warps: rows are values, 16 a warp, columns are keys; results are transposed in the same way.
+#pragma once
+
+#include <type_traits>
+
+#include "common/mma.cuh"
+#include "linear_attention/linear_sweep.cuh"
+
+namespace statecore {
+
+constexpr int kSweepThreads = 128, kSweepWarps = kSweepThreads / 32;
+
+// ---- decay: weights of a chunk's tokens; G_i is the sum of log2 e^g over the tokens up to i
+template <int kChunk>
+struct ChunkDecay {
+  float2 sum[kChunk];      // G_i as high + low: it is large, but differences of neighbours are small
+  float to_state[kChunk];  // of what goes into the state: e^{G_last - G_i}, in reverse e^{G_i}
+  float of_state[kChunk];  // of what is read from it: e^{G_i}, in reverse e^{G_last - G_i}
+  float total;             // e^{G_last}
+};
+
+// high + low of a sum that is exact to about 2^-48.
+__device__ __forceinline__ float2 plus(float2 a, float2 b) {
+  const float sum = a.x + b.x, from_b = sum - a.x;
+  const float error = (a.x - (sum - from_b)) + (b.x - from_b);
+  return make_float2(sum, a.y + b.y + error);
+}
+__device__ __forceinline__ float difference(float2 a, float2 b) { return (a.x - b.x) + (a.y - b.y); }
+
+// By one warp, whose lane l has the tokens kOwn l, kOwn l + 1, ..., and log2 of what each leaves of the state.
+template <int kOwn>
+__device__ __forceinline__ void store_decays(const float (&log_decays)[kOwn], bool reverse,
+                                             ChunkDecay<32 * kOwn>& to) {
+  const int lane = lane_index();
+  float2 sums[kOwn];
+  sums[0] = make_float2(log_decays[0], 0);
+#pragma unroll
+  for (int i = 1; i < kOwn; ++i) sums[i] = plus(sums[i - 1], make_float2(log_decays[i], 0));
+  float2 until = sums[kOwn - 1];
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const float2 before = make_float2(__shfl_up_sync(0xffffffffu, until.x, distance),
+                                      __shfl_up_sync(0xffffffffu, until.y, distance));
+    if (lane >= distance) until = plus(before, until);
+  }
+  const float2 last =
+      make_float2(__shfl_sync(0xffffffffu, until.x, 31), __shfl_sync(0xffffffffu, until.y, 31));
+  float2 before =
+      make_float2(__shfl_up_sync(0xffffffffu, until.x, 1), __shfl_up_sync(0xffffffffu, until.y, 1));
+  if (lane == 0) before = make_float2(0, 0);
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    const int token = kOwn * lane + i;
+    const float2 sum = plus(before, sums[i]);
+    const float from_start = exp2_approx(sum.x + sum.y), to_end = exp2_approx(difference(last, sum));
+    to.sum[token] = sum;
+    to.to_state[token] = reverse ? from_start : to_end;
+    to.of_state[token] = reverse ? to_end : from_start;
+  }
+  if (lane == 0) to.total = exp2_approx(last.x + last.y);
+}
+
+// ---- numbers of any size as float16: rows are multiplied by a power of two that brings their largest element
+// to 2^14, and what is computed with them is divided by it. Both are exact.
+constexpr int kLargestExponent = 127 + 14;
+__device__ __forceinline__ int range_exponent(float largest) {  // biased; below 2^-40 nothing is gained
+  return max(int(__float_as_uint(largest) >> 23 & 255u), 127 - 40);
+}
+__device__ __forceinline__ float into_range(int exponent) {
+  return __uint_as_float(uint32_t(127 + kLargestExponent - exponent) << 23);
+}
+__device__ __forceinline__ float out_of_range(int exponent) {
+  return __uint_as_float(uint32_t(exponent - kLargestExponent + 127) << 23);
+}
+
+// Of rows g (half 0) and g + 8 (half 1) of accumulators, which four lanes share.
+template <int kTiles>
+__device__ __forceinline__ int row_exponent(const float (&x)[kTiles][4], int half) {
+  float largest = 0;
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n)
+    largest = fmaxf(largest, fmaxf(fabsf(x[n][2 * half]), fabsf(x[n][2 * half + 1])));
+  largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
+  return range_exponent(fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2)));
+}
+
+// ---- y = segment + sigmoid(gate) x
+__device__ __forceinline__ float sigmoid(float x) { return 1 / (1 + expf(-x)); }
+
+template <class T>
+__device__ __forceinline__ uint4 gated(uint4 x, uint4 gate, uint4 segment) {
+  const auto pair = [](uint32_t x, uint32_t gate, uint32_t segment) {
+    const float2 a = unpack<T>(x), g = unpack<T>(gate), s = unpack<T>(segment);
+    return pack<T>(s.x + sigmoid(g.x) * a.x, s.y + sigmoid(g.y) * a.y);
+  };
+  return make_uint4(pair(x.x, gate.x, segment.x), pair(x.y, gate.y, segment.y), pair(x.z, gate.z, segment.z),
+                    pair(x.w, gate.w, segment.w));
+}
+
+// ---- the block
+template <class T, int kKeyWidth>
+struct SweepBlock {
+  static constexpr int kChunk = sizeof(T) == 2 ? 64 : 32;
+  static constexpr int kOwn = kChunk / 32;  // tokens of a lane, where a warp has a chunk
+  using State = float[kKeyWidth / 8][4];    // accumulators; of a thread
+  using Out = float[kChunk / 8][4];         // columns are tokens
+
+  const Sweep& p;
+  int64_t slot;
+  int item, first_value, values;  // columns of the state
+  Span span;
+
+  __device__ __forceinline__ explicit SweepBlock(const Sweep& p) : p(p) {
+    const int slices = (p.value_width + kSweepValues - 1) / kSweepValues;
+    slot = blockIdx.x / unsigned(slices * p.items);
+    item = int(blockIdx.x / unsigned(slices)) % p.items;
+    first_value = int(blockIdx.x) % slices * kSweepValues;
+    values = min(p.value_width - first_value, kSweepValues);
+    span = span_of(p.segments, slot, kChunk);
+  }
+
+  __device__ __forceinline__ bool has_out() const { return p.out || p.out_float; }
+  __device__ __forceinline__ bool decaying() const { return p.log_decay.data != nullptr; }
+
+  __device__ __forceinline__ SweptChunk chunk_at(int i) const {  // in the order of the sweep
+    return chunk_of(span, p.reverse ? span.chunks - 1 - i : i, kChunk);
+  }
+  __device__ __forceinline__ const T* rows_of(const HeadsView& x, int head, int token) const {
+    return static_cast<const T*>(x.data) + span.row * x.batch + int64_t(token) * x.time + head * x.head;
+  }
+  // Of [B * T, items, value_width].
+  __device__ __forceinline__ int64_t at_out(const SweptChunk& chunk, int token, int value) const {
+    const int64_t row = span.row * p.segments.tokens + chunk.begin + token;
+    return (row * p.items + item) * p.value_width + first_value + value;
+  }
+
+  __device__ __forceinline__ void load_decays(const SweptChunk& chunk, float (&log_decays)[kOwn]) const {
+    const float* from = static_cast<const float*>(p.log_decay.data) + span.row * p.log_decay.batch +
+                        item / p.log_decay.shared * p.log_decay.head;
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const int token = kOwn * lane_index() + i;
+      const float x =
+          token < chunk.length ? from[int64_t(chunk.begin + token) * p.log_decay.time] * kLog2E : 0;
+      log_decays[i] = x < -300 ? -300 : x;  // 2^-300 is 0, and differences to -inf are no numbers
+    }
+  }
+
+  // -- states; the first is in registers, start and prompt of steps are in p.step_states
+  __device__ __forceinline__ float* at_state(const SweepStates& states, int kind) const {
+    return states.data + kind * states.kind + slot * states.slot + item / states.shared * states.head;
+  }
+  template <class Body>
+  __device__ __forceinline__ void each_element(const SweepStates& states, const Body& body) const {
+    const int first = first_value + 16 * (int(threadIdx.x) / 32);
+#pragma unroll
+    for (int n = 0; n < kKeyWidth / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int value = first + accumulator_row(i), key = 8 * n + accumulator_column(i);
+        body(n, i, value < p.value_width && key < p.key_width, value * states.value + key * states.key);
+      }
+  }
+  __device__ __forceinline__ float* step_state(int kind) const {
+    return p.step_states + (int64_t(blockIdx.x) * 2 + kind - 1) * kSweepValues * kKeyWidth + threadIdx.x;
+  }
+  __device__ static __forceinline__ int in_step_state(int n, int i) { return (n * 4 + i) * kSweepThreads; }
+
+  __device__ __forceinline__ void load_states(State& state) const {
+    const float* initial = p.initial.data ? at_state(p.initial, 0) : nullptr;
+    each_element(p.initial, [&](int n, int i, bool valid, int at) {
+      state[n][i] = initial && valid ? initial[at] * p.initial.factor : 0;
+    });
+    if (p.states != 3) return;
+    for (int kind = 1; kind < 3; ++kind) {
+      const float* from = initial ? at_state(p.initial, kind) : nullptr;
+      float* to = step_state(kind);
+      each_element(p.initial, [&](int n, int i, bool valid, int at) {
+        to[in_step_state(n, i)] = from && valid ? from[at] * p.initial.factor : 0;
+      });
+    }
+  }
+
+  __device__ __forceinline__ void store_states(const State& state) const {
+    if (!p.final.data || item % p.final.shared != 0) return;
+    for (int kind = 0; kind < p.states; ++kind) {
+      float* to = at_state(p.final, kind);
+      const float* from = kind > 0 ? step_state(kind) : nullptr;
+      each_element(p.final, [&](int n, int i, bool valid, int at) {
+        if (valid) to[at] = (kind == 0 ? state[n][i] : from[in_step_state(n, i)]) * p.final.factor;
+      });
+    }
+  }
+
+  // Thread 0 keeps account of what the segment makes of the state before it.
+  __device__ __forceinline__ void begin_transition(float* transition) const {
+    if (p.transition && threadIdx.x == 0)
+      for (int i = 0; i < 9; ++i) transition[i] = i % 4 == 0 ? 1 : 0;
+  }
+  __device__ __forceinline__ void store_transition(const float* transition, float state_factor) const {
+    if (!p.transition || threadIdx.x != 0 || first_value != 0) return;
+    float* to = p.transition + (slot * p.items + item) * 9;
+    to[0] = decaying() ? state_factor : transition[0];
+    for (int i = 1; i < 9; ++i) to[i] = transition[i];
+  }
+
+  __device__ __forceinline__ void end_step(int32_t step, State& state, float* transition) const {
+    const StepEnd end(step, p.alpha, p.alphas);
+    // Forwards, without a correction, the others are only written.
+    const bool reads = p.reverse || end.start != 0;
+    float *const starts = step_state(1), *const prompts = step_state(2);
+#pragma unroll
+    for (int n = 0; n < kKeyWidth / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int at = in_step_state(n, i);
+        float start = reads ? starts[at] : 0, prompt = reads ? prompts[at] : 0;
+        if (p.reverse)
+          end.apply_reverse(state[n][i], start, prompt);
+        else
+          end.apply(state[n][i], start, prompt);
+        starts[at] = start;
+        if (p.reverse || end.copies_prompt) prompts[at] = prompt;
+      }
+    if (p.transition && threadIdx.x == 0)
+      for (int i = 0; i < 3; ++i) {
+        if (p.reverse)
+          end.apply_reverse(transition[i], transition[3 + i], transition[6 + i]);
+        else
+          end.apply(transition[i], transition[3 + i], transition[6 + i]);
+      }
+  }
+
+  // -- results
+  __device__ __forceinline__ void store_zeros(const SweptChunk& chunk) const {
+    if (!has_out()) return;
+    for (int i = int(threadIdx.x); i < chunk.length * values; i += kSweepThreads) {
+      const int64_t to = at_out(chunk, i / values, i % values);
+      if (p.out) set(static_cast<T*>(p.out)[to], 0);
+      if (p.gated_out) set(static_cast<T*>(p.gated_out)[to], 0);
+      if (p.out_float) p.out_float[to] = 0;
+    }
+  }
+
+  __device__ __forceinline__ void store_products(const SweptChunk& chunk, const Out& out) const {
+    const int lane = lane_index(), warp = int(threadIdx.x) / 32;
+    if (!p.products || 16 * warp >= values) return;
+    const T* const partner = rows_of(p.partner, item / p.partner.shared, chunk.begin) + first_value + 16 * warp;
+    float* const to = p.products +
+                      ((int64_t(first_value / 16 + warp) * p.batch + span.row) * p.items + item) *
+                          p.segments.tokens +
+                      chunk.begin;
+#pragma unroll
+    for (int n = 0; n < kChunk / 8; ++n)
+#pragma unroll
+      for (int odd = 0; odd < 2; ++odd) {
+        const int token = 8 * n + accumulator_column(odd);
+        float sum = 0;
+        if (token < chunk.length) {
+          const T* row = partner + token * p.partner.time;
+          sum = out[n][odd] * to_float(row[lane / 4]) + out[n][odd + 2] * to_float(row[lane / 4 + 8]);
+        }
+#pragma unroll
+        for (int rows = 4; rows < 32; rows *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, rows);
+        if (lane < 4 && token < chunk.length) to[token] = sum;
+      }
+  }
+
+  // The warp's 16 columns of a tile [token, value] of results, which it has put there itself.
+  __device__ __forceinline__ void store_rows(const SweptChunk& chunk, const unsigned char* tile) const {
+    const int lane = lane_index(), warp = int(threadIdx.x) / 32;
+#pragma unroll
+    for (int i = 0; i < kChunk / 16; ++i) {
+      const int token = 16 * i + lane / 2, value = 16 * warp + lane % 2 * 8;
+      if (token >= chunk.length || value >= values) continue;
+      const uint4 row = *reinterpret_cast<const uint4*>(tile + Tile<T, kSweepValues>::offset(token, value));
+      const int64_t to = at_out(chunk, token, value);
+      __stcs(reinterpret_cast<uint4*>(static_cast<T*>(p.out) + to), row);
+      if (!p.gated_out) continue;
+      const T* gate = rows_of(p.gate, item, chunk.begin + token) + first_value + value;
+      const T* segment = static_cast<const T*>(p.segment_out) + to;
+      if constexpr (sizeof(T) == 2)
+        __stcs(reinterpret_cast<uint4*>(static_cast<T*>(p.gated_out) + to),
+               gated<T>(row, *reinterpret_cast<const uint4*>(gate), *reinterpret_cast<const uint4*>(segment)));
+    }
+  }
+
+  // From registers: a store covers 32 bytes of each of 4 tokens.
+  __device__ __forceinline__ void store_elements(const SweptChunk& chunk, const Out& out) const {
+#pragma unroll
+    for (int n = 0; n < kChunk / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int token = 8 * n + accumulator_column(i);
+        const int value = 16 * (int(threadIdx.x) / 32) + accumulator_row(i);
+        if (token >= chunk.length || value >= values) continue;
+        const int64_t to = at_out(chunk, token, value);
+        if (p.out_float) p.out_float[to] = out[n][i];
+        if (!p.out) continue;
+        set(static_cast<T*>(p.out)[to], out[n][i]);
+        if (!p.gated_out) continue;
+        const float gate = to_float(rows_of(p.gate, item, chunk.begin + token)[first_value + value]);
+        set(static_cast<T*>(p.gated_out)[to],
+            to_float(static_cast<const T*>(p.segment_out)[to]) + sigmoid(gate) * out[n][i]);
+      }
+  }
+};
+
+}  // namespace statecore

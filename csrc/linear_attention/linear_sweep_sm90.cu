@@ -1,0 +1,374 @@
+#include "common/hopper.cuh"
+#include "linear_attention/linear_sweep_block.cuh"
+
+namespace statecore {
+namespace {
+
+constexpr int kThreads = 2 * kSweepThreads;  // a warpgroup that multiplies, and one of which a warp loads
+constexpr int kMathRegisters = 216, kLoadRegisters = 40;
+constexpr int kStages = 2, kChunk = 64, kPanelBytes = 64 * 128;
+constexpr unsigned kSweepBarrier = 1;  // of the warps that multiply
+
+using Panel = Tile<__half, 64>;
+
+struct Beside {
+  uint64_t full[kStages], empty[kStages];
+  ChunkDecay<kChunk> decays[kStages];
+  int score_exponents[kChunk];
+  float transition[9];
+};
+
+// Of dynamic shared memory, in bytes.
+template <int kKeyWidth>
+struct Layout {
+  static constexpr int kKeyBytes = kKeyWidth / 64 * kPanelBytes;
+  static constexpr int kStageBytes = 2 * kKeyBytes + kPanelBytes;  // q, k, v
+  static constexpr int kScores = kStages * kStageBytes;            // rounded, then the rest
+  static constexpr int kOut = kScores + 2 * kPanelBytes;
+  static constexpr int kBeside = kOut + kPanelBytes;
+  static constexpr int kBytes = kBeside + int(sizeof(Beside));
+};
+
+// Accumulators as wgmma wants them.
+template <int kTiles>
+__device__ __forceinline__ float (&flat(float (&x)[kTiles][4]))[4 * kTiles] {
+  return reinterpret_cast<float(&)[4 * kTiles]>(x);
+}
+
+template <class T, int kKeyWidth>
+__global__ void __launch_bounds__(kThreads, 2)
+    sweep_sm90(const __grid_constant__ Sweep p, const __grid_constant__ TensorMap q_map,
+               const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map) {
+#if defined(STATECORE_SM90A)
+  using L = Layout<kKeyWidth>;
+  using Block = SweepBlock<T, kKeyWidth>;
+  constexpr bool kNarrowRange = std::is_same_v<T, __half>;
+  STATECORE_DYNAMIC_SHARED(shared);
+  Beside& beside = *reinterpret_cast<Beside*>(shared + L::kBeside);
+  const uint32_t base = shared_address(shared);
+  const uint32_t full = shared_address(beside.full), empty = shared_address(beside.empty);
+
+  const Block block(p);
+  const Span& span = block.span;
+  if (span.sequence < 0) return;
+  const int thread = int(threadIdx.x), warp = __shfl_sync(0xffffffffu, thread / 32, 0), lane = lane_index();
+  const bool has_out = block.has_out(), decaying = block.decaying();
+  if (thread == 0) {
+    for (int stage = 0; stage < kStages; ++stage) {
+      mbarrier_init(full + 8 * stage, 1);
+      mbarrier_init(empty + 8 * stage, kSweepWarps);
+    }
+    mbarrier_init_fence();
+  }
+  __syncthreads();
+
+  // ---- the producer
+  if (warp >= kSweepWarps) {
+    lower_registers<kLoadRegisters>();
+    if (warp > kSweepWarps) return;
+    float log_decays[Block::kOwn] = {};
+    if (decaying && span.chunks > 0) block.load_decays(block.chunk_at(0), log_decays);
+    int loads = 0;
+    for (int c = 0; c < span.chunks; ++c) {
+      const SweptChunk chunk = block.chunk_at(c);
+      for (int g = 0; g < p.group && chunk.ended != kPaddingChunk; ++g, ++loads) {
+        const int stage = loads % kStages, head = block.item * p.group + g;
+        const uint32_t q = base + stage * L::kStageBytes, k = q + L::kKeyBytes, v = k + L::kKeyBytes;
+        const uint32_t barrier = full + 8 * stage;
+        mbarrier_wait(empty + 8 * stage, (loads / kStages & 1) ^ 1);
+        if (lane == 0) {
+          mbarrier_expect(barrier, has_out ? L::kStageBytes : L::kStageBytes - L::kKeyBytes);
+#pragma unroll
+          for (int key = 0; key < kKeyWidth; key += 64) {
+            const uint32_t panel = key / 64 * kPanelBytes;
+            if (has_out)
+              tma_load(q + panel, q_map, {key, head / p.q.shared, chunk.begin, int(span.row)}, barrier);
+            tma_load(k + panel, k_map, {key, head / p.k.shared, chunk.begin, int(span.row)}, barrier);
+          }
+          tma_load(v, v_map, {block.first_value, head / p.v.shared, chunk.begin, int(span.row)}, barrier);
+        }
+        if (decaying) store_decays(log_decays, p.reverse, beside.decays[stage]);
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(barrier);
+      }
+      if (decaying && c + 1 < span.chunks) block.load_decays(block.chunk_at(c + 1), log_decays);
+    }
+  } else {
+
+  // ---- the four warps that multiply
+  raise_registers<kMathRegisters>();
+  const auto own_barrier = [] { named_barrier_sync(kSweepBarrier, kSweepThreads); };
+  typename Block::State state;
+  typename Block::Out out;
+  block.load_states(state);
+  block.begin_transition(beside.transition);
+  float state_factor = 1;
+  int loads = 0;
+  SweptChunk chunk{}, next{};
+  if (span.chunks > 0) chunk = block.chunk_at(0);
+  for (int c = 0; c < span.chunks; ++c, chunk = next) {
+    if (c + 1 < span.chunks) next = block.chunk_at(c + 1);
+    if (chunk.ended == kPaddingChunk) {
+      block.store_zeros(chunk);
+      continue;
+    }
+    if (!p.reverse && chunk.ended >= 0) block.end_step(chunk.ended, state, beside.transition);
+    // Rows of the stage that are no tokens of the chunk, but others': beyond the tensor TMA has put zeros.
+    const bool has_others = chunk.length < kChunk && chunk.begin + chunk.length < p.segments.tokens;
+
+    for (int g = 0; g < p.group; ++g, ++loads) {
+      const int stage = loads % kStages;
+      unsigned char* const k_panel = shared + stage * L::kStageBytes + L::kKeyBytes;
+      unsigned char* const v_panel = k_panel + L::kKeyBytes;
+      const uint32_t q = base + stage * L::kStageBytes, k = q + L::kKeyBytes, v = k + L::kKeyBytes;
+      const ChunkDecay<kChunk>& decay = beside.decays[stage];
+      const bool first_head = g == 0, last_head = g + 1 == p.group;
+      mbarrier_wait(full + 8 * stage, loads / kStages & 1);
+
+      if (has_out) {
+        // ---- scores = q k^T, out^T = S^T q^T
+        int exponents[2];
+        const auto to_operands = [&](SplitA<T> (&a)[4], int begin) {  // 64 keys of the state
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int n = begin / 8 + 2 * i;
+            if constexpr (kNarrowRange) {
+              float scaled_state[2][4];
+#pragma unroll
+              for (int j = 0; j < 8; ++j)
+                scaled_state[j / 4][j % 4] = state[n + j / 4][j % 4] * into_range(exponents[j % 4 / 2]);
+              from_accumulators<T>(a[i], scaled_state);
+            } else {
+              from_accumulators<T>(a[i], state + n);
+            }
+          }
+        };
+        const auto read_state = [&](const SplitA<T> (&a)[4], int begin) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const uint64_t b = k_major(q, kPanelBytes, 0, begin + 16 * i);
+            wgmma<T, kChunk>(flat(out), a[i].low.r, b, begin + i > 0);
+            wgmma<T, kChunk>(flat(out), a[i].high.r, b, true);
+          }
+        };
+        SplitA<T> a[4];
+        if (first_head) {
+          if constexpr (kNarrowRange) exponents[0] = row_exponent(state, 0), exponents[1] = row_exponent(state, 1);
+          to_operands(a, 0);
+        }
+        float scores[kChunk / 8][4];
+        wgmma_settle(flat(scores));
+        wgmma_settle(flat(out));
+        wgmma_fence();
+#pragma unroll
+        for (int depth = 0; depth < kKeyWidth; depth += 16)
+          wgmma<T, kChunk>(flat(scores), k_major(q, kPanelBytes, 0, depth), k_major(k, kPanelBytes, 0, depth),
+                           depth > 0);
+        wgmma_commit();
+
+        if (first_head) {
+          wgmma_fence();
+          read_state(a, 0);
+        }
+        wgmma_commit();
+        wgmma_wait<1>();
+        wgmma_settle(flat(scores));
+        own_barrier();
+        const auto zero_rest = [&](unsigned char* panel, int length) {
+          for (int at = length * 128 + thread * 16; at < kPanelBytes; at += kSweepThreads * 16)
+            *reinterpret_cast<uint4*>(panel + at) = make_uint4(0, 0, 0, 0);
+        };
+        if (has_others) {
+#pragma unroll
+          for (int key = 0; key < kKeyWidth; key += 64) zero_rest(k_panel + key / 64 * kPanelBytes, chunk.length);
+        }
+        if (has_others || p.adds_nothing) zero_rest(v_panel, p.adds_nothing ? 0 : chunk.length);
+
+        int first_seen[2], last_seen[2];  // of the thread's rows
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int row = 16 * warp + accumulator_row(2 * half);
+          first_seen[half] = p.reverse ? row : 0, last_seen[half] = p.reverse ? chunk.length - 1 : row;
+        }
+#pragma unroll
+        for (int n = 0; n < kChunk / 8; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int column = 8 * n + accumulator_column(i);
+            const bool seen = column >= first_seen[i / 2] && column <= last_seen[i / 2];
+            scores[n][i] = seen ? scores[n][i] : 0;
+          }
+        if (decaying) {
+          // e^{G_row - G_column}, in reverse e^{G_column - G_row}; what is not seen is 0, and may be so large.
+          const float2 sums[2] = {decay.sum[16 * warp + accumulator_row(0)], decay.sum[16 * warp + accumulator_row(2)]};
+          const float sign = p.reverse ? -1 : 1;
+#pragma unroll
+          for (int n = 0; n < kChunk / 8; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+              scores[n][i] *= exp2_approx(sign * difference(sums[i / 2], decay.sum[8 * n + accumulator_column(i)]));
+        }
+        if constexpr (kNarrowRange) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int exponent = row_exponent(scores, half);
+            const float factor = into_range(exponent);
+#pragma unroll
+            for (int n = 0; n < kChunk / 8; ++n) scores[n][2 * half] *= factor, scores[n][2 * half + 1] *= factor;
+            if (lane % 4 == 0) beside.score_exponents[16 * warp + accumulator_row(2 * half)] = exponent;
+          }
+        }
+#pragma unroll
+        for (int n = 0; n < kChunk / 8; n += 2) {
+          SplitA<T> parts;
+          from_accumulators<T>(parts, scores + n);
+          const uint32_t to =
+              base + L::kScores + Panel::offset(16 * warp + lane % 16, 8 * n + lane / 16 * 8);
+          stmatrix<false>(to, parts.high.r);
+          stmatrix<false>(to + kPanelBytes, parts.low.r);
+        }
+        fence_proxy_async();
+        own_barrier();
+        if constexpr (kKeyWidth == 128) {
+          wgmma_wait<0>();
+          if (first_head) {
+          to_operands(a, 64);
+          wgmma_settle(flat(out));
+          wgmma_fence();
+          read_state(a, 64);
+          }
+          wgmma_commit();
+        }
+        wgmma_wait<0>();
+        wgmma_settle(flat(out));
+#pragma unroll
+        for (int n = 0; n < kChunk / 8; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int column = 8 * n + accumulator_column(i);
+            if (first_head) {
+              if constexpr (kNarrowRange) out[n][i] *= out_of_range(exponents[i / 2]);
+              if (decaying) out[n][i] *= decay.of_state[column];
+            }
+            if constexpr (kNarrowRange) out[n][i] *= into_range(beside.score_exponents[column]);
+          }
+
+        // ---- out^T += v^T scores^T
+        wgmma_settle(flat(out));
+        wgmma_fence();
+#pragma unroll
+        for (int depth = 0; depth < kChunk; depth += 16)
+#pragma unroll
+          for (int part = 0; part < 2; ++part)
+            wgmma<T, kChunk, Major::kMN>(
+                flat(out), mn_major(v, kPanelBytes, 0, depth),
+                k_major(base + L::kScores + part * kPanelBytes, kPanelBytes, 0, depth), true);
+        wgmma_commit();
+      }
+
+      // ---- S^T = e^{G_last} S^T + v^T k
+      if (decaying) {
+        if (first_head) {
+#pragma unroll
+          for (int n = 0; n < kKeyWidth / 8; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) state[n][i] *= decay.total;
+          state_factor *= decay.total;
+        }
+        SplitA<T> a[kChunk / 16];
+#pragma unroll
+        for (int i = 0; i < kChunk / 16; ++i) {
+          OperandA<T> unscaled;
+          load<true>(unscaled, Tile<T, 64>{}, v_panel, 16 * i, 16 * warp);
+          a[i] = scaled(unscaled, [&](int token) { return decay.to_state[16 * i + token]; });
+        }
+        wgmma_settle(flat(state));
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < kChunk / 16; ++i) {
+          const uint64_t b = mn_major(k, kPanelBytes, 0, 16 * i);
+          wgmma<T, kKeyWidth, Major::kMN>(flat(state), a[i].low.r, b, true);
+          wgmma<T, kKeyWidth, Major::kMN>(flat(state), a[i].high.r, b, true);
+        }
+        wgmma_commit();
+      } else {
+        wgmma_settle(flat(state));
+        wgmma_fence();
+#pragma unroll
+        for (int depth = 0; depth < kChunk; depth += 16)
+          wgmma<T, kKeyWidth, Major::kMN, Major::kMN>(flat(state), mn_major(v, kPanelBytes, 0, depth),
+                                                      mn_major(k, kPanelBytes, 0, depth), true);
+        wgmma_commit();
+      }
+
+      if (has_out) {
+        wgmma_wait<1>();
+        wgmma_settle(flat(out));
+#pragma unroll
+        for (int n = 0; n < kChunk / 8; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            if constexpr (kNarrowRange)
+              out[n][i] *= out_of_range(beside.score_exponents[8 * n + accumulator_column(i)]);
+            if (last_head) out[n][i] *= p.out_factor;
+          }
+        if (last_head) {
+          if (p.out) {
+            __syncwarp();
+#pragma unroll
+            for (int n = 0; n < kChunk / 8; n += 2) {
+              OperandA<T> rounded;
+              from_accumulators<T>(rounded, out + n);
+              stmatrix<true>(base + L::kOut +
+                                 Panel::offset(8 * n + lane % 8 + lane / 16 * 8, 16 * warp + lane / 8 % 2 * 8),
+                             rounded.r);
+            }
+            __syncwarp();
+            block.store_rows(chunk, shared + L::kOut);
+          } else {
+            block.store_elements(chunk, out);
+          }
+        }
+      }
+      wgmma_wait<0>();
+      wgmma_settle(flat(state));
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(empty + 8 * stage);
+      if (has_out && last_head) block.store_products(chunk, out);
+    }
+    if (p.reverse && chunk.ended >= 0) block.end_step(chunk.ended, state, beside.transition);
+  }
+
+  block.store_states(state);
+  block.store_transition(beside.transition, state_factor);
+  }
+#endif
+}
+
+template <class T, int kKeyWidth>
+void launch_sweep(const Sweep& p, int64_t blocks, void* stream) {
+  const auto map = [&](const SweepOperand& x, int64_t width) {
+    const int64_t heads = int64_t(p.items) * p.group / x.shared;
+    return make_tensor_map(static_cast<const T*>(x.data), {width, heads, p.segments.tokens, p.batch},
+                           {x.head, x.time, x.batch}, {64, 1, kChunk, 1});
+  };
+  const TensorMap k = map(p.k, p.key_width), v = map(p.v, p.value_width);
+  const bool has_out = p.out || p.out_float;
+  launch("linear_sweep_sm90", sweep_sm90<T, kKeyWidth>,
+         {dim3(unsigned(blocks)), dim3(kThreads), size_t(Layout<kKeyWidth>::kBytes)}, stream, p,
+         has_out ? map(p.q, p.key_width) : k, k, v);
+}
+
+template <class T>
+void launch_sweep(const Sweep& p, int64_t blocks, void* stream) {
+  p.key_width <= 64 ? launch_sweep<T, 64>(p, blocks, stream) : launch_sweep<T, 128>(p, blocks, stream);
+}
+
+}  // namespace
+
+void launch_sweep_sm90(const Sweep& p, int64_t blocks, void* stream) {
+  p.dtype == DType::kBFloat16 ? launch_sweep<__nv_bfloat16>(p, blocks, stream)
+                              : launch_sweep<__half>(p, blocks, stream);
+}
+
+}  // namespace statecore
