@@ -442,7 +442,7 @@ __global__ void __launch_bounds__(kThreads, 2) sweep(Sweep p) {
 
       if (p.products && 16 * warp < values) {
         const T* const partner =
-            rows_of(p.partner, item / p.partner.shared, chunk.begin) + first_value + 16 * warp;
+            rows_of(p.partner, item * p.group / p.partner.shared, chunk.begin) + first_value + 16 * warp;
         float* const to =
             p.products +
             ((int64_t(first_value / 16 + warp) * p.batch + span.row) * p.items + item) *
