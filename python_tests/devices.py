@@ -5,11 +5,13 @@ import random
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from cases import Heads
 from torch import Tensor
 
 from statecore import ops
@@ -56,9 +58,16 @@ class Device(str):
         return self
 
     @property
-    def finest(self) -> torch.dtype:
-        """The dtype with the least error that is served."""
-        return torch.float32 if self.runs_cuda else torch.float64
+    def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        """Two that are served: the one with the least error, and one with more."""
+        return (torch.float32, torch.bfloat16) if self.runs_cuda else (torch.float64, torch.float32)
+
+    def serving(self, heads: Heads) -> Heads:
+        """The same heads, with the next widths that are served."""
+        if not self.runs_cuda:
+            return heads
+        key_width, value_width = (min(-(-width // 16) * 16, 128) for width in (heads.key_width, heads.value_width))
+        return replace(heads, key_width=key_width, value_width=value_width)
 
     def length(self, time: int) -> int:
         """Tokens of a long case: fewer where thousands take minutes."""
