@@ -182,6 +182,20 @@ def test_gradient_without_strides(device):
         assert torch.equal(x, y)
 
 
+@pytest.mark.parametrize("device", ["emulated", "cuda"], indirect=True)
+def test_refuses_on_cuda(device):
+    def attend(key_width: int, value_width: int, dtype=torch.float32):
+        ops.linear_attention(*on(device, *Heads(1, 1, 1, key_width, value_width).qkv(1, 3, dtype)))
+
+    attend(16, 128)
+    with pytest.raises(RuntimeError, match="q must be float32, bfloat16 or float16 on CUDA, got float64"):
+        attend(16, 16, torch.float64)
+    with pytest.raises(RuntimeError, match=r"q and k must have a width that is a multiple of 16 up to 128 .*, got 24"):
+        attend(24, 16)
+    with pytest.raises(RuntimeError, match="v must have a width that is a multiple of 16 up to 128 on CUDA, got 144"):
+        attend(16, 144)
+
+
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)
 def test_graph_capture(device):
     """Captured once, replayed on other contents: where sequences begin is read when the kernels run."""
