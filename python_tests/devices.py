@@ -87,9 +87,9 @@ class Device(str):
         elif self.name == "cuda":
             yield from (f"run {i}" for i in range(200))
         else:
-            for order, seed in (("forward", 0), ("reverse", 0), ("random", 1), ("random", 2)):
-                emulator(self.name).schedule(order, seed)
-                yield f"threads run in {order} order"
+            for order, asynchronous in (("forward", "late"), ("reverse", "early"), ("random", "random")):
+                emulator(self.name).schedule(order, asynchronous)
+                yield f"threads in {order} order, copies {asynchronous}"
 
 
 CPU = Device("cpu")
@@ -113,10 +113,11 @@ class Emulator:
     def serving(self) -> Iterator[None]:
         """They compute for CPU tensors meanwhile; gradients, fakes and autocast stay those of statecore.ops.
 
-        The controls start at their defaults, and memory that nobody has set is NaN.
+        Controls and counters start at their defaults, and memory that nobody has set is NaN.
         """
         self.schedule("forward")
         self.gpu()
+        self.take_work()
         deterministic = torch.are_deterministic_algorithms_enabled()
         registrations = torch.library.Library("statecore", "IMPL")
         try:
@@ -135,14 +136,21 @@ class Emulator:
             return getattr(self._ops, name).default
         return lambda *args, **kwargs: pytest.skip(f"{name} has no CUDA kernel")
 
-    # ---- controls
-    def schedule(self, order: str, seed: int = 1) -> None:
-        """In which `order` threads run that could: forward, reverse or random."""
-        self._ops.set_schedule(order, seed)
+    # ---- controls and counters
+    def schedule(self, order: str, asynchronous: str = "late", seed: int = 1) -> None:
+        """`order` in which threads run that could: forward, reverse, random; when asynchronous copies and products
+        take effect: late, early, random."""
+        orders, times = ("forward", "reverse", "random"), ("late", "early", "random")  # as in cuda_tests/simt/simt.h
+        self._ops.set_schedule(orders.index(order), times.index(asynchronous), seed)
 
     def gpu(self, arch: int = 80, multiprocessors: int = 132) -> None:
         """What host code finds when it chooses kernels: 80 is A100, 90 H200."""
         self._ops.set_device(arch, multiprocessors)
+
+    def take_work(self) -> tuple[list[str], int]:
+        """Names of the kernels launched since the last call, and how many tensor-core products they made."""
+        launches, products = self._ops.take_work()
+        return launches.splitlines(), products
 
 
 @cache
