@@ -18,10 +18,12 @@ from statecore import ops
 
 # Test libraries: the shipped CUDA operators on the emulator, plain and with a check of every memory access.
 EMULATORS = {"emulated": "statecore_emulated", "checked": "statecore_checked"}
-OPERATORS = (
-    "linear_attention", "linear_attention_backward", "segment_attention", "segment_attention_backward",
-    "step_linear_attention", "step_linear_attention_backward", "mixed_attention_forward", "state_update",
-)  # fmt: skip
+
+
+def operators() -> list[str]:
+    """Names of those with a CPU backend."""
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("statecore::")]
+    return [name.partition("::")[2] for name in names if torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")]
 
 
 def require(name: str) -> None:
@@ -62,7 +64,7 @@ class Device(str):
         """Two that are served: the one with the least error, and one with more."""
         return (torch.float32, torch.bfloat16) if self.runs_cuda else (torch.float64, torch.float32)
 
-    def serving(self, heads: Heads) -> Heads:
+    def served(self, heads: Heads) -> Heads:
         """The same heads, with the next widths that are served."""
         if not self.runs_cuda:
             return heads
@@ -124,7 +126,7 @@ class Emulator:
             torch.use_deterministic_algorithms(True)  # fills new tensors
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Warning only once for all operators")  # that this overrides
-                for name in OPERATORS:
+                for name in operators():
                     registrations.impl(name, self._kernel(name), "CPU")
             yield
         finally:

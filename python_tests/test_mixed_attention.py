@@ -29,7 +29,7 @@ def random_case(seed: int, dtype: torch.dtype, device: Device = CPU):
         *draw.choice([(1, 1, 1), (4, 2, 2), (6, 1, 1), (4, 4, 4)]), draw.choice([1, 8, 17]), draw.choice([3, 16])
     )
     device.vary(draw)
-    heads = device.serving(heads)
+    heads = device.served(heads)
     packed = draw.random() < 0.4
     batch, queries = 1 if packed else draw.choice([1, 2]), draw.choice([1, 15, 65, 100])
     keys = queries if packed else queries + draw.choice([0, 0, 1, 40])
@@ -104,7 +104,7 @@ def test_one_step_with_a_closed_gate_is_causal_attention(dtype, device):
     """T5."""
     if device.runs_cuda and dtype == torch.float64:
         return  # refused
-    tensors = mixed_inputs(device.serving(Heads(4, 2, 2, 8, 12)), 2, 70, 70, 2, 16, dtype)
+    tensors = mixed_inputs(device.served(Heads(4, 2, 2, 8, 12)), 2, 70, 70, 2, 16, dtype)
     tensors[6] = torch.full_like(tensors[6], -1000.0)
     *tensors, ids, alpha = on(device, *tensors, torch.ones(2, 70, dtype=torch.int32), ALPHA)
     out, _ = ops.mixed_attention(*tensors, ids, alpha)
@@ -117,7 +117,7 @@ def test_one_step_with_a_closed_gate_is_causal_attention(dtype, device):
 def test_split_over_a_cache_is_one_call(cut, device):
     """Keys and ids of the whole sequence so far, states carried: chunked prefill."""
     dtype = device.dtypes[0]
-    tensors = mixed_inputs(device.serving(Heads(4, 2, 2, 8, 12)), 2, 80, 80, 2, 16, dtype)
+    tensors = mixed_inputs(device.served(Heads(4, 2, 2, 8, 12)), 2, 80, 80, 2, 16, dtype)
     *tensors, ids, alpha = on(device, *tensors, random_step_ids(2, 80, longest=20), ALPHA)
     q, k, v, *linear = tensors
     out, states = ops.mixed_attention(*tensors, ids, alpha)
@@ -192,7 +192,7 @@ def test_graph_capture(device):
 
 @pytest.mark.parametrize(("batch", "time"), [(0, 5), (2, 0)])
 def test_nothing_to_do(batch, time, device):
-    heads = device.serving(Heads(4, 2, 2, 8, 12))
+    heads = device.served(Heads(4, 2, 2, 8, 12))
     tensors = [leaf(x) for x in on(device, *mixed_inputs(heads, batch, time, time, 2, 16, torch.float32))]
     ids, alpha = on(device, torch.zeros(batch, time, dtype=torch.int32), ALPHA)
     (out, states), grads, _ = run(ops.mixed_attention, (*tensors, ids, alpha), {})

@@ -58,7 +58,7 @@ def assert_like_reference(tensors, step_ids, cu_seqlens=None, scale=None, device
 @pytest.mark.parametrize("kind", [PROMPT_AND_STEPS, TINY_STEPS, LONG_PROMPT], ids=["steps", "tiny steps", "prompt"])
 @pytest.mark.parametrize("padding", [0, 40])
 def test_random_cases(heads, kind, padding, device):
-    heads = device.serving(heads)
+    heads = device.served(heads)
     for batch, time in ((2, 150), (1, 301)):
         step_ids = random_step_ids(batch, time, padding=padding, **kind)
         assert_like_reference(heads.qkv(batch, time), step_ids, device=device)
@@ -66,7 +66,7 @@ def test_random_cases(heads, kind, padding, device):
 
 @pytest.mark.parametrize("time", [1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 255, 257])
 def test_lengths_around_tile_edges(time, device):
-    heads = device.serving(Heads(q=2, k=1, v=1, key_width=8, value_width=8))
+    heads = device.served(Heads(q=2, k=1, v=1, key_width=8, value_width=8))
     for step_ids in (random_step_ids(1, time, prompt=time // 4, longest=70), ids_of(0, time), ids_of(time)):
         assert_like_reference(heads.qkv(1, time), step_ids, device=device)
 
@@ -79,18 +79,18 @@ def test_steps_that_begin_around_tile_edges(edge, device):
 
 @pytest.mark.parametrize(("key_width", "value_width"), [(1, 1), (3, 17), (16, 128), (100, 64), (129, 15), (80, 112)])
 def test_any_width(key_width, value_width, device):
-    heads = device.serving(Heads(q=2, k=1, v=1, key_width=key_width, value_width=value_width))
+    heads = device.served(Heads(q=2, k=1, v=1, key_width=key_width, value_width=value_width))
     assert_like_reference(heads.qkv(2, 70), random_step_ids(2, 70, padding=3), device=device)
 
 
 def test_more_query_heads_than_rows_of_a_tile(device):
-    heads = device.serving(Heads(q=300, k=1, v=1, key_width=4, value_width=4))
+    heads = device.served(Heads(q=300, k=1, v=1, key_width=4, value_width=4))
     assert_like_reference(heads.qkv(1, 20), ids_of(5, 7, 8), device=device)
 
 
 def test_scale(device):
     for scale in (0.37, 0.0):
-        assert_like_reference(device.serving(GQA).qkv(1, 40), ids_of(10, 30), scale=scale, device=device)
+        assert_like_reference(device.served(GQA).qkv(1, 40), ids_of(10, 30), scale=scale, device=device)
 
 
 @pytest.mark.parametrize("device", ["checked"], indirect=True)
@@ -125,7 +125,7 @@ def test_gradcheck():
 
 def test_one_step_without_prompt_is_causal_attention(device):
     dtype = device.dtypes[0]
-    q, k, v = on(device, *device.serving(GQA).qkv(2, 200, dtype))
+    q, k, v = on(device, *device.served(GQA).qkv(2, 200, dtype))
     out, _ = ops.segment_attention(q, k, v, torch.full((2, 200), 4, dtype=torch.int32, device=device))
     heads_first = (x.double().transpose(1, 2) for x in (q, k, v))
     wanted = F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True)
@@ -138,7 +138,7 @@ def test_one_step_without_prompt_is_causal_attention(device):
 @pytest.mark.parametrize("lengths", [(70, 1, 0, 130, 3), (0, 0, 5), (64, 64), (0,), (200,)])
 def test_packed_is_one_by_one(lengths, device):
     dtype = device.dtypes[0]
-    tensors = on(device, *device.serving(GQA).qkv(1, sum(lengths), dtype))
+    tensors = on(device, *device.served(GQA).qkv(1, sum(lengths), dtype))
     pieces = [random_step_ids(1, n, prompt=10, longest=30, padding=2) for n in lengths]
     step_ids = torch.cat(pieces, dim=1)
     offsets = list(itertools.accumulate(lengths, initial=0))
@@ -154,7 +154,7 @@ def test_packed_is_one_by_one(lengths, device):
 @pytest.mark.parametrize("queries", [1, 2, 7, 64, 100, 180])
 def test_queries_are_the_last_tokens_of_a_cache_with_holes(queries, device):
     keys = 180
-    q, k, v = device.serving(GQA).qkv(3, queries, keys=keys)
+    q, k, v = device.served(GQA).qkv(3, queries, keys=keys)
     step_ids = random_step_ids(3, keys, prompt=30, longest=50)
     step_ids[0, torch.rand(keys) < 0.3] = -1
     step_ids[1, 64:128] = -1
@@ -167,7 +167,7 @@ def test_queries_are_the_last_tokens_of_a_cache_with_holes(queries, device):
 def test_what_lies_in_holes_and_padding_does_not_matter(heads, queries, device):
     step_ids = random_step_ids(2, 180, prompt=30, longest=50)
     step_ids[torch.rand(2, 180) < 0.3] = -1
-    q, k, v, step_ids = on(device, *device.serving(heads).qkv(2, queries, device.dtypes[0], keys=180), step_ids)
+    q, k, v, step_ids = on(device, *device.served(heads).qkv(2, queries, device.dtypes[0], keys=180), step_ids)
     wanted = with_gradients(ops.segment_attention, (q, k, v), step_ids)
     hole = step_ids == -1
     padding = hole[:, 180 - queries :]
@@ -192,7 +192,7 @@ def test_padding_stays_zero_beside_infinite_values(device):
 @pytest.mark.parametrize("queries", [1, 2, 5, 40])
 @pytest.mark.parametrize("beside", [7, 16])  # on CUDA: rows that are copied, and rows that are not
 def test_what_lies_beside_a_row_does_not_matter(queries, beside, device):
-    heads = device.serving(Heads(q=1, k=1, v=1, key_width=9, value_width=20))
+    heads = device.served(Heads(q=1, k=1, v=1, key_width=9, value_width=20))
     *plain, ids = on(device, *heads.qkv(1, queries, device.dtypes[0], keys=130), ids_of(50, 80))
     among = [F.pad(x, (beside, beside), value=float("nan"))[..., beside : beside + x.shape[-1]] for x in plain]
     got = ops.segment_attention(*among, ids)
@@ -203,7 +203,7 @@ def test_what_lies_beside_a_row_does_not_matter(queries, beside, device):
 @pytest.mark.parametrize("cuts", [(50,), (1, 2, 3), (64, 128), (33, 34, 150)])
 def test_chunked_prefill_is_one_call(cuts, device):
     time, dtype = 170, device.dtypes[0]
-    tensors = device.serving(GQA).qkv(2, time, dtype)
+    tensors = device.served(GQA).qkv(2, time, dtype)
     q, k, v, step_ids = on(device, *tensors, random_step_ids(2, time, prompt=30, longest=40, padding=5))
     out, lse = ops.segment_attention(q, k, v, step_ids)
     for begin, end in zip((0, *cuts), (*cuts, time), strict=True):
@@ -214,7 +214,7 @@ def test_chunked_prefill_is_one_call(cuts, device):
 
 def test_padding_on_either_side_changes_nothing(device):
     time, dtype = 90, device.dtypes[0]
-    tensors = device.serving(GQA).qkv(1, time, dtype)
+    tensors = device.served(GQA).qkv(1, time, dtype)
     q, k, v, step_ids = on(device, *tensors, random_step_ids(1, time, prompt=30, longest=40))
     wanted = with_gradients(ops.segment_attention, (q, k, v), step_ids, generator_seed=1)
     for left, right in ((70, 0), (0, 70), (3, 5)):
@@ -227,7 +227,7 @@ def test_padding_on_either_side_changes_nothing(device):
 
 @pytest.mark.parametrize(("batch", "queries", "keys"), [(0, 5, 5), (2, 0, 0), (2, 0, 7), (0, 0, 0)])
 def test_nothing_to_do(batch, queries, keys, device):
-    heads = device.serving(GQA)
+    heads = device.served(GQA)
     tensors = on(device, *heads.qkv(batch, queries, device.dtypes[0], keys=keys))
     out, lse, grad_q, grad_k, grad_v = with_gradients(
         ops.segment_attention, tensors, torch.zeros(batch, keys, dtype=torch.int32, device=device)
@@ -241,7 +241,7 @@ def test_nothing_to_do(batch, queries, keys, device):
 
 def test_nobody_at_all(device):
     *tensors, ids = on(
-        device, *device.serving(GQA).qkv(2, 70, device.dtypes[0]), torch.full((2, 70), -1, dtype=torch.int32)
+        device, *device.served(GQA).qkv(2, 70, device.dtypes[0]), torch.full((2, 70), -1, dtype=torch.int32)
     )
     out, lse, *grads = with_gradients(ops.segment_attention, tensors, ids)
     assert (out == 0).all()
@@ -274,7 +274,7 @@ def test_strided_inputs(device):
 def test_gradient_without_strides(device):
     """That of a sum: one number, expanded."""
     dtype = device.dtypes[0]
-    q, k, v, step_ids = on(device, *device.serving(GQA).qkv(1, 50, dtype), ids_of(10, 40))
+    q, k, v, step_ids = on(device, *device.served(GQA).qkv(1, 50, dtype), ids_of(10, 40))
     out, lse = ops.segment_attention(q, k, v, step_ids)
     one = torch.ones((), dtype=dtype, device=device)
     arguments = q, k, v, out, lse, step_ids, None, None
@@ -302,7 +302,7 @@ def test_error_budget_at_4096_tokens(lengths, device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("lengths", [(64, *[64] * 9), (0, 640)], ids=str)
 def test_16_bit_error_against_eager_float32(dtype, lengths, device):
-    *rounded, step_ids = on(device, *device.serving(GQA).qkv(1, 640, dtype), ids_of(*lengths))
+    *rounded, step_ids = on(device, *device.served(GQA).qkv(1, 640, dtype), ids_of(*lengths))
     got = with_gradients(ops.segment_attention, rounded, step_ids)
     eager = with_gradients(lambda *args: _round_out(reference.segment_attention(*args), dtype),
                            [x.float() for x in rounded], step_ids)  # fmt: skip
@@ -321,7 +321,7 @@ def _round_out(results, dtype):
 def test_same_bits_on_every_run_and_with_every_number_of_threads(dtype, device):
     if device.runs_cuda and dtype == torch.float64:
         return  # refused: test_refuses_on_cuda
-    gqa, mqa = device.serving(GQA), device.serving(MQA)
+    gqa, mqa = device.served(GQA), device.served(MQA)
     long, packed = min(900, device.length(900)), 700 if device.length(900) == 900 else 200
     cuts = torch.tensor([0, 10, packed - 100, packed], dtype=torch.int32)
     cases = [
@@ -385,7 +385,7 @@ def test_refuses_on_cuda(device):
 def test_keys_of_other_steps_are_never_touched(device):
     """NaN in one step would spread through any block of keys that is multiplied at all, even with weight 0."""
     length = 1024 if device.length(6144) == 6144 else 128
-    heads = device.serving(Heads(q=1, k=1, v=1, key_width=4, value_width=4))
+    heads = device.served(Heads(q=1, k=1, v=1, key_width=4, value_width=4))
     *tensors, step_ids = on(device, *heads.qkv(1, 6 * length, device.dtypes[0]), ids_of(length, *[length] * 5))
     step = slice(2 * length, 3 * length)
     for x in tensors[1:]:

@@ -80,7 +80,7 @@ def test_equals_reference(seed, dtype, device):
 @pytest.mark.parametrize("step", [1, 16, 63, 64, 65])
 def test_steps_that_end_around_tile_edges(step, device):
     """Three sequences: the prompt ends at an edge, before it, or is not there; steps of one token among the others."""
-    heads = device.serving(Heads(4, 2, 2, 8, 20))
+    heads = device.served(Heads(4, 2, 2, 8, 20))
     lengths = [64] + [step] * 3 + [1, 1, 5], [step] + [1] * 5 + [step, 64, 2], [0, 64, step]
     time = max(map(sum, lengths))
     ids = torch.full((3, time), -1, dtype=torch.int32)
@@ -119,7 +119,7 @@ def test_gradcheck(initial_step):
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("cut", [0, 1, 2, 13, 29, 64, 65, 99, 129])
 def test_split_anywhere_is_one_call(cut, skip, device):
-    dtype, heads = device.dtypes[0], device.serving(Heads(4, 2, 2, 8, 20))
+    dtype, heads = device.dtypes[0], device.served(Heads(4, 2, 2, 8, 20))
     ids = random_step_ids(3, 129, prompt=6, longest=30, padding=3, skip=skip)
     states = torch.randn(3, 3, 2, heads.key_width, heads.value_width, dtype=dtype)
     initial_step = torch.tensor([-1, *first_ids(ids)[1:]], dtype=torch.int32)
@@ -141,7 +141,7 @@ def test_split_anywhere_is_one_call(cut, skip, device):
 
 def test_packed_is_one_by_one(device):
     """Bit for bit on the CPU; on CUDA how the work is split depends on how much there is."""
-    lengths, heads = [5, 0, 64, 1, 70], device.serving(Heads(4, 2, 2, 8, 20))
+    lengths, heads = [5, 0, 64, 1, 70], device.served(Heads(4, 2, 2, 8, 20))
     ends = torch.tensor(lengths).cumsum(0).tolist()
     cu_seqlens = torch.tensor([0, *ends], dtype=torch.int32)
     ids = torch.cat([random_step_ids(1, n, padding=2) for n in lengths], 1)
@@ -168,7 +168,7 @@ def test_packed_is_one_by_one(device):
 
 @pytest.mark.parametrize(("batch", "time"), [(0, 5), (2, 0), (0, 0)])
 def test_nothing_to_do(batch, time, device):
-    heads = device.serving(Heads(4, 2, 2, 8, 20))
+    heads = device.served(Heads(4, 2, 2, 8, 20))
     tensors = [leaf(x) for x in on(device, *heads.qkv(batch, time, torch.float32))]
     states = leaf(torch.randn(3, batch, 2, heads.key_width, heads.value_width).to(device))
     ids = torch.zeros(batch, time, dtype=torch.int32)
@@ -181,7 +181,7 @@ def test_nothing_to_do(batch, time, device):
 
 def test_padding_is_nobody(device):
     """Whatever padding holds, even NaN, changes nothing; its output and gradients are 0; a step ends across it too."""
-    heads = device.serving(Heads(4, 2, 2, 8, 20))
+    heads = device.served(Heads(4, 2, 2, 8, 20))
     sizes = heads.key_width, heads.value_width
     tensors = on(device, *heads.qkv(1, 100, torch.float32))
     ids = random_step_ids(1, 100, prompt=0, longest=5) + 1
