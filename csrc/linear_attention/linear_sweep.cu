@@ -258,8 +258,12 @@ __global__ void __launch_bounds__(kThreads, 2) sweep(Sweep p) {
       // This stage has landed; the other one, the scores and the older decays are no longer read.
       cp_async_wait<0>();
       __syncthreads();
-      if (!last_head || !last_chunk)
-        load_chunk(last_head ? next : chunk, last_head ? 0 : g + 1, shared + (at ^ 1) * S::kStageBytes);
+      if (!last_head || !last_chunk) {
+        // Member by member: a reference to one of the two would put both on the stack.
+        const SweptChunk loaded{last_head ? next.begin : chunk.begin, last_head ? next.length : chunk.length,
+                                last_head ? next.ended : chunk.ended};
+        load_chunk(loaded, last_head ? 0 : g + 1, shared + (at ^ 1) * S::kStageBytes);
+      }
       const bool prepares_decay = decaying && warp == 0 && last_head && !last_chunk;
       float next_log_decays[kOwn];
       if (prepares_decay) load_decays(next, next_log_decays);
