@@ -58,12 +58,14 @@ struct Plan {
   const int32_t* initial_step;
 };
 
-// One block a sequence. Chunks begin where the id changes and every `chunk` tokens from there: where that is
-// takes a scan for the last change, their numbers take a scan for the sum.
+// One block a sequence. Chunks begin where the id changes and every `chunk` tokens from there: that takes a
+// scan for the last change, their numbers one for the sum, and the step that ends one for the last id, which
+// is the largest (padding may lie between).
 __global__ void __launch_bounds__(kScanThreads) plan_sequences(Plan p) {
   STATECORE_SHARED(int, last_changes, kScanWarps);
+  STATECORE_SHARED(int, last_ids, kScanWarps);
   STATECORE_SHARED(int, counts, kScanWarps);
-  constexpr int kOwn = 16;  // tokens of a thread
+  constexpr int kOwn = 8;  // tokens of a thread
   const Segments& s = p.segments;
   const int64_t n = blockIdx.x;
   const int thread = int(threadIdx.x);
@@ -80,32 +82,33 @@ __global__ void __launch_bounds__(kScanThreads) plan_sequences(Plan p) {
   __syncthreads();
 
   const int32_t* ids = p.step_ids + (s.cu_seqlens ? 0 : n) * p.ids_batch;
-  const int32_t initial = p.initial_step ? p.initial_step[n] : -1;
   PlannedChunk* const chunks = p.chunks + first_chunk_of(s, n, tokens);
-  int change = tokens.begin, written = 0;  // before the present tile
+  int change = tokens.begin, last_id = p.initial_step ? p.initial_step[n] : -1;  // before the present tile
+  int written = 0;
   for (int64_t tile = tokens.begin; tile < tokens.end; tile += kOwn * kScanThreads) {
     const int64_t first = tile + kOwn * thread;
     int32_t own[kOwn], before = first > tokens.begin && first < tokens.end ? ids[first - 1] : -1;
     uint32_t changes = 0, begins = 0;
-    int last_change = -1;
+    int last_change = -1, largest = -1;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       own[i] = first + i < tokens.end ? ids[first + i] : -1;
+      largest = max(largest, own[i]);
       if (first + i >= tokens.end) continue;
       if (first + i == tokens.begin || own[i] != (i ? own[i - 1] : before))
         changes |= 1u << i, last_change = int(first + i);
     }
-    int last_of_all;
-    const auto later = [](int a, int b) { return max(a, b); };
-    int from = max(scan_block(last_change, -1, later, last_changes, last_of_all), change);
-    change = max(last_of_all, change);
+    const auto larger = [](int a, int b) { return max(a, b); };
+    int all_changes, all_ids, all;
+    int from = max(scan_block(last_change, -1, larger, last_changes, all_changes), change);
+    int last = max(scan_block(largest, -1, larger, last_ids, all_ids), last_id);
+    change = max(all_changes, change), last_id = max(all_ids, last_id);
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       if (first + i >= tokens.end) continue;
       if (changes >> i & 1u) from = int(first + i);
       if ((first + i - from) % p.chunk == 0) begins |= 1u << i;
     }
-    int all;
     int at = written + scan_block(__popc(begins), 0, [](int a, int b) { return a + b; }, counts, all);
     written += all;
 #pragma unroll
@@ -119,11 +122,8 @@ __global__ void __launch_bounds__(kScanThreads) plan_sequences(Plan p) {
       }
       if (!(begins >> i & 1u)) continue;
       int32_t ended = own[i] == -1 ? kPaddingChunk : kNothingEnded;
-      if (own[i] != -1 && changes >> i & 1u) {
-        const int32_t earlier = i ? own[i - 1] : before;
-        const int32_t last = token == tokens.begin || earlier == -1 ? initial : earlier;
-        if (last >= 0 && own[i] > last) ended = last;
-      }
+      if (last >= 0 && own[i] > last) ended = last;
+      last = max(last, own[i]);
       chunks[at++] = {int32_t(token), ended};
     }
   }
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kStateThreads) scan_segments(StateScan p) {
     if (count > 0) added[s] = *state(p.added, p.segments.slots, s, slot(0));
   }
   for (int i = 0; i < count; ++i) {
-    float4 next[kStates], sum[kStates];
+    float4 next[kStates] = {}, sum[kStates];
     const float* m = p.transition + (slot(i) * p.heads + head) * 9;
     for (int s = 0; s < kStates; ++s) {
       if (i + 1 < count) next[s] = *state(p.added, p.segments.slots, s, slot(i + 1));

@@ -62,15 +62,19 @@ __device__ __forceinline__ float largest_of_row(float x) {
 
 __device__ __forceinline__ float sigmoid(float x) { return 1 / (1 + expf(-x)); }
 
-// y = segment + sigmoid(gate) x for 16 bytes.
+// segment + sigmoid(gate) x, for 16 bytes of T.
 template <class T>
-__device__ __forceinline__ uint4 gated(uint4 x, uint4 gate, uint4 segment) {
-  const auto pair = [](uint32_t x, uint32_t gate, uint32_t segment) {
-    const float2 a = unpack<T>(x), g = unpack<T>(gate), s = unpack<T>(segment);
-    return pack<T>(s.x + sigmoid(g.x) * a.x, s.y + sigmoid(g.y) * a.y);
+__device__ __forceinline__ uint4 gated(T, uint4 x, uint4 gate, uint4 segment) {
+  const auto word = [](uint32_t x, uint32_t gate, uint32_t segment) {
+    if constexpr (sizeof(T) == 4) {
+      return __float_as_uint(__uint_as_float(segment) + sigmoid(__uint_as_float(gate)) * __uint_as_float(x));
+    } else {
+      const float2 a = unpack<T>(x), g = unpack<T>(gate), s = unpack<T>(segment);
+      return pack<T>(s.x + sigmoid(g.x) * a.x, s.y + sigmoid(g.y) * a.y);
+    }
   };
-  return make_uint4(pair(x.x, gate.x, segment.x), pair(x.y, gate.y, segment.y), pair(x.z, gate.z, segment.z),
-                    pair(x.w, gate.w, segment.w));
+  return make_uint4(word(x.x, gate.x, segment.x), word(x.y, gate.y, segment.y), word(x.z, gate.z, segment.z),
+                    word(x.w, gate.w, segment.w));
 }
 
 template <class T, int kKeyWidth>
@@ -132,20 +136,18 @@ __global__ void __launch_bounds__(kThreads, 2) sweep(Sweep p) {
 
   const auto end_step = [&](int32_t step) {
     const StepEnd end(step, p.alpha, p.alphas);
-    // Forwards, without a correction, the others are only written.
-    const bool reads = p.reverse || end.start != 0;
+    if (p.reverse) {
 #pragma unroll
-    for (int n = 0; n < kKeyWidth / 8; ++n)
+      for (int n = 0; n < kKeyWidth / 8; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float start = reads ? start_state[own(n, i)] : 0, prompt = reads ? prompt_state[own(n, i)] : 0;
-        if (p.reverse)
-          end.apply_reverse(state[n][i], start, prompt);
-        else
-          end.apply(state[n][i], start, prompt);
-        start_state[own(n, i)] = start;
-        if (p.reverse || end.copies_prompt) prompt_state[own(n, i)] = prompt;
-      }
+        for (int i = 0; i < 4; ++i)
+          end.apply_reverse(state[n][i], start_state[own(n, i)], prompt_state[own(n, i)]);
+    } else {
+#pragma unroll
+      for (int n = 0; n < kKeyWidth / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) end.apply(state[n][i], start_state[own(n, i)], prompt_state[own(n, i)]);
+    }
     if (p.transition && thread == 0)
       for (int i = 0; i < 3; ++i) {
         if (p.reverse)
@@ -167,12 +169,12 @@ __global__ void __launch_bounds__(kThreads, 2) sweep(Sweep p) {
       const int head = item * p.group + g;
       if (has_out)
         load_tile<T, kChunk, kKeyWidth, kThreads>(stage, rows_of(p.q, head / p.q.shared, chunk.begin),
-                                                  p.q.time, chunk.length, p.key_width);
+                                                  here(p.q.time), chunk.length, p.key_width);
       load_tile<T, kChunk, kKeyWidth, kThreads>(stage + S::kKeyBytes,
-                                                rows_of(p.k, head / p.k.shared, chunk.begin), p.k.time,
+                                                rows_of(p.k, head / p.k.shared, chunk.begin), here(p.k.time),
                                                 chunk.length, p.key_width);
       load_tile<T, kChunk, kSweepValues, kThreads>(
-          stage + 2 * S::kKeyBytes, rows_of(p.v, head / p.v.shared, chunk.begin) + first_value, p.v.time,
+          stage + 2 * S::kKeyBytes, rows_of(p.v, head / p.v.shared, chunk.begin) + first_value, here(p.v.time),
           p.adds_nothing ? 0 : chunk.length, values);
     }
     cp_async_commit();
@@ -233,7 +235,13 @@ __global__ void __launch_bounds__(kThreads, 2) sweep(Sweep p) {
   }
   float out[kChunk / 8][4];  // rows are values, as in the state, columns are tokens
   float state_factor = 1;
-  for (int c = 0, at = 0; c < span.chunks; ++c, chunk = next) {
+  int32_t ended = kNothingEnded;  // of the present chunk
+  for (int c = 0, at = 0;; ++c, chunk = next) {
+    const int32_t left = ended;
+    ended = c < span.chunks ? chunk.ended : kNothingEnded;
+    const int32_t ends_here = p.reverse ? left : ended;
+    if (ends_here >= 0) end_step(ends_here);
+    if (c == span.chunks) break;
     const bool last_chunk = c + 1 == span.chunks;
     if (!last_chunk) next = chunk_at(c + 1);
     const ChunkDecay<kChunk>& decay = decays[c % 2];
@@ -242,21 +250,27 @@ __global__ void __launch_bounds__(kThreads, 2) sweep(Sweep p) {
       const unsigned char *const q = stage, *const k = stage + S::kKeyBytes;
       unsigned char* const v = stage + 2 * S::kKeyBytes;
       const bool last_head = g + 1 == p.group;
+      // Of this lane's accumulators. Everything that is computed from these would else fill registers.
+      const int first_row = here(accumulator_row(0)), first_column = here(accumulator_column(0));
+      const auto row_of = [&](int i) { return first_row + i / 2 * 8; };
+      const auto column_of = [&](int i) { return first_column + i % 2; };
 
       // This stage has landed; the other one, the scores and the older decays are no longer read.
       cp_async_wait<0>();
       __syncthreads();
-      if (!last_head)
-        load_chunk(chunk, g + 1, shared + (at ^ 1) * S::kStageBytes);
-      else if (!last_chunk)
-        load_chunk(next, 0, shared + (at ^ 1) * S::kStageBytes);
+      if (!last_head || !last_chunk) {
+        // Member by member: a reference to one of the two would put both on the stack.
+        const SweptChunk loaded{last_head ? next.begin : chunk.begin, last_head ? next.length : chunk.length,
+                                last_head ? next.ended : chunk.ended};
+        load_chunk(loaded, last_head ? 0 : g + 1, shared + (at ^ 1) * S::kStageBytes);
+      }
       const bool prepares_decay = decaying && warp == 0 && last_head && !last_chunk;
       float next_log_decays[kOwn];
       if (prepares_decay) load_decays(next, next_log_decays);
 
-      const int64_t first_row = span.row * p.segments.tokens + chunk.begin;  // of [B * T, items, value_width]
+      const int64_t first_token = span.row * p.segments.tokens + chunk.begin;  // of [B * T, items, value_width]
       const auto at_out = [&](int token, int value) {
-        return ((first_row + token) * p.items + item) * p.value_width + first_value + value;
+        return ((first_token + token) * p.items + item) * p.value_width + first_value + value;
       };
 
       if (chunk.ended == kPaddingChunk) {
@@ -269,7 +283,6 @@ __global__ void __launch_bounds__(kThreads, 2) sweep(Sweep p) {
           }
         continue;
       }
-      if (!p.reverse && chunk.ended >= 0) end_step(chunk.ended);
 
       if (has_out) {
         // ---- scores of the tokens that a token sees: those up to it, in reverse those from it on
@@ -278,7 +291,7 @@ __global__ void __launch_bounds__(kThreads, 2) sweep(Sweep p) {
         const auto unseen = [&](int row, int column) {  // blocks of 16 rows and columns
           return p.reverse ? column < row : column > row;
         };
-#pragma unroll
+#pragma unroll 1
         for (int depth = 0; depth < kKeyWidth; depth += kDepth) {
           OperandA<T> a;
           load<false>(a, Keys{}, q, score_row, depth);
@@ -291,19 +304,22 @@ __global__ void __launch_bounds__(kThreads, 2) sweep(Sweep p) {
             mma(score[n / 8 + 1], a, b[1]);
           }
         }
+        const auto each_score = [&](const auto& body) {
 #pragma unroll
-        for (int n = 0; n < S::kScoreColumns / 8; ++n)
+          for (int n = 0; n < S::kScoreColumns / 8; ++n)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int row = score_row + accumulator_row(i), column = score_column + 8 * n + accumulator_column(i);
-            const bool seen = p.reverse ? column >= row : column <= row;
-            if (decaying) {
-              const float log = p.reverse ? difference(decay.sum[column], decay.sum[row])
-                                          : difference(decay.sum[row], decay.sum[column]);
-              score[n][i] *= exp2_approx(seen ? log : 0);
+            for (int i = 0; i < 4; ++i) {
+              const int row = score_row + row_of(i);
+              const int column = score_column + 8 * n + column_of(i);
+              body(score[n][i], row, column, p.reverse ? column >= row : column <= row);
             }
-            score[n][i] = seen ? score[n][i] : 0;
-          }
+        };
+        if (decaying)
+          each_score([&](float& x, int row, int column, bool seen) {
+            const float log = difference(decay.sum[row], decay.sum[column]);
+            x *= exp2_approx(seen ? (p.reverse ? -log : log) : 0);
+          });
+        each_score([](float& x, int, int, bool seen) { x = seen ? x : 0; });
         if constexpr (kNarrowRange) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
@@ -316,15 +332,15 @@ __global__ void __launch_bounds__(kThreads, 2) sweep(Sweep p) {
 #pragma unroll
             for (int n = 0; n < S::kScoreColumns / 8; ++n)
               score[n][2 * half] *= factor, score[n][2 * half + 1] *= factor;
-            if (lane % 4 == 0) score_exponents[score_row + accumulator_row(2 * half)] = exponent;
+            if (lane % 4 == 0) score_exponents[score_row + row_of(2 * half)] = exponent;
           }
         }
 #pragma unroll
         for (int n = 0; n < S::kScoreColumns / 8; ++n)
 #pragma unroll
           for (int i = 0; i < 4; i += 2)
-            store_parts(Scores{}, scores, S::kPartBytes, score_row + accumulator_row(i),
-                        score_column + 8 * n + accumulator_column(i), score[n][i], score[n][i + 1]);
+            store_parts(Scores{}, scores, S::kPartBytes, score_row + row_of(i),
+                        score_column + 8 * n + column_of(i), score[n][i], score[n][i + 1]);
 
         // ---- out^T = S^T q^T, before the state changes
         if (g == 0) {
@@ -365,13 +381,18 @@ __global__ void __launch_bounds__(kThreads, 2) sweep(Sweep p) {
               mma(out[n / 8 + 1], a, b[1]);
             }
           }
+          if constexpr (kNarrowRange) {
 #pragma unroll
-          for (int n = 0; n < kChunk / 8; ++n)
+            for (int n = 0; n < kChunk / 8; ++n)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              if constexpr (kNarrowRange) out[n][i] *= out_of_range(exponents[i / 2]);
-              if (decaying) out[n][i] *= decay.of_state[8 * n + accumulator_column(i)];
-            }
+              for (int i = 0; i < 4; ++i) out[n][i] *= out_of_range(exponents[i / 2]);
+          }
+          if (decaying) {
+#pragma unroll
+            for (int n = 0; n < kChunk / 8; ++n)
+#pragma unroll
+              for (int i = 0; i < 4; ++i) out[n][i] *= decay.of_state[8 * n + column_of(i)];
+          }
         }
         __syncthreads();  // scores are complete
         if constexpr (kNarrowRange) {
@@ -379,7 +400,7 @@ __global__ void __launch_bounds__(kThreads, 2) sweep(Sweep p) {
           for (int n = 0; n < kChunk / 8; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-              out[n][i] *= into_range(score_exponents[8 * n + accumulator_column(i)]);
+              out[n][i] *= into_range(score_exponents[8 * n + column_of(i)]);
         }
       }
 
@@ -391,7 +412,7 @@ __global__ void __launch_bounds__(kThreads, 2) sweep(Sweep p) {
           for (int i = 0; i < 4; ++i) state[n][i] *= decay.total;
         state_factor *= decay.total;
       }
-#pragma unroll
+#pragma unroll 1
       for (int depth = 0; depth < kChunk; depth += kDepth) {
         OperandA<T> a;
         load<true>(a, Values{}, v, depth, 16 * warp);
@@ -422,7 +443,6 @@ __global__ void __launch_bounds__(kThreads, 2) sweep(Sweep p) {
         else
           add_to_state(a);
       }
-      if (p.reverse && last_head && chunk.ended >= 0) end_step(chunk.ended);
       if (prepares_decay) store_decays(next_log_decays, decays[(c + 1) % 2]);
       if (!has_out) continue;
       if constexpr (kNarrowRange) {
@@ -430,7 +450,7 @@ __global__ void __launch_bounds__(kThreads, 2) sweep(Sweep p) {
         for (int n = 0; n < kChunk / 8; ++n)
 #pragma unroll
           for (int i = 0; i < 4; ++i)
-            out[n][i] *= out_of_range(score_exponents[8 * n + accumulator_column(i)]);
+            out[n][i] *= out_of_range(score_exponents[8 * n + column_of(i)]);
       }
       if (!last_head) continue;
 
@@ -440,73 +460,69 @@ __global__ void __launch_bounds__(kThreads, 2) sweep(Sweep p) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) out[n][i] *= p.out_factor;
 
+      // They turn from columns into rows in the columns of v that this warp alone has read. Lanes have 16
+      // bytes of a row each.
+      constexpr int kLanesOfRow = 16 * int(sizeof(T)) / 16, kRowsAtOnce = 32 / kLanesOfRow;
+      const int own_row = lane / kLanesOfRow, own_value = 16 * warp + lane % kLanesOfRow * (16 / int(sizeof(T)));
+      const auto at_v = [&](int n, int i) {
+        return reinterpret_cast<T*>(
+            v + Values::offset(8 * n + column_of(i), 16 * warp + row_of(i)));
+      };
+      __syncwarp();
       if (p.products && 16 * warp < values) {
-        const T* const partner =
-            rows_of(p.partner, item / p.partner.shared, chunk.begin) + first_value + 16 * warp;
-        float* const to =
-            p.products +
-            ((int64_t(first_value / 16 + warp) * p.batch + span.row) * p.items + item) *
-                p.segments.tokens +
-            chunk.begin;
+#pragma unroll 1
+        for (int row = own_row; row < chunk.length; row += kRowsAtOnce)
+          *reinterpret_cast<uint4*>(v + Values::offset(row, own_value)) = *reinterpret_cast<const uint4*>(
+              rows_of(p.partner, item * p.group / p.partner.shared, chunk.begin + row) + first_value +
+              own_value);
+        __syncwarp();
+        float* const to = p.products +
+                          ((int64_t(first_value / 16 + warp) * p.batch + span.row) * p.items + item) *
+                              p.segments.tokens +
+                          chunk.begin;
 #pragma unroll
         for (int n = 0; n < kChunk / 8; ++n)
 #pragma unroll
           for (int odd = 0; odd < 2; ++odd) {
-            const int token = 8 * n + accumulator_column(odd);
+            const int token = 8 * n + column_of(odd);
             float sum = 0;
-            if (token < chunk.length) {
-              const T* row = partner + token * p.partner.time;
-              sum = out[n][odd] * to_float(row[lane / 4]) + out[n][odd + 2] * to_float(row[lane / 4 + 8]);
-            }
+            if (token < chunk.length)
+              sum = out[n][odd] * to_float(*at_v(n, odd)) + out[n][odd + 2] * to_float(*at_v(n, odd + 2));
 #pragma unroll
             for (int rows = 4; rows < 32; rows *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, rows);
             if (lane < 4 && token < chunk.length) to[token] = sum;
           }
+        __syncwarp();
       }
-
-      if (sizeof(T) == 2 && p.out) {
-        // Through the columns of v that this warp alone has read, where they turn from columns into rows.
-        __syncwarp();
-#pragma unroll
-        for (int n = 0; n < kChunk / 8; ++n)
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-            set(*reinterpret_cast<T*>(v + Values::offset(8 * n + accumulator_column(i),
-                                                         16 * warp + accumulator_row(i))),
-                out[n][i]);
-        __syncwarp();
-#pragma unroll
-        for (int i = 0; i < kChunk / 16; ++i) {
-          const int token = 16 * i + lane / 2, value = 16 * warp + lane % 2 * 8;
-          if (token >= chunk.length || value >= values) continue;
-          const uint4 row = *reinterpret_cast<const uint4*>(v + Values::offset(token, value));
-          const int64_t to = at_out(token, value);
-          __stcs(reinterpret_cast<uint4*>(static_cast<T*>(p.out) + to), row);
-          if (!p.gated_out) continue;
-          const T* gate = rows_of(p.gate, item, chunk.begin + token) + first_value + value;
-          const T* segment = static_cast<const T*>(p.segment_out) + to;
-          if constexpr (sizeof(T) == 2)
-            __stcs(reinterpret_cast<uint4*>(static_cast<T*>(p.gated_out) + to),
-                   gated<T>(row, *reinterpret_cast<const uint4*>(gate),
-                            *reinterpret_cast<const uint4*>(segment)));
-        }
-      } else {
+      if (p.out_float) {
         // A store covers 32 bytes of each of 4 tokens.
+        const int64_t time = here(int64_t(p.items) * p.value_width);
+        float* const to = p.out_float + at_out(0, 0);
 #pragma unroll
         for (int n = 0; n < kChunk / 8; ++n)
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const int token = 8 * n + accumulator_column(i), value = 16 * warp + accumulator_row(i);
-            if (token >= chunk.length || value >= values) continue;
-            const int64_t to = at_out(token, value);
-            if (p.out_float) p.out_float[to] = out[n][i];
-            if (!p.out) continue;
-            set(static_cast<T*>(p.out)[to], out[n][i]);
-            if (!p.gated_out) continue;
-            const float gate = to_float(rows_of(p.gate, item, chunk.begin + token)[first_value + value]);
-            set(static_cast<T*>(p.gated_out)[to],
-                to_float(static_cast<const T*>(p.segment_out)[to]) + sigmoid(gate) * out[n][i]);
+            const int token = 8 * n + column_of(i), value = 16 * warp + row_of(i);
+            if (token < chunk.length && value < values) to[token * time + value] = out[n][i];
           }
+        continue;
+      }
+#pragma unroll
+      for (int n = 0; n < kChunk / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) set(*at_v(n, i), out[n][i]);
+      __syncwarp();
+      if (own_value >= values) continue;
+#pragma unroll 1
+      for (int row = own_row; row < chunk.length; row += kRowsAtOnce) {
+        const uint4 x = *reinterpret_cast<const uint4*>(v + Values::offset(row, own_value));
+        const int64_t to = at_out(row, own_value);
+        __stcs(reinterpret_cast<uint4*>(static_cast<T*>(p.out) + to), x);
+        if (!p.gated_out) continue;
+        const T* gate = rows_of(p.gate, item, chunk.begin + row) + first_value + own_value;
+        const T* segment = static_cast<const T*>(p.segment_out) + to;
+        __stcs(reinterpret_cast<uint4*>(static_cast<T*>(p.gated_out) + to),
+               gated(T{}, x, *reinterpret_cast<const uint4*>(gate), *reinterpret_cast<const uint4*>(segment)));
       }
     }
   }

@@ -17,7 +17,7 @@ namespace {
 #if defined(STATECORE_CPU_BACKEND)
 struct Cpu {
   static constexpr auto run_segment = segment_attention_cpu;
-  static constexpr auto run_linear = linear_attention_cpu;
+  using Linear = LinearAttentionOnCpu;
 };
 #endif
 
@@ -62,7 +62,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mixed_attention_forward(
   linear.gate = heads_view(gate);
   linear.segment_out = segment_out.const_data_ptr();
   linear.gated_out = out.mutable_data_ptr();
-  Backend::run_linear(linear);
+  Backend::Linear::run(linear, lin_q);
   return {out, states, segment_out, lse, linear_out};
 }
 
