@@ -9,17 +9,21 @@ from typing import ClassVar
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What every row says of its case. heads: "Hq/Hk". failure: why nothing could be measured, else empty."""
+    """What every row says of its case. heads: "Hq/Hk". threads: 0 on a GPU. failure: why nothing could be measured,
+    else empty. unit: of value and target, one of markdown.UNITS.
+    """
 
     operator: str
     dtype: str
     time: int
     heads: str
     width: int
-    threads: int
+    threads: int = 0
+    batch: int = 1
     target: float | None = None
     failure: str = ""
     at_most: ClassVar[bool] = False
+    unit: ClassVar[str] = "times"
 
     @property
     def value(self) -> float:
@@ -62,6 +66,7 @@ class Preparation(Row):
 
     what: str
     seconds: float
+    unit = "ms"
 
     @property
     def value(self) -> float:
@@ -76,6 +81,7 @@ class LongSequence(Row):
     extra: int | None
     results: int
     peer_needs: int
+    unit = "ms"
 
     @property
     def value(self) -> float:
@@ -90,6 +96,7 @@ class Share(Row):
     spread: float
     peak: float
     matmul: float
+    unit = "percent"
 
     @property
     def value(self) -> float:
@@ -106,6 +113,7 @@ class Bandwidth(Row):
     ours: float
     spread: float
     copy: float
+    unit = "percent"
 
     @property
     def value(self) -> float:
@@ -122,6 +130,7 @@ class HeadState(Row):
     spread: float
     idle: float
     at_most = True
+    unit = "us"
 
     @property
     def value(self) -> float:
@@ -150,6 +159,7 @@ class Point(Row):
 
     side: str
     seconds: float
+    unit = "ms"
 
     @property
     def value(self) -> float:
