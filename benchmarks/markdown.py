@@ -14,6 +14,10 @@ def table(rows: Sequence, columns: list[Column]) -> list[str]:
     return [header, "|" + "---|" * len(columns), *body]
 
 
+def plain(number: float) -> str:
+    return f"{number:.3g}" if number < 1000 else f"{number:,.0f}"
+
+
 def times(ratio: float) -> str:
     return f"{ratio:.3g}x" if ratio < 100 else f"{ratio:.0f}x"
 

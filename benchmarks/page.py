@@ -1,13 +1,17 @@
 """The page of results, made of the record alone: what was asked, what was found, which targets are reached."""
 
+from collections.abc import Callable
 from itertools import groupby
 
 from benchmarks.markdown import UNITS, Column, giga, mb, ms, percent, table, us
 from benchmarks.rows import (
     Bandwidth,
+    Ceiling,
     Comparison,
     Growth,
     HeadState,
+    Kernel,
+    Launches,
     LongSequence,
     Phase,
     Point,
@@ -18,6 +22,7 @@ from benchmarks.rows import (
 )
 from benchmarks.workload import CHUNK, chunked_flops
 
+Table = Callable[[list[Row]], list[str]]
 CASE: list[Column] = [
     ("dtype", lambda r: r.dtype),
     ("B", lambda r: str(r.batch) if r.batch != 1 else ""),
@@ -155,7 +160,11 @@ def question(row: Row) -> str:
             return f"{row.operator}, a head-state, {row.pool}"
         case Growth():
             return f"{row.operator}, time({row.time}) / time({row.short})"
-        case Preparation():
+        case Kernel():
+            return f"{row.operator}, {row.direction}"
+        case Launches():
+            return f"{row.operator}, launches"
+        case Preparation() | Ceiling():
             return row.what
         case Point():
             return f"{row.operator}, {row.side}"
@@ -176,8 +185,11 @@ def verdict(row: Row) -> str:
     return {None: "", True: "reached", False: "**not reached**"}[row.reached]
 
 
-def tables(rows: list[Row]) -> list[list[str]]:
-    """One table a kind of row; comparisons with a target get one a question, those without share one."""
+def tables(rows: list[Row], more: dict[type[Row], Table] | None = None) -> list[list[str]]:
+    """One table a kind of row, of the kinds below and `more`; comparisons with a target get one a question, those
+    without share one.
+    """
+    makers = TABLES | (more or {})
 
     def key(row: Row) -> tuple[type[Row], str]:
         alone = isinstance(row, Comparison) and row.target is not None
@@ -185,7 +197,7 @@ def tables(rows: list[Row]) -> list[list[str]]:
 
     order = list(dict.fromkeys(key(row) for row in rows))
     grouped = groupby(sorted(rows, key=lambda row: order.index(key(row))), key)
-    return [TABLES[kind](list(found)) for (kind, _), found in grouped if kind in TABLES]
+    return [makers[kind](list(found)) for (kind, _), found in grouped if kind in makers]
 
 
 def comparison_table(rows: list[Row]) -> list[str]:
@@ -343,7 +355,7 @@ def phase_table(rows: list[Row]) -> list[str]:
     return lines
 
 
-TABLES = {
+TABLES: dict[type[Row], Table] = {
     Comparison: comparison_table,
     Preparation: preparation_table,
     LongSequence: long_sequence_table,

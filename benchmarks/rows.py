@@ -185,10 +185,73 @@ class Phase(Row):
         return self.stock_s / self.ours_s
 
 
+@dataclass(frozen=True, kw_only=True)
+class Kernel(Row):
+    """Ours on a GPU. bound: seconds of its roofline with the ceilings of the same run; extra: bytes allocated beyond
+    inputs and results; host: seconds of the CPU to issue a call. judged: the unit of value and target.
+    """
+
+    direction: str
+    seconds: float = 0.0
+    spread: float = 0.0
+    host: float = 0.0
+    flops: float = 0.0
+    moved: float = 0.0
+    bound: float = 0.0
+    extra: int | None = None
+    judged: str = "ms"
+
+    @property
+    def unit(self) -> str:
+        return self.judged
+
+    @property
+    def at_most(self) -> bool:
+        return self.judged in ("ms", "us")
+
+    @property
+    def value(self) -> float:
+        return self.seconds if self.at_most else self.flops / self.seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launches(Row):
+    """Nodes of a CUDA graph for each call that was captured in it."""
+
+    launches: float
+    at_most = True
+    unit = "launches"
+
+    @property
+    def value(self) -> float:
+        return self.launches
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ceiling(Row):
+    """What the GPU itself does in the same run, a second."""
+
+    what: str
+    rate: float
+    spread: float
+    judged: str
+
+    @property
+    def unit(self) -> str:
+        return self.judged
+
+    @property
+    def value(self) -> float:
+        return self.rate
+
+
 KINDS = {
     kind.__name__: kind
-    for kind in (Comparison, Preparation, LongSequence, Share, Bandwidth, HeadState, Growth, Point, Phase)
-}
+    for kind in (
+        Bandwidth, Ceiling, Comparison, Growth, HeadState, Kernel, Launches, LongSequence, Phase, Point, Preparation,
+        Share,
+    )
+}  # fmt: skip
 
 
 def to_json(row: Row) -> dict:

@@ -143,7 +143,7 @@ def causal_pairs(time: int) -> int:
 
 
 def attention_flops(pairs: int, case: Case) -> int:
-    """Both matrix products of softmax attention over so many pairs a head."""
+    """Both matrix products of softmax attention over so many pairs a head, in one sequence."""
     return 4 * case.width * pairs * case.heads[0]
 
 
