@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
+import torch._functorch.config
 from torch import Tensor
 
 from benchmarks import gpu_peers, peers, roofline
@@ -93,7 +94,8 @@ def flex_peer(inputs: tuple[Tensor, ...], ids: Tensor) -> Peer:
 
 @functools.lru_cache(maxsize=1)
 def compiled_flex(shapes: tuple[torch.Size, ...]) -> Callable[..., Tensor]:
-    """Compiled once for all masks over the same shapes."""
+    """Compiled once for all masks over the same shapes. A backward that is timed again and again keeps its buffers."""
+    torch._functorch.config.donated_buffer = False
     return peers.flex(gradients=True)
 
 

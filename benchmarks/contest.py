@@ -1,5 +1,6 @@
 """One operator against its peers in one direction: same inputs, same process, interleaved."""
 
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -13,6 +14,7 @@ from benchmarks.workload import Case
 FORWARD, BOTH, BACKWARD = "forward", "forward + backward", "backward"
 OURS = "ours"
 SAME = 0.03  # relative error beyond which two sides do not compute the same thing
+MESSAGE = 200  # characters of a reason
 Run = Callable[[], Tensor]
 
 
@@ -110,4 +112,6 @@ def attempt(run: Run) -> str:
 
 
 def in_one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    """Its first line, or what of that fits a table."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {textwrap.shorten(first, MESSAGE, placeholder=' ...')}"

@@ -11,7 +11,7 @@ Written are gpu.json and gpu.md made of it (gpu_expected.md), whole or not at al
 import argparse
 import sys
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -72,12 +72,22 @@ def ceilings(
     return found, rows
 
 
-def measure(asked: dict[str, list[Question]], instruments: Instruments, machine: dict[str, str]) -> dict[str, dict]:
+def measure(
+    asked: dict[str, list[Question]], instruments: Instruments, machine: dict[str, str],
+    keep: Callable[[dict[str, dict]], None] = lambda sections: None,
+) -> dict[str, dict]:  # fmt: skip
     """{section: record.section and "left_out"}: the most important questions of all sections first, and whatever one
-    of them meets, the others are asked. Prints a line a row.
+    of them meets, the others are asked. Prints a line a row, and keeps what there is after every question: a kernel
+    that never ends takes only itself along.
     """
     rows: dict[str, list[Row]] = {name: [] for name in asked}
     seconds, left_out = dict.fromkeys(asked, 0.0), {name: [] for name in asked}
+
+    def sections() -> dict[str, dict]:
+        return {
+            name: record.section(rows[name], seconds[name], machine) | {"left_out": left_out[name]} for name in asked
+        }
+
     for name, question in sorted(
         ((name, question) for name, found in asked.items() for question in found), key=lambda pair: pair[1].rank
     ):
@@ -85,17 +95,18 @@ def measure(asked: dict[str, list[Question]], instruments: Instruments, machine:
             left_out[name].append(question.name)
             print(f"{name}: left out: {question.name}", flush=True)
             continue
-        torch.manual_seed(0)
         start = time.perf_counter()
         for row in _answers(question, instruments):
             print(f"{instruments.left():6.1f} s left  {line(row)}", flush=True)
             rows[name].append(row)
         seconds[name] += time.perf_counter() - start
-    return {name: record.section(rows[name], seconds[name], machine) | {"left_out": left_out[name]} for name in asked}
+        keep(sections())
+    return sections()
 
 
-def _answers(question: Question, instruments: Instruments):
+def _answers(question: Question, instruments: Instruments) -> Iterator[Row]:
     try:
+        torch.manual_seed(0)
         yield from question.measure(question, instruments)
     except Exception as error:
         yield from question.failed(in_one_line(error), instruments.ceilings)
@@ -126,11 +137,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     machine = gpu_facts()
     reached, rows = ceilings("cuda", by_events, COPIED, SQUARE)
     instruments = Instruments(reached, left=lambda: chosen.budget - (time.perf_counter() - start))
-    measured = {CEILINGS: record.section(rows, time.perf_counter() - start, machine)}
-    measured |= measure(asked, instruments, machine)
     found = record.stored(chosen.out, NAME)
-    found["sections"] |= measured
-    record.write(found, chosen.out, NAME, page)
+    found["sections"][CEILINGS] = record.section(rows, time.perf_counter() - start, machine)
+
+    def keep(sections: dict[str, dict]) -> None:
+        found["sections"] |= sections
+        record.write(found, chosen.out, NAME, page)
+
+    measured = measure(asked, instruments, machine, keep)
+    keep(measured)
     for name in asked:
         print("", *tables_of(measured[name]), sep="\n")
 

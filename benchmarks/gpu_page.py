@@ -1,10 +1,22 @@
 """The pages of results on a GPU: what was measured, made of the record alone, and what was calculated beforehand."""
 
 from benchmarks import roofline
-from benchmarks.gpu_contest import STATE_UPDATE, Question
+from benchmarks.gpu_contest import ABSENT, STATE_UPDATE, Question
 from benchmarks.markdown import Column, mb, ms, percent, plain, table
-from benchmarks.page import CASE, ROWS_CASE, VERDICT, lasting, question, summary, tables, target, value, verdict
-from benchmarks.rows import Ceiling, Kernel, Launches, Row, from_json
+from benchmarks.page import (
+    CASE,
+    ROWS_CASE,
+    VERDICT,
+    comparison_table,
+    lasting,
+    preparation_table,
+    question,
+    summary,
+    target,
+    value,
+    verdict,
+)
+from benchmarks.rows import Ceiling, Comparison, Kernel, Launches, Preparation, Row, from_json
 
 TITLES = {
     "ceilings": "What the GPU itself does",
@@ -65,9 +77,11 @@ def of_cases(rows: list[Row], columns: list[Column]) -> list[str]:
 
 
 TABLES = {
-    Kernel: lambda rows: of_cases(rows, KERNEL),
     Ceiling: lambda rows: table(rows, CEILING),
+    Kernel: lambda rows: of_cases(rows, KERNEL),
     Launches: lambda rows: of_cases(rows, LAUNCHES),
+    Comparison: comparison_table,
+    Preparation: preparation_table,
 }
 
 
@@ -101,8 +115,30 @@ def page(record: dict) -> str:
 
 
 def tables_of(section: dict) -> list[str]:
+    """One a kind of row, and the peers that did not run."""
     rows = [from_json(fields) for fields in section["rows"]]
-    return [text for found in tables(rows, TABLES) for text in (*found, "")]
+    refused = [row for row in rows if isinstance(row, Comparison) and row.failure]
+    lines = []
+    for kind, made in TABLES.items():
+        if found := [row for row in rows if type(row) is kind and row not in refused]:
+            lines += [*made(found), ""]
+    return lines + refusals(refused)
+
+
+def refusals(rows: list[Comparison]) -> list[str]:
+    """Every reason once, with what it kept from being timed; a missing package is missing everywhere."""
+    reasons: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for row in rows:
+        directions = reasons.setdefault((row.peer, row.failure), {}).setdefault(row.operator, [])
+        if row.direction not in directions:
+            directions.append(row.direction)
+    if not reasons:
+        return []
+    lines = ["Peers that were not timed:", ""]
+    for (peer, failure), operators in reasons.items():
+        where = "; ".join(f"{operator} ({', '.join(directions)})" for operator, directions in operators.items())
+        lines.append(f"- {peer}: {failure}" + ("" if failure.startswith(ABSENT) else f", in {where}"))
+    return [*lines, ""]
 
 
 def line(row: Row) -> str:

@@ -1,6 +1,5 @@
 """The page of results, made of the record alone: what was asked, what was found, which targets are reached."""
 
-from collections.abc import Callable
 from itertools import groupby
 
 from benchmarks.markdown import UNITS, Column, giga, mb, ms, percent, table, us
@@ -22,7 +21,6 @@ from benchmarks.rows import (
 )
 from benchmarks.workload import CHUNK, chunked_flops
 
-Table = Callable[[list[Row]], list[str]]
 CASE: list[Column] = [
     ("dtype", lambda r: r.dtype),
     ("B", lambda r: str(r.batch) if r.batch != 1 else ""),
@@ -185,11 +183,8 @@ def verdict(row: Row) -> str:
     return {None: "", True: "reached", False: "**not reached**"}[row.reached]
 
 
-def tables(rows: list[Row], more: dict[type[Row], Table] | None = None) -> list[list[str]]:
-    """One table a kind of row, of the kinds below and `more`; comparisons with a target get one a question, those
-    without share one.
-    """
-    makers = TABLES | (more or {})
+def tables(rows: list[Row]) -> list[list[str]]:
+    """One table a kind of row; comparisons with a target get one a question, those without share one."""
 
     def key(row: Row) -> tuple[type[Row], str]:
         alone = isinstance(row, Comparison) and row.target is not None
@@ -197,7 +192,7 @@ def tables(rows: list[Row], more: dict[type[Row], Table] | None = None) -> list[
 
     order = list(dict.fromkeys(key(row) for row in rows))
     grouped = groupby(sorted(rows, key=lambda row: order.index(key(row))), key)
-    return [makers[kind](list(found)) for (kind, _), found in grouped if kind in makers]
+    return [TABLES[kind](list(found)) for (kind, _), found in grouped if kind in TABLES]
 
 
 def comparison_table(rows: list[Row]) -> list[str]:
@@ -355,7 +350,7 @@ def phase_table(rows: list[Row]) -> list[str]:
     return lines
 
 
-TABLES: dict[type[Row], Table] = {
+TABLES = {
     Comparison: comparison_table,
     Preparation: preparation_table,
     LongSequence: long_sequence_table,
