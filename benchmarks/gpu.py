@@ -88,9 +88,8 @@ def measure(
             name: record.section(rows[name], seconds[name], machine) | {"left_out": left_out[name]} for name in asked
         }
 
-    for name, question in sorted(
-        ((name, question) for name, found in asked.items() for question in found), key=lambda pair: pair[1].rank
-    ):
+    everything = [(name, question) for name, found in asked.items() for question in found]
+    for name, question in sorted(everything, key=lambda pair: (pair[1].rank, pair[1].needs)):
         if instruments.left() < question.needs:
             left_out[name].append(question.name)
             print(f"{name}: left out: {question.name}", flush=True)

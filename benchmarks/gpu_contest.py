@@ -120,24 +120,39 @@ def corner_of(case: Case) -> Callable[[Tensor], Tensor]:
 
 
 def wrong(subject: Subject) -> str:
-    """What differs from the definition, or an empty string: the timed output, and the corner alone with gradients."""
+    """What differs from the definition, or an empty string: the corner of the timed output, and that of a corner."""
     with torch.no_grad():
-        timed = subject.cut(subject.run())
+        inputs = [subject.cut(x).contiguous() for x in subject.inputs]
+        expected = subject.definition(*(x.double() for x in inputs))[0]
+        timed, alone = subject.cut(subject.run()), subject.corner(*inputs)[0]
+    return first_wrong({"the output": (timed, expected), "a corner's output": (alone, expected)}, RIGHT)
+
+
+def wrong_gradients(subject: Subject) -> str:
+    """The same of a corner's gradients."""
     mine = [subject.cut(x).detach().clone().requires_grad_() for x in subject.inputs]
     exact = [x.detach().double().requires_grad_() for x in mine]
-    out, expected = subject.corner(*mine)[0], subject.definition(*exact)[0]
+    out = subject.corner(*mine)[0]
     gradient = torch.randn_like(out)
-    pairs = [("the output", timed, expected, RIGHT), ("the output of a corner alone", out, expected, RIGHT)]
-    gradients = zip(
-        torch.autograd.grad(out, mine, gradient),
-        torch.autograd.grad(expected, exact, gradient.double()), strict=True,
-    )  # fmt: skip
-    pairs += [(f"gradient {index}", *pair, RIGHT_GRADIENT) for index, pair in enumerate(gradients)]
-    for what, found, wanted, tolerance in pairs:
+    found = torch.autograd.grad(out, mine, gradient)
+    wanted = torch.autograd.grad(subject.definition(*exact)[0], exact, gradient.double())
+    pairs = enumerate(zip(found, wanted, strict=True))
+    return first_wrong({f"gradient {index}": pair for index, pair in pairs}, RIGHT_GRADIENT)
+
+
+def first_wrong(pairs: dict[str, tuple[Tensor, Tensor]], tolerance: float) -> str:
+    for what, (found, wanted) in pairs.items():
         error = relative_difference(found, wanted)
         if not error <= tolerance:
             return f"wrong, not timed: {what} differs from the definition by {error:.2g}"
     return ""
+
+
+def failure_of(check: Callable[[Subject], str], subject: Subject) -> str:
+    try:
+        return check(subject)
+    except Exception as error:
+        return in_one_line(error)
 
 
 def relative_difference(found: Tensor, wanted: Tensor) -> float:
@@ -158,12 +173,9 @@ def disagreement(mine: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> str:
 
 def contest(question: Question, subject: Subject, instruments: Instruments) -> Iterator[Row]:
     """Ours in every direction, what peers build, and each peer that runs; of those that do not, why."""
-    try:
-        failure = wrong(subject)
-    except Exception as error:
-        failure = in_one_line(error)
-    if failure:
-        yield from question.failed(failure, instruments.ceilings)
+    broken = failure_of(wrong, subject)
+    if broken:
+        yield from question.failed(broken, instruments.ceilings)
         return
     peers, failures = {}, {}
     for name, make in subject.peers.items():
@@ -176,8 +188,12 @@ def contest(question: Question, subject: Subject, instruments: Instruments) -> I
     for name, peer in peers.items():
         for what, build in peer.prepared.items():
             yield preparation(question, f"{name}: {what}", build, instruments)
+    steep = failure_of(wrong_gradients, subject)
     for direction in question.passes:
-        yield from one_direction(question, direction, subject, peers, failures, instruments)
+        if steep and direction != FORWARD:
+            yield question.kernel(direction, instruments.ceilings, failure=steep)
+        else:
+            yield from one_direction(question, direction, subject, peers, failures, instruments)
 
 
 def one_direction(
@@ -187,6 +203,9 @@ def one_direction(
     gradient = torch.randn_like(subject.run())
     ours = directed(direction, subject.run, subject.inputs, gradient)
     mine = in_tuple(ours())
+    if not all(bool(x.isfinite().all()) for x in mine):
+        yield question.kernel(direction, instruments.ceilings, failure="wrong, not timed: infinite or not a number")
+        return
     runs, failures = {(OURS, ""): ours}, dict(failures)
     for name, peer in peers.items():
         for variant, run in peer.runs.items():

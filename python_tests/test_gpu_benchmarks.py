@@ -25,7 +25,7 @@ from benchmarks import (
     roofline,
 )
 from benchmarks.contest import BACKWARD, BOTH, FORWARD
-from benchmarks.gpu_contest import NO_TIME, Instruments, Peer, contest, corner_of, wrong
+from benchmarks.gpu_contest import NO_TIME, Instruments, Peer, contest, corner_of, wrong, wrong_gradients
 from benchmarks.gpu_page import expected_page, page
 from benchmarks.peers import CHUNKED, EAGER_UPDATE
 from benchmarks.roofline import Ceilings, Work, bound
@@ -431,12 +431,34 @@ def small_subject():
 def test_a_wrong_result_is_reported_and_not_timed(quick):
     (question,) = first_of_each({"": bench_linear_attention.questions()[:1]})[""]
     subject = small_subject()
-    assert wrong(subject) == ""
-    late = replace(subject, ours=lambda q, k, v: tuple(1.05 * x for x in ops.linear_attention(q, k, v)))
-    rows = list(contest(question, late, instruments(time=lambda runs: pytest.fail("timed"))))
+    assert wrong(subject) == wrong_gradients(subject) == ""
+    more = replace(subject, ours=lambda q, k, v: tuple(1.05 * x for x in ops.linear_attention(q, k, v)))
+    rows = list(contest(question, more, instruments(time=lambda runs: pytest.fail("timed"))))
     assert [row.failure[:29] for row in rows] == ["wrong, not timed: the output "] * 2
-    steep = replace(subject, corner=lambda q, k, v: ops.linear_attention(q, k, v * 1.05 - (v * 0.05).detach()))
-    assert "gradient 2 differs" in wrong(steep)
+
+
+def test_wrong_gradients_leave_the_forward_to_be_timed(quick):
+    (question,) = first_of_each({"": bench_linear_attention.questions()[:1]})[""]
+    steep = replace(small_subject(), corner=lambda q, k, v: ops.linear_attention(q, k, v * 1.05 - (v * 0.05).detach()))
+    forward, both = (row for row in contest(question, steep, instruments()) if isinstance(row, Kernel))
+    assert (forward.failure, forward.seconds) == ("", 1e-3)
+    assert "gradient 2 differs" in both.failure
+
+
+def test_what_is_not_finite_is_not_timed(quick):
+    (question,) = first_of_each({"": bench_linear_attention.questions()[:1]})[""]
+    subject = small_subject()
+
+    def poisoned(q, k, v):
+        out, state = ops.linear_attention(q, k, v)
+        out = out.clone()
+        out[0, 0, 0, 0] = float("inf")  # outside of the corner that is compared
+        return out, state
+
+    subject = replace(subject, ours=poisoned, cut=lambda x: x[:, :, x.shape[2] // 2 :])
+    assert wrong(subject) == ""
+    failures = {row.direction: row.failure for row in contest(question, subject, instruments()) if row.failure}
+    assert "infinite" in failures[FORWARD]
 
 
 def test_a_peer_that_computes_something_else_is_not_timed(quick):
