@@ -243,7 +243,8 @@ def one_direction(
         best = fastest(found)
         yield question.comparison(
             direction, name, taken, variant=best, peer_s=found[best].median, peer_spread=found[best].spread,
-            work=peers[name].work, tried={variant: measured.median for variant, measured in found.items()},
+            peer_host=found[best].host, work=peers[name].work,
+            tried={variant: measured.median for variant, measured in found.items()},
         )  # fmt: skip
 
 
