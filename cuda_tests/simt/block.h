@@ -146,8 +146,7 @@ struct Block {
   uint32_t agents = 0;
 };
 
-constexpr uint32_t kSharedBytes = 227 * 1024;  // that a block may have, as on sm_90
-constexpr uint32_t kArenaBytes = 256 * 1024;   // with gaps between arrays
+constexpr uint32_t kArenaBytes = 256 * 1024;  // the shared memory of a block, with gaps between arrays
 
 struct Running {
   Block* block;         // null outside of launch()

@@ -19,6 +19,7 @@ constexpr size_t kStackBytes = 256 * 1024, kPage = 4096;
 // One launch at a time: its state is global.
 Schedule chosen;
 Counters counted;
+Device emulated;
 std::mt19937_64 generator;
 const std::function<void()>* thread_body;
 std::string error;
@@ -147,6 +148,7 @@ void run_block(const char* kernel, dim3 grid, dim3 size, size_t dynamic_shared_b
 }  // namespace
 
 Schedule& schedule() { return chosen; }
+Device& device() { return emulated; }
 Running running;
 const Thread* this_thread;
 
@@ -157,6 +159,7 @@ void launch(const char* kernel, dim3 grid, dim3 size, size_t dynamic_shared_byte
   if (blocks == 0 || grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535)
     throw Error(std::string(kernel) + ": the grid is empty or too large");
   generator.seed(chosen.seed);
+  counted.launches.emplace_back(kernel);
   thread_body = &thread;
   for (uint64_t i = 0; i < blocks; ++i) run_block(kernel, grid, size, dynamic_shared_bytes, uint32_t(i));
 }

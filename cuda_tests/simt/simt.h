@@ -20,6 +20,8 @@
 #include <functional>
 #include <source_location>
 #include <stdexcept>
+#include <string>
+#include <vector>
 
 #include "simt/language.h"
 
@@ -43,6 +45,14 @@ struct Schedule {
 };
 Schedule& schedule();
 
+// The GPU that is emulated, as host code sees it when it chooses kernels.
+struct Device {
+  int arch = 80;  // 10 x major + minor compute capability
+  int multiprocessors = 132;
+};
+Device& device();
+constexpr uint32_t kSharedBytes = 227 * 1024;  // of a block at most, as on sm_90
+
 // Runs thread() for every thread of every block.
 void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared_bytes,
             const std::function<void()>& thread);
@@ -50,7 +60,8 @@ void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared_byt
 // What kernels have done since it was last asked.
 struct Counters {
   uint64_t mma = 0, ldmatrix = 0, wgmma = 0;
-  uint64_t ldmatrix_conflicts = 0;  // rows of 16 bytes that had to wait for another of their 8x8 matrix
+  uint64_t ldmatrix_conflicts = 0;    // rows of 16 bytes that had to wait for another of their 8x8 matrix
+  std::vector<std::string> launches;  // names of kernels
 };
 Counters take_counters();
 
