@@ -12,6 +12,7 @@
 
 // The standard headers come first: some of their attributes are spelled like CUDA's keywords.
 #define __device__
+#define __host__
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
