@@ -273,40 +273,33 @@ struct SweepBlock {
 
   // The warp's 16 columns of a tile [token, value] of results, which it has put there itself.
   __device__ __forceinline__ void store_rows(const SweptChunk& chunk, const unsigned char* tile) const {
-    const int lane = lane_index(), warp = int(threadIdx.x) / 32;
-#pragma unroll
-    for (int i = 0; i < kChunk / 16; ++i) {
-      const int token = 16 * i + lane / 2, value = 16 * warp + lane % 2 * 8;
-      if (token >= chunk.length || value >= values) continue;
+    const int value = 16 * (int(threadIdx.x) / 32) + lane_index() % 2 * 8;
+    if (value >= values) return;
+#pragma unroll 1
+    for (int token = lane_index() / 2; token < chunk.length; token += 16) {
       const uint4 row = *reinterpret_cast<const uint4*>(tile + Tile<T, kSweepValues>::offset(token, value));
       const int64_t to = at_out(chunk, token, value);
       __stcs(reinterpret_cast<uint4*>(static_cast<T*>(p.out) + to), row);
       if (!p.gated_out) continue;
       const T* gate = rows_of(p.gate, item, chunk.begin + token) + first_value + value;
       const T* segment = static_cast<const T*>(p.segment_out) + to;
-      if constexpr (sizeof(T) == 2)
-        __stcs(reinterpret_cast<uint4*>(static_cast<T*>(p.gated_out) + to),
-               gated<T>(row, *reinterpret_cast<const uint4*>(gate), *reinterpret_cast<const uint4*>(segment)));
+      __stcs(reinterpret_cast<uint4*>(static_cast<T*>(p.gated_out) + to),
+             gated<T>(row, *reinterpret_cast<const uint4*>(gate), *reinterpret_cast<const uint4*>(segment)));
     }
   }
 
   // From registers: a store covers 32 bytes of each of 4 tokens.
-  __device__ __forceinline__ void store_elements(const SweptChunk& chunk, const Out& out) const {
+  __device__ __forceinline__ void store_floats(const SweptChunk& chunk, const Out& out) const {
+    const int first_token = here(accumulator_column(0));
+    const int first_row = here(16 * (int(threadIdx.x) / 32) + accumulator_row(0));
+    const int64_t time = here(int64_t(p.items) * p.value_width);
+    float* const to = p.out_float + at_out(chunk, 0, 0);
 #pragma unroll
     for (int n = 0; n < kChunk / 8; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int token = 8 * n + accumulator_column(i);
-        const int value = 16 * (int(threadIdx.x) / 32) + accumulator_row(i);
-        if (token >= chunk.length || value >= values) continue;
-        const int64_t to = at_out(chunk, token, value);
-        if (p.out_float) p.out_float[to] = out[n][i];
-        if (!p.out) continue;
-        set(static_cast<T*>(p.out)[to], out[n][i]);
-        if (!p.gated_out) continue;
-        const float gate = to_float(rows_of(p.gate, item, chunk.begin + token)[first_value + value]);
-        set(static_cast<T*>(p.gated_out)[to],
-            to_float(static_cast<const T*>(p.segment_out)[to]) + sigmoid(gate) * out[n][i]);
+        const int token = 8 * n + first_token + i % 2, value = first_row + i / 2 * 8;
+        if (token < chunk.length && value < values) to[token * time + value] = out[n][i];
       }
   }
 };

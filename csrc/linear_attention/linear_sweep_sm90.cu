@@ -123,12 +123,19 @@ __global__ void __launch_bounds__(kThreads, 2)
       const uint32_t q = base + stage * L::kStageBytes, k = q + L::kKeyBytes, v = k + L::kKeyBytes;
       const ChunkDecay<kChunk>& decay = beside.decays[stage];
       const bool first_head = g == 0, last_head = g + 1 == p.group;
+      const auto zero_rest = [&](unsigned char* panel, int length) {
+        for (int at = length * 128 + thread * 16; at < kPanelBytes; at += kSweepThreads * 16)
+          *reinterpret_cast<uint4*>(panel + at) = make_uint4(0, 0, 0, 0);
+      };
       mbarrier_wait(full + 8 * stage, loads / kStages & 1);
 
-      if (has_out) {
-        // ---- scores = q k^T, out^T = S^T q^T
-        int exponents[2];
-        const auto to_operands = [&](SplitA<T> (&a)[4], int begin) {  // 64 keys of the state
+      // ---- scores = q k^T, masked and with decay, in two parts to shared memory; meanwhile out^T = S^T q^T.
+      // For the first head, and without the second part for the others: no branch may end while products
+      // write the same registers in one of its arms.
+      const auto make_scores = [&](auto reads_state) {
+        SplitA<T> a[4];
+        [[maybe_unused]] int exponents[2];
+        const auto to_operands = [&](int begin) {  // 64 keys of the state
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const int n = begin / 8 + 2 * i;
@@ -143,71 +150,63 @@ __global__ void __launch_bounds__(kThreads, 2)
             }
           }
         };
-        const auto read_state = [&](const SplitA<T> (&a)[4], int begin) {
+        const auto read_state = [&](int begin) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const uint64_t b = k_major(q, kPanelBytes, 0, begin + 16 * i);
             wgmma<T, kChunk>(flat(out), a[i].low.r, b, begin + i > 0);
             wgmma<T, kChunk>(flat(out), a[i].high.r, b, true);
           }
+          wgmma_commit();
         };
-        SplitA<T> a[4];
-        if (first_head) {
-          if constexpr (kNarrowRange) exponents[0] = row_exponent(state, 0), exponents[1] = row_exponent(state, 1);
-          to_operands(a, 0);
+        if constexpr (reads_state) {
+          if constexpr (kNarrowRange)
+            exponents[0] = row_exponent(state, 0), exponents[1] = row_exponent(state, 1);
+          to_operands(0);
+          wgmma_settle(flat(out));
         }
         float scores[kChunk / 8][4];
         wgmma_settle(flat(scores));
-        wgmma_settle(flat(out));
         wgmma_fence();
 #pragma unroll
         for (int depth = 0; depth < kKeyWidth; depth += 16)
           wgmma<T, kChunk>(flat(scores), k_major(q, kPanelBytes, 0, depth), k_major(k, kPanelBytes, 0, depth),
                            depth > 0);
         wgmma_commit();
-
-        if (first_head) {
-          wgmma_fence();
-          read_state(a, 0);
-        }
-        wgmma_commit();
-        wgmma_wait<1>();
+        if constexpr (reads_state) read_state(0);
+        wgmma_wait<reads_state ? 1 : 0>();
         wgmma_settle(flat(scores));
         own_barrier();
-        const auto zero_rest = [&](unsigned char* panel, int length) {
-          for (int at = length * 128 + thread * 16; at < kPanelBytes; at += kSweepThreads * 16)
-            *reinterpret_cast<uint4*>(panel + at) = make_uint4(0, 0, 0, 0);
-        };
         if (has_others) {
 #pragma unroll
           for (int key = 0; key < kKeyWidth; key += 64) zero_rest(k_panel + key / 64 * kPanelBytes, chunk.length);
         }
         if (has_others || p.adds_nothing) zero_rest(v_panel, p.adds_nothing ? 0 : chunk.length);
 
-        int first_seen[2], last_seen[2];  // of the thread's rows
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int row = 16 * warp + accumulator_row(2 * half);
-          first_seen[half] = p.reverse ? row : 0, last_seen[half] = p.reverse ? chunk.length - 1 : row;
-        }
-#pragma unroll
-        for (int n = 0; n < kChunk / 8; ++n)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int column = 8 * n + accumulator_column(i);
-            const bool seen = column >= first_seen[i / 2] && column <= last_seen[i / 2];
-            scores[n][i] = seen ? scores[n][i] : 0;
-          }
-        if (decaying) {
-          // e^{G_row - G_column}, in reverse e^{G_column - G_row}; what is not seen is 0, and may be so large.
-          const float2 sums[2] = {decay.sum[16 * warp + accumulator_row(0)], decay.sum[16 * warp + accumulator_row(2)]};
-          const float sign = p.reverse ? -1 : 1;
+        const int first_row = here(16 * warp + accumulator_row(0)), first_column = here(accumulator_column(0));
+        const auto each_score = [&](const auto& body) {
 #pragma unroll
           for (int n = 0; n < kChunk / 8; ++n)
 #pragma unroll
-            for (int i = 0; i < 4; ++i)
-              scores[n][i] *= exp2_approx(sign * difference(sums[i / 2], decay.sum[8 * n + accumulator_column(i)]));
+            for (int i = 0; i < 4; ++i) body(scores[n][i], i / 2, 8 * n + first_column + i % 2);
+        };
+        int first_seen[2], last_seen[2];  // of the thread's two rows
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          first_seen[half] = p.reverse ? first_row + 8 * half : 0;
+          last_seen[half] = p.reverse ? chunk.length - 1 : first_row + 8 * half;
         }
+        if (decaying) {
+          const float2 sums[2] = {decay.sum[first_row], decay.sum[first_row + 8]};
+          each_score([&](float& x, int half, int column) {
+            const float log = difference(sums[half], decay.sum[column]);
+            const bool seen = column >= first_seen[half] && column <= last_seen[half];
+            x *= exp2_approx(seen ? (p.reverse ? -log : log) : 0);
+          });
+        }
+        each_score([&](float& x, int half, int column) {
+          x = column >= first_seen[half] && column <= last_seen[half] ? x : 0;
+        });
         if constexpr (kNarrowRange) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
@@ -215,43 +214,55 @@ __global__ void __launch_bounds__(kThreads, 2)
             const float factor = into_range(exponent);
 #pragma unroll
             for (int n = 0; n < kChunk / 8; ++n) scores[n][2 * half] *= factor, scores[n][2 * half + 1] *= factor;
-            if (lane % 4 == 0) beside.score_exponents[16 * warp + accumulator_row(2 * half)] = exponent;
+            if (lane % 4 == 0) beside.score_exponents[first_row + 8 * half] = exponent;
           }
         }
 #pragma unroll
         for (int n = 0; n < kChunk / 8; n += 2) {
           SplitA<T> parts;
           from_accumulators<T>(parts, scores + n);
-          const uint32_t to =
-              base + L::kScores + Panel::offset(16 * warp + lane % 16, 8 * n + lane / 16 * 8);
+          const uint32_t to = base + L::kScores + Panel::offset(16 * warp + lane % 16, 8 * n + lane / 16 * 8);
           stmatrix<false>(to, parts.high.r);
           stmatrix<false>(to + kPanelBytes, parts.low.r);
         }
         fence_proxy_async();
-        own_barrier();
-        if constexpr (kKeyWidth == 128) {
+        if constexpr (reads_state) {
           wgmma_wait<0>();
-          if (first_head) {
-          to_operands(a, 64);
           wgmma_settle(flat(out));
-          wgmma_fence();
-          read_state(a, 64);
+          if constexpr (kKeyWidth == 128) {
+            to_operands(64);
+            wgmma_settle(flat(out));
+            wgmma_fence();
+            read_state(64);
+            wgmma_wait<0>();
+            wgmma_settle(flat(out));
           }
-          wgmma_commit();
+          if constexpr (kNarrowRange) {
+#pragma unroll
+            for (int n = 0; n < kChunk / 8; ++n)
+#pragma unroll
+              for (int i = 0; i < 4; ++i) out[n][i] *= out_of_range(exponents[i / 2]);
+          }
+          if (decaying) {
+#pragma unroll
+            for (int n = 0; n < kChunk / 8; ++n)
+#pragma unroll
+              for (int i = 0; i < 4; ++i) out[n][i] *= decay.of_state[8 * n + first_column + i % 2];
+          }
         }
-        wgmma_wait<0>();
-        wgmma_settle(flat(out));
+        own_barrier();
+      };
+
+      if (has_out) {
+        first_head ? make_scores(std::true_type{}) : make_scores(std::false_type{});
+        const int first_column = here(accumulator_column(0));
+        const auto scale_tokens = [&](const auto& factor) {
 #pragma unroll
-        for (int n = 0; n < kChunk / 8; ++n)
+          for (int n = 0; n < kChunk / 8; ++n)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int column = 8 * n + accumulator_column(i);
-            if (first_head) {
-              if constexpr (kNarrowRange) out[n][i] *= out_of_range(exponents[i / 2]);
-              if (decaying) out[n][i] *= decay.of_state[column];
-            }
-            if constexpr (kNarrowRange) out[n][i] *= into_range(beside.score_exponents[column]);
-          }
+            for (int i = 0; i < 4; ++i) out[n][i] *= factor(beside.score_exponents[8 * n + first_column + i % 2]);
+        };
+        if constexpr (kNarrowRange) scale_tokens(into_range);
 
         // ---- out^T += v^T scores^T
         wgmma_settle(flat(out));
@@ -264,6 +275,9 @@ __global__ void __launch_bounds__(kThreads, 2)
                 flat(out), mn_major(v, kPanelBytes, 0, depth),
                 k_major(base + L::kScores + part * kPanelBytes, kPanelBytes, 0, depth), true);
         wgmma_commit();
+        wgmma_wait<0>();
+        wgmma_settle(flat(out));
+        if constexpr (kNarrowRange) scale_tokens(out_of_range);
       }
 
       // ---- S^T = e^{G_last} S^T + v^T k
@@ -301,33 +315,25 @@ __global__ void __launch_bounds__(kThreads, 2)
         wgmma_commit();
       }
 
-      if (has_out) {
-        wgmma_wait<1>();
-        wgmma_settle(flat(out));
+      if (has_out && last_head) {
 #pragma unroll
         for (int n = 0; n < kChunk / 8; ++n)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            if constexpr (kNarrowRange)
-              out[n][i] *= out_of_range(beside.score_exponents[8 * n + accumulator_column(i)]);
-            if (last_head) out[n][i] *= p.out_factor;
-          }
-        if (last_head) {
-          if (p.out) {
-            __syncwarp();
+          for (int i = 0; i < 4; ++i) out[n][i] *= p.out_factor;
+        if (p.out) {
+          __syncwarp();
 #pragma unroll
-            for (int n = 0; n < kChunk / 8; n += 2) {
-              OperandA<T> rounded;
-              from_accumulators<T>(rounded, out + n);
-              stmatrix<true>(base + L::kOut +
-                                 Panel::offset(8 * n + lane % 8 + lane / 16 * 8, 16 * warp + lane / 8 % 2 * 8),
-                             rounded.r);
-            }
-            __syncwarp();
-            block.store_rows(chunk, shared + L::kOut);
-          } else {
-            block.store_elements(chunk, out);
+          for (int n = 0; n < kChunk / 8; n += 2) {
+            OperandA<T> rounded;
+            from_accumulators<T>(rounded, out + n);
+            stmatrix<true>(
+                base + L::kOut + Panel::offset(8 * n + lane % 8 + lane / 16 * 8, 16 * warp + lane / 8 % 2 * 8),
+                rounded.r);
           }
+          __syncwarp();
+          block.store_rows(chunk, shared + L::kOut);
+        } else {
+          block.store_floats(chunk, out);
         }
       }
       wgmma_wait<0>();
