@@ -60,7 +60,7 @@ __device__ __forceinline__ float largest_of_row(float x) {
   return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
 }
 
-__device__ __forceinline__ float sigmoid(float x) { return 1 / (1 + expf(-x)); }
+__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1, 1 + exp2_approx(-kLog2E * x)); }
 
 // segment + sigmoid(gate) x, for 16 bytes of T.
 template <class T>
@@ -93,19 +93,20 @@ __global__ void __launch_bounds__(kThreads, 2) sweep(Sweep p) {
 
   // ---- who we are: 64 columns of the state of one item in one segment
   const int slices = (p.value_width + kSweepValues - 1) / kSweepValues;
-  const int64_t slot = blockIdx.x / unsigned(slices * p.items);
+  const int slot = int(blockIdx.x / unsigned(slices * p.items));
   const int item = int(blockIdx.x / unsigned(slices)) % p.items;
   const int first_value = int(blockIdx.x) % slices * kSweepValues;
   const int values = min(p.value_width - first_value, kSweepValues);
   const Span span = span_of(p.segments, slot, kChunk);
   if (span.sequence < 0) return;
-  const int thread = int(threadIdx.x), warp = thread / 32, lane = lane_index();
+  const int thread = int(threadIdx.x), warp = warp_uniform(thread / 32), lane = lane_index();
   const bool has_out = p.out || p.out_float, decaying = p.log_decay.data != nullptr;
 
   // ---- the state: rows are values, 16 a warp, columns are keys
   float state[kKeyWidth / 8][4];
   const auto at_state = [&](const SweepStates& states, int kind) {
-    return states.data + kind * states.kind + slot * states.slot + item / states.shared * states.head;
+    return states.data + kind * states.kind + int64_t(slot) * states.slot +
+           int64_t(item / states.shared) * states.head;
   };
   const auto each_element = [&](const SweepStates& states, const auto& body) {
 #pragma unroll
@@ -120,13 +121,15 @@ __global__ void __launch_bounds__(kThreads, 2) sweep(Sweep p) {
   each_element(p.initial, [&](int n, int i, bool valid, int at) {
     state[n][i] = initial && valid ? initial[at] * p.initial.factor : 0;
   });
-  float* const start_state = p.step_states + int64_t(blockIdx.x) * 2 * kSweepValues * kKeyWidth + thread;
-  float* const prompt_state = start_state + kSweepValues * kKeyWidth;
-  const auto own = [](int n, int i) { return (n * 4 + i) * kThreads; };  // of start_state, prompt_state
+  // start and prompt of this thread's elements
+  const auto other_state = [&](int kind) {
+    return p.step_states + (int64_t(blockIdx.x) * 2 + kind - 1) * (kSweepValues * kKeyWidth) + thread;
+  };
+  const auto own = [](int n, int i) { return (n * 4 + i) * kThreads; };
   if (p.states == 3)
     for (int kind = 1; kind < 3; ++kind) {
       const float* from = initial ? at_state(p.initial, kind) : nullptr;
-      float* to = kind == 1 ? start_state : prompt_state;
+      float* to = other_state(kind);
       each_element(p.initial, [&](int n, int i, bool valid, int at) {
         to[own(n, i)] = from && valid ? from[at] * p.initial.factor : 0;
       });
@@ -136,6 +139,7 @@ __global__ void __launch_bounds__(kThreads, 2) sweep(Sweep p) {
 
   const auto end_step = [&](int32_t step) {
     const StepEnd end(step, p.alpha, p.alphas);
+    float *const start_state = other_state(1), *const prompt_state = other_state(2);
     if (p.reverse) {
 #pragma unroll
       for (int n = 0; n < kKeyWidth / 8; ++n)
@@ -183,7 +187,7 @@ __global__ void __launch_bounds__(kThreads, 2) sweep(Sweep p) {
   // ---- decay weights of a chunk, by one warp; lane l has tokens kOwn l, kOwn l + 1, ...
   constexpr int kOwn = kChunk / 32;
   const auto load_decays = [&](const SweptChunk& chunk, float (&log_decays)[kOwn]) {
-    const float* from = static_cast<const float*>(p.log_decay.data) + span.row * p.log_decay.batch +
+    const float* from = static_cast<const float*>(p.log_decay.data) + int64_t(span.row) * p.log_decay.batch +
                         item / p.log_decay.shared * p.log_decay.head;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
@@ -234,7 +238,6 @@ __global__ void __launch_bounds__(kThreads, 2) sweep(Sweep p) {
     }
   }
   float out[kChunk / 8][4];  // rows are values, as in the state, columns are tokens
-  float state_factor = 1;
   int32_t ended = kNothingEnded;  // of the present chunk
   for (int c = 0, at = 0;; ++c, chunk = next) {
     const int32_t left = ended;
@@ -268,7 +271,7 @@ __global__ void __launch_bounds__(kThreads, 2) sweep(Sweep p) {
       float next_log_decays[kOwn];
       if (prepares_decay) load_decays(next, next_log_decays);
 
-      const int64_t first_token = span.row * p.segments.tokens + chunk.begin;  // of [B * T, items, value_width]
+      const int64_t first_token = int64_t(span.row) * p.segments.tokens + chunk.begin;  // of [B * T, items, value_width]
       const auto at_out = [&](int token, int value) {
         return ((first_token + token) * p.items + item) * p.value_width + first_value + value;
       };
@@ -410,7 +413,7 @@ __global__ void __launch_bounds__(kThreads, 2) sweep(Sweep p) {
         for (int n = 0; n < kKeyWidth / 8; ++n)
 #pragma unroll
           for (int i = 0; i < 4; ++i) state[n][i] *= decay.total;
-        state_factor *= decay.total;
+        if (p.transition && thread == 0) transition[0] *= decay.total;
       }
 #pragma unroll 1
       for (int depth = 0; depth < kChunk; depth += kDepth) {
@@ -531,15 +534,14 @@ __global__ void __launch_bounds__(kThreads, 2) sweep(Sweep p) {
   if (p.final.data && item % p.final.shared == 0)
     for (int kind = 0; kind < p.states; ++kind) {
       float* to = at_state(p.final, kind);
-      const float* from = kind == 1 ? start_state : prompt_state;
+      const float* from = kind > 0 ? other_state(kind) : nullptr;
       each_element(p.final, [&](int n, int i, bool valid, int at) {
         if (valid) to[at] = (kind == 0 ? state[n][i] : from[own(n, i)]) * p.final.factor;
       });
     }
   if (p.transition && thread == 0 && first_value == 0) {
-    float* to = p.transition + (slot * p.items + item) * 9;
-    to[0] = decaying ? state_factor : transition[0];
-    for (int i = 1; i < 9; ++i) to[i] = transition[i];
+    float* to = p.transition + (int64_t(slot) * p.items + item) * 9;
+    for (int i = 0; i < 9; ++i) to[i] = transition[i];
   }
 }
 

@@ -38,15 +38,19 @@ __device__ __forceinline__ int64_t first_chunk_of(const Segments& s, int64_t n, 
   return (s.cu_seqlens ? 0 : n * s.tokens) + tokens.begin + n;
 }
 
+// x, which all lanes have: said in a way that the compiler sees, so that branches on it do not count as
+// divergent.
+__device__ __forceinline__ int32_t warp_uniform(int32_t x) { return __shfl_sync(0xffffffffu, x, 0); }
+
 // Segment and chunks of a slot.
 struct Span {
-  int64_t sequence, row;   // sequence -1: there is nothing
+  int32_t sequence, row;   // sequence -1: there is nothing
   int32_t begin, end;      // tokens of the row
   const PlannedChunk* planned;  // or null
   int32_t chunks;
 };
 
-__device__ __forceinline__ Span span_of(const Segments& s, int64_t slot, int chunk) {
+__device__ __forceinline__ Span span_of(const Segments& s, int slot, int chunk) {
   Span span{};
   if (s.planned) {
     const PlannedSegment segment = s.planned[slot];
@@ -60,13 +64,14 @@ __device__ __forceinline__ Span span_of(const Segments& s, int64_t slot, int chu
     const TokenRange tokens = sequence_tokens(s, slot);
     span.sequence = slot, span.begin = tokens.begin, span.end = tokens.end;
   } else {
-    const int64_t segments = (s.tokens + s.length - 1) / s.length;
+    const int segments = int((s.tokens + s.length - 1) / s.length);
     span.sequence = slot / segments;
-    span.begin = int32_t(slot % segments * s.length);
+    span.begin = slot % segments * s.length;
     span.end = int32_t(min(span.begin + int64_t(s.length), s.tokens));
   }
   span.row = s.cu_seqlens ? 0 : span.sequence;
   if (!span.planned) span.chunks = (span.end - span.begin + chunk - 1) / chunk;
+  span.chunks = warp_uniform(span.chunks);
   return span;
 }
 
@@ -79,7 +84,7 @@ struct SweptChunk {
 __device__ __forceinline__ SweptChunk chunk_of(const Span& span, int i, int chunk) {
   if (span.planned) {
     const PlannedChunk planned = span.planned[i];
-    return {planned.begin, span.planned[i + 1].begin - planned.begin, planned.ended};
+    return {planned.begin, span.planned[i + 1].begin - planned.begin, warp_uniform(planned.ended)};
   }
   const int32_t begin = span.begin + i * chunk;
   return {begin, min(chunk, span.end - begin), kNothingEnded};
@@ -93,7 +98,7 @@ struct StepEnd {
 
   __device__ StepEnd(int32_t step, const float* alpha, int64_t alphas) {
     const float strength = correction_strength(step, alpha, alphas);
-    const float mean = strength != 0 ? strength / float(step - 1) : 0;
+    const float mean = strength != 0 ? __fdividef(strength, float(step - 1)) : 0;
     own = 1 - strength, start = strength, prompt = mean;
     copies_prompt = step == 0;
   }

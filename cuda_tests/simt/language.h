@@ -113,6 +113,9 @@ void __stcs(T* to, T value, simt::Where where = simt::Where::current()) {
   *to = value;
 }
 
+// ---- approximations, to about 2 units in the last place
+inline float __fdividef(float x, float y) { return x / y; }
+
 // ---- bits
 inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
 inline float __uint_as_float(uint32_t x) { return std::bit_cast<float>(x); }
