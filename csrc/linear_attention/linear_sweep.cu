@@ -571,6 +571,7 @@ void launch_sweep(const Sweep& p, void* stream) {
   if (blocks == 0) return;
   if (blocks > INT32_MAX)
     throw std::runtime_error("statecore: linear attention has too many sequences and heads for one launch");
+  if (runs_on_sm90(p)) return launch_sweep_sm90(p, blocks, stream);
   switch (p.dtype) {
     case DType::kFloat32: return launch_sweep<float>(p, blocks, stream);
     case DType::kBFloat16: return launch_sweep<__nv_bfloat16>(p, blocks, stream);

@@ -102,6 +102,5 @@ struct Sweep {
 
 int64_t sweep_step_floats(const Sweep& sweep);
 void launch_sweep(const Sweep& sweep, void* stream);
-void launch_sweep_sm90(const Sweep& sweep, int64_t blocks, void* stream);
 
 }  // namespace statecore

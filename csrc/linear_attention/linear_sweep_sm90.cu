@@ -1,3 +1,4 @@
+#include "common/cuda_device.h"
 #include "common/hopper.cuh"
 #include "linear_attention/linear_sweep_block.cuh"
 
@@ -123,9 +124,18 @@ __global__ void __launch_bounds__(kThreads, 2)
       const uint32_t q = base + stage * L::kStageBytes, k = q + L::kKeyBytes, v = k + L::kKeyBytes;
       const ChunkDecay<kChunk>& decay = beside.decays[stage];
       const bool first_head = g == 0, last_head = g + 1 == p.group;
-      const auto zero_rest = [&](unsigned char* panel, int length) {
-        for (int at = length * 128 + thread * 16; at < kPanelBytes; at += kSweepThreads * 16)
-          *reinterpret_cast<uint4*>(panel + at) = make_uint4(0, 0, 0, 0);
+      const auto hide_others = [&] {
+        const auto zero_rest = [&](unsigned char* panel, int length) {
+          for (int at = length * 128 + thread * 16; at < kPanelBytes; at += kSweepThreads * 16)
+            *reinterpret_cast<uint4*>(panel + at) = make_uint4(0, 0, 0, 0);
+        };
+        if (has_others) {
+#pragma unroll
+          for (int key = 0; key < kKeyWidth; key += 64)
+            zero_rest(k_panel + key / 64 * kPanelBytes, chunk.length);
+        }
+        if (has_others || p.adds_nothing) zero_rest(v_panel, p.adds_nothing ? 0 : chunk.length);
+        fence_proxy_async();
       };
       mbarrier_wait(full + 8 * stage, loads / kStages & 1);
 
@@ -177,11 +187,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         wgmma_wait<reads_state ? 1 : 0>();
         wgmma_settle(flat(scores));
         own_barrier();
-        if (has_others) {
-#pragma unroll
-          for (int key = 0; key < kKeyWidth; key += 64) zero_rest(k_panel + key / 64 * kPanelBytes, chunk.length);
-        }
-        if (has_others || p.adds_nothing) zero_rest(v_panel, p.adds_nothing ? 0 : chunk.length);
+        if (has_others || p.adds_nothing) hide_others();
 
         const int first_row = here(16 * warp + accumulator_row(0)), first_column = here(accumulator_column(0));
         const auto each_score = [&](const auto& body) {
@@ -278,6 +284,9 @@ __global__ void __launch_bounds__(kThreads, 2)
         wgmma_wait<0>();
         wgmma_settle(flat(out));
         if constexpr (kNarrowRange) scale_tokens(out_of_range);
+      } else if (has_others || p.adds_nothing) {
+        hide_others();
+        own_barrier();
       }
 
       // ---- S^T = e^{G_last} S^T + v^T k
@@ -351,11 +360,12 @@ __global__ void __launch_bounds__(kThreads, 2)
 #endif
 }
 
+int64_t heads_of(const Sweep& p, const SweepOperand& x) { return int64_t(p.items) * p.group / x.shared; }
+
 template <class T, int kKeyWidth>
 void launch_sweep(const Sweep& p, int64_t blocks, void* stream) {
   const auto map = [&](const SweepOperand& x, int64_t width) {
-    const int64_t heads = int64_t(p.items) * p.group / x.shared;
-    return make_tensor_map(static_cast<const T*>(x.data), {width, heads, p.segments.tokens, p.batch},
+    return make_tensor_map(static_cast<const T*>(x.data), {width, heads_of(p, x), p.segments.tokens, p.batch},
                            {x.head, x.time, x.batch}, {64, 1, kChunk, 1});
   };
   const TensorMap k = map(p.k, p.key_width), v = map(p.v, p.value_width);
@@ -371,6 +381,16 @@ void launch_sweep(const Sweep& p, int64_t blocks, void* stream) {
 }
 
 }  // namespace
+
+// TMA takes no strides of 0, which expanded tensors have; dimensions of one element never need theirs.
+bool runs_on_sm90(const Sweep& p) {
+  if (p.dtype != DType::kBFloat16 && p.dtype != DType::kFloat16) return false;
+  const auto fits = [&](const SweepOperand& x) {
+    return !x.data || ((x.head > 0 || heads_of(p, x) == 1) && (x.time > 0 || p.segments.tokens == 1) &&
+                       (x.batch > 0 || p.batch == 1));
+  };
+  return fits(p.q) && fits(p.k) && fits(p.v) && current_cuda_device().arch == 90;
+}
 
 void launch_sweep_sm90(const Sweep& p, int64_t blocks, void* stream) {
   p.dtype == DType::kBFloat16 ? launch_sweep<__nv_bfloat16>(p, blocks, stream)
