@@ -111,13 +111,12 @@ struct SweepBlock {
   using Out = float[kChunk / 8][4];         // columns are tokens
 
   const Sweep& p;
-  int64_t slot;
-  int item, first_value, values;  // columns of the state
+  int slot, item, first_value, values;  // columns of the state
   Span span;
 
   __device__ __forceinline__ explicit SweepBlock(const Sweep& p) : p(p) {
     const int slices = (p.value_width + kSweepValues - 1) / kSweepValues;
-    slot = blockIdx.x / unsigned(slices * p.items);
+    slot = int(blockIdx.x / unsigned(slices * p.items));
     item = int(blockIdx.x / unsigned(slices)) % p.items;
     first_value = int(blockIdx.x) % slices * kSweepValues;
     values = min(p.value_width - first_value, kSweepValues);
@@ -131,16 +130,16 @@ struct SweepBlock {
     return chunk_of(span, p.reverse ? span.chunks - 1 - i : i, kChunk);
   }
   __device__ __forceinline__ const T* rows_of(const HeadsView& x, int head, int token) const {
-    return static_cast<const T*>(x.data) + span.row * x.batch + int64_t(token) * x.time + head * x.head;
+    return static_cast<const T*>(x.data) + int64_t(span.row) * x.batch + int64_t(token) * x.time + head * x.head;
   }
   // Of [B * T, items, value_width].
   __device__ __forceinline__ int64_t at_out(const SweptChunk& chunk, int token, int value) const {
-    const int64_t row = span.row * p.segments.tokens + chunk.begin + token;
+    const int64_t row = int64_t(span.row) * p.segments.tokens + chunk.begin + token;
     return (row * p.items + item) * p.value_width + first_value + value;
   }
 
   __device__ __forceinline__ void load_decays(const SweptChunk& chunk, float (&log_decays)[kOwn]) const {
-    const float* from = static_cast<const float*>(p.log_decay.data) + span.row * p.log_decay.batch +
+    const float* from = static_cast<const float*>(p.log_decay.data) + int64_t(span.row) * p.log_decay.batch +
                         item / p.log_decay.shared * p.log_decay.head;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
@@ -153,7 +152,8 @@ struct SweepBlock {
 
   // -- states; the first is in registers, start and prompt of steps are in p.step_states
   __device__ __forceinline__ float* at_state(const SweepStates& states, int kind) const {
-    return states.data + kind * states.kind + slot * states.slot + item / states.shared * states.head;
+    return states.data + kind * states.kind + int64_t(slot) * states.slot +
+           int64_t(item / states.shared) * states.head;
   }
   template <class Body>
   __device__ __forceinline__ void each_element(const SweepStates& states, const Body& body) const {
@@ -202,31 +202,28 @@ struct SweepBlock {
     if (p.transition && threadIdx.x == 0)
       for (int i = 0; i < 9; ++i) transition[i] = i % 4 == 0 ? 1 : 0;
   }
-  __device__ __forceinline__ void store_transition(const float* transition, float state_factor) const {
+  __device__ __forceinline__ void store_transition(const float* transition) const {
     if (!p.transition || threadIdx.x != 0 || first_value != 0) return;
-    float* to = p.transition + (slot * p.items + item) * 9;
-    to[0] = decaying() ? state_factor : transition[0];
-    for (int i = 1; i < 9; ++i) to[i] = transition[i];
+    float* to = p.transition + (int64_t(slot) * p.items + item) * 9;
+    for (int i = 0; i < 9; ++i) to[i] = transition[i];
   }
 
   __device__ __forceinline__ void end_step(int32_t step, State& state, float* transition) const {
     const StepEnd end(step, p.alpha, p.alphas);
-    // Forwards, without a correction, the others are only written.
-    const bool reads = p.reverse || end.start != 0;
-    float *const starts = step_state(1), *const prompts = step_state(2);
+    float *const start = step_state(1), *const prompt = step_state(2);
+    if (p.reverse) {
 #pragma unroll
-    for (int n = 0; n < kKeyWidth / 8; ++n)
+      for (int n = 0; n < kKeyWidth / 8; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int at = in_step_state(n, i);
-        float start = reads ? starts[at] : 0, prompt = reads ? prompts[at] : 0;
-        if (p.reverse)
-          end.apply_reverse(state[n][i], start, prompt);
-        else
-          end.apply(state[n][i], start, prompt);
-        starts[at] = start;
-        if (p.reverse || end.copies_prompt) prompts[at] = prompt;
-      }
+        for (int i = 0; i < 4; ++i)
+          end.apply_reverse(state[n][i], start[in_step_state(n, i)], prompt[in_step_state(n, i)]);
+    } else {
+#pragma unroll
+      for (int n = 0; n < kKeyWidth / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          end.apply(state[n][i], start[in_step_state(n, i)], prompt[in_step_state(n, i)]);
+    }
     if (p.transition && threadIdx.x == 0)
       for (int i = 0; i < 3; ++i) {
         if (p.reverse)

@@ -36,7 +36,7 @@ __device__ __forceinline__ float (&flat(float (&x)[kTiles][4]))[4 * kTiles] {
   return reinterpret_cast<float(&)[4 * kTiles]>(x);
 }
 
-template <class T, int kKeyWidth>
+template <class T, int kKeyWidth, bool kDecays>
 __global__ void __launch_bounds__(kThreads, 2)
     sweep_sm90(const __grid_constant__ Sweep p, const __grid_constant__ TensorMap q_map,
                const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map) {
@@ -52,8 +52,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Block block(p);
   const Span& span = block.span;
   if (span.sequence < 0) return;
-  const int thread = int(threadIdx.x), warp = __shfl_sync(0xffffffffu, thread / 32, 0), lane = lane_index();
-  const bool has_out = block.has_out(), decaying = block.decaying();
+  const int thread = int(threadIdx.x), warp = warp_uniform(thread / 32), lane = lane_index();
+  const bool has_out = block.has_out();
   if (thread == 0) {
     for (int stage = 0; stage < kStages; ++stage) {
       mbarrier_init(full + 8 * stage, 1);
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     lower_registers<kLoadRegisters>();
     if (warp > kSweepWarps) return;
     float log_decays[Block::kOwn] = {};
-    if (decaying && span.chunks > 0) block.load_decays(block.chunk_at(0), log_decays);
+    if (kDecays && span.chunks > 0) block.load_decays(block.chunk_at(0), log_decays);
     int loads = 0;
     for (int c = 0; c < span.chunks; ++c) {
       const SweptChunk chunk = block.chunk_at(c);
@@ -88,11 +88,11 @@ __global__ void __launch_bounds__(kThreads, 2)
           }
           tma_load(v, v_map, {block.first_value, head / p.v.shared, chunk.begin, int(span.row)}, barrier);
         }
-        if (decaying) store_decays(log_decays, p.reverse, beside.decays[stage]);
+        if constexpr (kDecays) store_decays(log_decays, p.reverse, beside.decays[stage]);
         __syncwarp();
         if (lane == 0) mbarrier_arrive(barrier);
       }
-      if (decaying && c + 1 < span.chunks) block.load_decays(block.chunk_at(c + 1), log_decays);
+      if (kDecays && c + 1 < span.chunks) block.load_decays(block.chunk_at(c + 1), log_decays);
     }
   } else {
 
@@ -103,7 +103,6 @@ __global__ void __launch_bounds__(kThreads, 2)
   typename Block::Out out;
   block.load_states(state);
   block.begin_transition(beside.transition);
-  float state_factor = 1;
   int loads = 0;
   SweptChunk chunk{}, next{};
   if (span.chunks > 0) chunk = block.chunk_at(0);
@@ -113,7 +112,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       block.store_zeros(chunk);
       continue;
     }
-    if (!p.reverse && chunk.ended >= 0) block.end_step(chunk.ended, state, beside.transition);
+    if (!kDecays && !p.reverse && chunk.ended >= 0) block.end_step(chunk.ended, state, beside.transition);
     // Rows of the stage that are no tokens of the chunk, but others': beyond the tensor TMA has put zeros.
     const bool has_others = chunk.length < kChunk && chunk.begin + chunk.length < p.segments.tokens;
 
@@ -202,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, 2)
           first_seen[half] = p.reverse ? first_row + 8 * half : 0;
           last_seen[half] = p.reverse ? chunk.length - 1 : first_row + 8 * half;
         }
-        if (decaying) {
+        if constexpr (kDecays) {
           const float2 sums[2] = {decay.sum[first_row], decay.sum[first_row + 8]};
           each_score([&](float& x, int half, int column) {
             const float log = difference(sums[half], decay.sum[column]);
@@ -249,7 +248,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
               for (int i = 0; i < 4; ++i) out[n][i] *= out_of_range(exponents[i / 2]);
           }
-          if (decaying) {
+          if constexpr (kDecays) {
 #pragma unroll
             for (int n = 0; n < kChunk / 8; ++n)
 #pragma unroll
@@ -290,13 +289,13 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
 
       // ---- S^T = e^{G_last} S^T + v^T k
-      if (decaying) {
+      if constexpr (kDecays) {
         if (first_head) {
 #pragma unroll
           for (int n = 0; n < kKeyWidth / 8; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i) state[n][i] *= decay.total;
-          state_factor *= decay.total;
+          if (p.transition && thread == 0) beside.transition[0] *= decay.total;
         }
         SplitA<T> a[kChunk / 16];
 #pragma unroll
@@ -351,11 +350,11 @@ __global__ void __launch_bounds__(kThreads, 2)
       if (lane == 0) mbarrier_arrive(empty + 8 * stage);
       if (has_out && last_head) block.store_products(chunk, out);
     }
-    if (p.reverse && chunk.ended >= 0) block.end_step(chunk.ended, state, beside.transition);
+    if (!kDecays && p.reverse && chunk.ended >= 0) block.end_step(chunk.ended, state, beside.transition);
   }
 
   block.store_states(state);
-  block.store_transition(beside.transition, state_factor);
+  block.store_transition(beside.transition);
   }
 #endif
 }
@@ -370,7 +369,7 @@ void launch_sweep(const Sweep& p, int64_t blocks, void* stream) {
   };
   const TensorMap k = map(p.k, p.key_width), v = map(p.v, p.value_width);
   const bool has_out = p.out || p.out_float;
-  launch("linear_sweep_sm90", sweep_sm90<T, kKeyWidth>,
+  launch("linear_sweep_sm90", p.log_decay.data ? sweep_sm90<T, kKeyWidth, true> : sweep_sm90<T, kKeyWidth, false>,
          {dim3(unsigned(blocks)), dim3(kThreads), size_t(Layout<kKeyWidth>::kBytes)}, stream, p,
          has_out ? map(p.q, p.key_width) : k, k, v);
 }
