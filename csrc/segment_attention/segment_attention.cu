@@ -6,11 +6,17 @@
 namespace statecore {
 namespace {
 
-template <class T, int kWidth>
-constexpr int kForwardBytes = 3 * Tile<T, kWidth>::bytes(kTileTokens);  // q (then out), k, v
+// Keys of a step, all of whose scores are in registers at once.
+template <class T>
+constexpr int kStepKeys = sizeof(T) == 2 ? 64 : 32;
 
+// q (then out), two stages of k and v.
 template <class T, int kWidth>
-constexpr int kBlocksOnSm = sizeof(T) == 2 ? 256 / kWidth : 1;
+constexpr int kForwardBytes = Tile<T, kWidth>::bytes(kTileTokens + 4 * kStepKeys<T>);
+
+// That registers are limited to; without a limit the compiler takes more for nothing.
+template <class T, int kWidth>
+constexpr int kForwardBlocks = sizeof(T) == 2 ? kWidth == 64 ? 3 : 2 : 1;
 
 // Of the 4 lanes that share a row of accumulators.
 __device__ __forceinline__ float row_max(float x) {
@@ -23,14 +29,13 @@ __device__ __forceinline__ float row_sum(float x) {
 }
 
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kThreads, kBlocksOnSm<T, kWidth>) segment_forward(SegmentAttentionParams p, DevicePlan plan) {
+__global__ void __launch_bounds__(kThreads, kForwardBlocks<T, kWidth>) segment_forward(SegmentAttentionParams p, DevicePlan plan) {
   using Tile = Tile<T, kWidth>;
   constexpr int kDepth = kMmaDepth<T>, kDepths = kWidth / kDepth, kColumns = kWidth / 8;
-  // Operands of q stay in registers where they fit.
-  constexpr bool kHoldsQ = sizeof(T) == 2;
+  constexpr int kKeys = kStepKeys<T>;
+  constexpr bool kHoldsQ = sizeof(T) == 2;  // as operands, in registers
   STATECORE_DYNAMIC_SHARED(shared);
-  unsigned char *q_tile = shared, *k_tile = q_tile + Tile::bytes(kTileTokens),
-                *v_tile = k_tile + Tile::bytes(kTileTokens);
+  unsigned char *q_tile = shared, *stages = q_tile + Tile::bytes(kTileTokens);
 
   // ---- who we are: a tile of queries and one head
   const int head = int(blockIdx.x % p.query_heads), kv_head = head / int(p.query_heads / p.kv_heads);
@@ -42,11 +47,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksOnSm<T, kWidth>) segment_forw
   const Rows<T> k = rows_of<T>(p.k, p.k_batch, p.k_time, p.k_head, queries.row, kv_head, p.key_width);
   const Rows<T> v = rows_of<T>(p.v, p.v_batch, p.v_time, p.v_head, queries.row, kv_head, p.value_width);
 
-  const auto load_keys = [&](unsigned char* tile, const Rows<T>& rows, const TokenTile& keys) {
-    const bool all = none_hidden(queries, keys);
-    load_rows<kTileTokens, kWidth>(tile, rows, keys.begin, [&](int row) {
-      return all || (keys.begin + row < keys.end && visible_end[keys.begin + row] > queries.begin);
-    });
+  const auto load_step = [&](unsigned char* stage, const TokenTile& keys, int first) {
+    const auto seen = seen_by_somebody(queries, keys, first, visible_end);
+    load_rows<kKeys, kWidth>(stage, k, first, seen);
+    load_rows<kKeys, kWidth>(stage + Tile::bytes(kKeys), v, first, seen);
     cp_async_commit();
   };
 
@@ -59,13 +63,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksOnSm<T, kWidth>) segment_forw
   float top[2] = {-kInfinity, -kInfinity}, sum[2] = {0, 0};
   float out[kColumns][4] = {};
 
-  const KeyTiles visited(queries, number);
-  int key_tile = visited.first(queries);
-  TokenTile keys = plan.tile[min(key_tile, number)];
+  KeySteps<kKeys> step(plan, queries, number);
   load_rows<kTileTokens, kWidth>(q_tile, q, queries.begin - plan.first_query, [&](int row) {
     return queries.begin + row < queries.end && queries.begin + row >= plan.first_query;
   });
-  load_keys(k_tile, k, keys);
+  load_step(stages, step.keys, step.first_key());
   OperandA<T> q_operand[kHoldsQ ? kDepths : 1];
   if constexpr (kHoldsQ) {
     cp_async_wait<0>();
@@ -74,37 +76,39 @@ __global__ void __launch_bounds__(kThreads, kBlocksOnSm<T, kWidth>) segment_forw
     for (int d = 0; d < kDepths; ++d) load<false>(q_operand[d], Tile{}, q_tile, warp_row, d * kDepth);
   }
 
-  while (key_tile <= number) {
-    const int next_tile = visited.after(key_tile);
-    const TokenTile next = plan.tile[min(next_tile, number)];
+  for (int parity = 0; !step.done(); parity ^= 1) {
+    const TokenTile keys = step.keys;
+    const int first_key = step.first_key();
+    step.advance(plan);
+    unsigned char *k_tile = stages + parity * Tile::bytes(2 * kKeys), *v_tile = k_tile + Tile::bytes(kKeys);
     cp_async_wait<0>();
-    __syncthreads();  // k is there for everybody, and v is free: nobody multiplies by it any more
-    load_keys(v_tile, v, keys);
+    __syncthreads();  // this stage is there for everybody, and nobody reads the other one any more
+    if (!step.done())
+      load_step(stages + (parity ^ 1) * Tile::bytes(2 * kKeys), step.keys, step.first_key());
 
     // ---- scores, in units of ln 2
-    float score[kTileTokens / 8][4] = {};
+    float score[kKeys / 8][4] = {};
 #pragma unroll(kHoldsQ ? kDepths : 1)
     for (int d = 0; d < kDepths; ++d) {
       if constexpr (!kHoldsQ) load<false>(q_operand[0], Tile{}, q_tile, warp_row, d * kDepth);
 #pragma unroll
-      for (int n = 0; n < kTileTokens / 16; ++n) {
+      for (int n = 0; n < kKeys / 16; ++n) {
         OperandB<T> b[2];
         load<false>(b, Tile{}, k_tile, 16 * n, d * kDepth);
         mma(score[2 * n], q_operand[kHoldsQ ? d : 0], b[0]);
         mma(score[2 * n + 1], q_operand[kHoldsQ ? d : 0], b[1]);
       }
     }
-    const bool all = all_visible(queries, keys);
 #pragma unroll
-    for (int n = 0; n < kTileTokens / 8; ++n)
+    for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) score[n][i] *= scale;
-    if (!all)
+    if (!all_visible(queries, keys))
 #pragma unroll
-      for (int n = 0; n < kTileTokens / 8; ++n)
+      for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          const int key = keys.begin + 8 * n + accumulator_column(j);
+          const int key = first_key + 8 * n + accumulator_column(j);
           const int end = key < keys.end ? visible_end[key] : 0;
 #pragma unroll
           for (int i = 0; i < 2; ++i)
@@ -116,7 +120,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOnSm<T, kWidth>) segment_forw
     for (int i = 0; i < 2; ++i) {
       float highest = top[i];
 #pragma unroll
-      for (int n = 0; n < kTileTokens / 8; ++n)
+      for (int n = 0; n < kKeys / 8; ++n)
         highest = fmaxf(highest, fmaxf(score[n][2 * i], score[n][2 * i + 1]));
       highest = row_max(highest);
       const float shift = highest == -kInfinity ? 0 : highest;  // who has seen nobody yet
@@ -124,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOnSm<T, kWidth>) segment_forw
       top[i] = highest;
       sum[i] *= keeps;
 #pragma unroll
-      for (int n = 0; n < kTileTokens / 8; ++n)
+      for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           float& weight = score[n][2 * i + j];
@@ -135,12 +139,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksOnSm<T, kWidth>) segment_forw
       for (int n = 0; n < kColumns; ++n) out[n][2 * i] *= keeps, out[n][2 * i + 1] *= keeps;
     }
 
-    cp_async_wait<0>();
-    __syncthreads();  // v is there for everybody, and k is free
-    if (next_tile <= number) load_keys(k_tile, k, next);
 #pragma unroll
-    for (int d = 0; d < kTileTokens / kDepth; ++d) {
-      if constexpr (!kHoldsQ) __syncwarp();  // or the compiler loads all of v at once, to registers it lacks
+    for (int d = 0; d < kKeys / kDepth; ++d) {
       OperandA<T> weights;
       from_accumulators<T>(weights, &score[d * kDepth / 8]);
 #pragma unroll
@@ -151,8 +151,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksOnSm<T, kWidth>) segment_forw
         mma(out[2 * n + 1], weights, b[1]);
       }
     }
-    key_tile = next_tile;
-    keys = next;
   }
 
   // ---- results: rows with nobody there are 0, whatever has been computed for them

@@ -36,25 +36,40 @@ __device__ __forceinline__ void load_rows(unsigned char* tile, const Rows<T>& ro
   const int column = int(threadIdx.x) % Tile::kPieces * kPerPiece;
   static_assert(kThreads % Tile::kPieces == 0, "a thread stays in its column");
   const bool inside = column < rows.width;
-  const T* from = rows.first + first * rows.stride + column;
+  constexpr int kRowsAtOnce = kThreads / Tile::kPieces;
+  const int first_row = int(threadIdx.x) / Tile::kPieces;
+  const T* from = rows.first + (first + first_row) * rows.stride + column;
 #pragma unroll
-  for (int i = 0; i < kRows * Tile::kPieces / kThreads; ++i) {
-    const int row = i * (kThreads / Tile::kPieces) + int(threadIdx.x) / Tile::kPieces;
-    const bool valid = inside && keep(row);
-    cp_async(base + Tile::offset(row, column), valid ? from + row * rows.stride : rows.first, !valid);
+  for (int row = 0; row < kRows; row += kRowsAtOnce, from += kRowsAtOnce * rows.stride) {
+    const bool valid = inside && keep(row + first_row);
+    cp_async(base + Tile::offset(row + first_row, column), valid ? from : rows.first, !valid);
   }
 }
 
-// Tiles of keys that a tile of queries visits: prompt, then own steps up to itself.
-struct KeyTiles {
-  int prompt_end, own_begin, last;
-
-  __device__ __forceinline__ KeyTiles(const TokenTile& queries, int number)
-      : prompt_end(queries.prompt_end), own_begin(queries.own_begin), last(number) {}
-  __device__ __forceinline__ int first(const TokenTile& queries) const {
-    return queries.prompt_begin < prompt_end ? queries.prompt_begin : own_begin;
+// The way of a tile of queries through the keys, kKeys at a time: tiles with the prompt, then those of its own
+// steps up to itself.
+template <int kKeys>
+class KeySteps {
+ public:
+  __device__ __forceinline__ KeySteps(const DevicePlan& plan, const TokenTile& queries, int number)
+      : prompt_end_(queries.prompt_end), own_begin_(queries.own_begin), last_(number) {
+    tile_ = queries.prompt_begin < prompt_end_ ? queries.prompt_begin : own_begin_;
+    keys = plan.tile[min(tile_, last_)];
   }
-  __device__ __forceinline__ int after(int tile) const { return tile + 1 == prompt_end ? own_begin : tile + 1; }
+  __device__ __forceinline__ bool done() const { return tile_ > last_; }
+  __device__ __forceinline__ int first_key() const { return keys.begin + part_; }
+  __device__ __forceinline__ void advance(const DevicePlan& plan) {
+    part_ += kKeys;
+    if (part_ < kTileTokens) return;
+    part_ = 0;
+    tile_ = tile_ + 1 == prompt_end_ ? own_begin_ : tile_ + 1;
+    keys = plan.tile[min(tile_, last_)];
+  }
+
+  TokenTile keys;  // the tile that the step belongs to
+
+ private:
+  int prompt_end_, own_begin_, last_, tile_, part_ = 0;
 };
 
 // Whether every query of the one tile sees every key of the other.
@@ -62,9 +77,12 @@ __device__ __forceinline__ bool all_visible(const TokenTile& queries, const Toke
   return keys.end - keys.begin == kTileTokens && keys.end <= queries.begin + 1 && keys.min_end >= queries.end;
 }
 
-// Whether some query of the tile sees each key of the other, so that none needs to be looked at on loading.
-__device__ __forceinline__ bool none_hidden(const TokenTile& queries, const TokenTile& keys) {
-  return keys.end - keys.begin == kTileTokens && keys.min_end > queries.begin;
+// Whether some query of the tile sees key first + i of the other; most tiles need not look.
+__device__ __forceinline__ auto seen_by_somebody(const TokenTile& queries, const TokenTile& keys, int first,
+                                                 const int32_t* visible_end) {
+  const bool all = keys.end - keys.begin == kTileTokens && keys.min_end > queries.begin;
+  const int behind = keys.end, from = queries.begin;
+  return [=](int i) { return all || (first + i < behind && visible_end[first + i] > from); };
 }
 
 }  // namespace statecore
