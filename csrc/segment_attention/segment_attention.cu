@@ -157,6 +157,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<T, kWidth>) segment_f
   const int64_t row_elements = p.query_heads * p.value_width;
   const int64_t first_row = int64_t(queries.row) * p.queries + queries.begin - plan.first_query;
   const bool rounds = sizeof(T) == 2 && p.out_dtype == p.dtype;
+  __syncwarp();  // out takes the place of q, of which a warp has read its own rows alone
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const bool inside = token[i] < queries.end && token[i] >= plan.first_query;
@@ -172,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<T, kWidth>) segment_f
       const float x = there ? out[n][2 * i] * factor : 0, y = there ? out[n][2 * i + 1] * factor : 0;
       const int column = 8 * n + accumulator_column(0);
       if (rounds)
-        store_pair(Tile{}, q_tile, row, column, x, y);  // a warp reads and writes its own rows alone
+        store_pair(Tile{}, q_tile, row, column, x, y);
       else if (inside && column < p.value_width)
         *reinterpret_cast<float2*>(to + column) = make_float2(x, y);
     }
