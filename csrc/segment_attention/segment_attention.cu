@@ -72,8 +72,8 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<T, kWidth>) segment_f
   q_operands.hold();
 
   for (int parity = 0; !step.done(); parity ^= 1) {
-    const TokenTile keys = step.keys;
-    const int first_key = step.first_key();
+    const int first_key = step.first_key(), keys_end = step.keys.end;
+    const bool all = all_visible(queries, step.keys);
     step.advance(plan);
     unsigned char *k_tile = stages + parity * Tile::bytes(2 * kKeys), *v_tile = k_tile + Tile::bytes(kKeys);
     cp_async_wait<0>();
@@ -88,13 +88,13 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<T, kWidth>) segment_f
     for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) score[n][i] *= scale;
-    if (!all_visible(queries, keys))
+    if (!all)
 #pragma unroll
       for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           const int key = first_key + 8 * n + accumulator_column(j);
-          const int end = key < keys.end ? visible_end[key] : 0;
+          const int end = key < keys_end ? visible_end[key] : 0;
 #pragma unroll
           for (int i = 0; i < 2; ++i)
             if (key > token[i] || token[i] >= end) score[n][2 * i + j] = -kInfinity;
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<T, kWidth>) segment_f
       for (int n = 0; n < kColumns; ++n) out[n][2 * i] *= keeps, out[n][2 * i + 1] *= keeps;
     }
 
-    add_weighted_rows<T, kWidth, kKeys>(out, score, v_tile);
+    add_weighted_rows<OperandA<T>, T, kWidth, kKeys>(out, score, v_tile);
   }
 
   // ---- results: rows with nobody there are 0, whatever has been computed for them

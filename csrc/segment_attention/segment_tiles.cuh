@@ -96,13 +96,14 @@ class RowOperands {
   OperandA<T> held_[kHeld ? kDepths : 1];
 };
 
-// sums += weights rows, for kRows rows of a tile; weights are rounded to T.
-template <class T, int kWidth, int kRows>
+// sums += weights rows, for kRows rows of a tile of T. As OperandA<T> weights are rounded, as SplitA<T> not,
+// for twice the products.
+template <class Weights, class T, int kWidth, int kRows>
 __device__ __forceinline__ void add_weighted_rows(float (&sums)[kWidth / 8][4], const float (&weights)[kRows / 8][4],
                                                   const unsigned char* rows) {
 #pragma unroll
   for (int d = 0; d < kRows / kMmaDepth<T>; ++d) {
-    OperandA<T> a;
+    Weights a;
     from_accumulators<T>(a, &weights[d * kMmaDepth<T> / 8]);
 #pragma unroll
     for (int n = 0; n < kWidth / 16; ++n) {
