@@ -29,7 +29,8 @@ __device__ __forceinline__ float row_sum(float x) {
 }
 
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kThreads, kForwardBlocks<T, kWidth>) segment_forward(SegmentAttentionParams p, DevicePlan plan) {
+__global__ void __launch_bounds__(kThreads, kForwardBlocks<T, kWidth>)
+    segment_forward(SegmentAttentionParams p, DevicePlan plan) {
   using Tile = Tile<T, kWidth>;
   constexpr int kColumns = kWidth / 8, kKeys = kStepKeys<T>;
   constexpr bool kHoldsQ = sizeof(T) == 2;  // as operands, in registers
@@ -78,8 +79,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<T, kWidth>) segment_f
     unsigned char *k_tile = stages + parity * Tile::bytes(2 * kKeys), *v_tile = k_tile + Tile::bytes(kKeys);
     cp_async_wait<0>();
     __syncthreads();  // this stage is there for everybody, and nobody reads the other one any more
-    if (!step.done())
-      load_step(stages + (parity ^ 1) * Tile::bytes(2 * kKeys), step.keys, step.first_key());
+    if (!step.done()) load_step(stages + (parity ^ 1) * Tile::bytes(2 * kKeys), step.keys, step.first_key());
 
     // ---- scores, in units of ln 2
     float score[kKeys / 8][4] = {};
@@ -136,16 +136,17 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<T, kWidth>) segment_f
     const bool is_query = inside(token[i] - queries.begin), there = is_query && visible_end[token[i]] > 0;
     const float total = row_sum(sum[i]), factor = 1 / total;
     if (is_query && threadIdx.x % 4 == 0)
-      static_cast<float*>(p.lse)[(queries.row * p.query_heads + head) * p.queries + token[i] -
-                                 plan.first_query] = there ? (top[i] + log2f(total)) * kLn2 : -kInfinity;
+      static_cast<float*>(
+          p.lse)[(queries.row * p.query_heads + head) * p.queries + token[i] - plan.first_query] =
+          there ? (top[i] + log2f(total)) * kLn2 : -kInfinity;
 #pragma unroll
     for (int n = 0; n < kColumns; ++n)
 #pragma unroll
       for (int j = 2 * i; j < 2 * i + 2; ++j) out[n][j] = there ? out[n][j] * factor : 0;
   }
   const int64_t stride = p.query_heads * p.value_width;
-  const int64_t first = (int64_t(queries.row) * p.queries + queries.begin - plan.first_query) * stride +
-                        head * p.value_width;
+  const int64_t first =
+      (int64_t(queries.row) * p.queries + queries.begin - plan.first_query) * stride + head * p.value_width;
   if (p.out_dtype == p.dtype)
     store_rows(static_cast<T*>(p.out) + first, stride, int(p.value_width), warp_row, out, inside, q_tile);
   else

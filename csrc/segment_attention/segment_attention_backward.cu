@@ -38,7 +38,9 @@ struct Backward {
 };
 
 // ---- statistics: a block to a tile of queries and a head, a warp to a row, four columns to a lane
-__device__ __forceinline__ float4 load_four(const float* from) { return *reinterpret_cast<const float4*>(from); }
+__device__ __forceinline__ float4 load_four(const float* from) {
+  return *reinterpret_cast<const float4*>(from);
+}
 template <class T>
 __device__ __forceinline__ float4 load_four(const T* from) {
   const uint2 pairs = *reinterpret_cast<const uint2*>(from);
@@ -69,8 +71,7 @@ __global__ void __launch_bounds__(kThreads) segment_statistics(Backward b) {
         sum = x.x * y.x + x.y * y.y + (x.z * y.z + x.w * y.w);
       }
 #pragma unroll
-      for (int distance = 16; distance > 0; distance /= 2)
-        sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+      for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
       const int64_t in_lse = (int64_t(queries.row) * p.query_heads + head) * p.queries + query;
       if (b.p.grad_lse) sum -= static_cast<const float*>(b.p.grad_lse)[in_lse];
       result = {static_cast<const float*>(p.lse)[in_lse] * kLog2e, sum};
@@ -110,7 +111,8 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 3 : 2) segment_backwa
   const auto there = query_rows(plan, queries, queries.begin, visible_end);
   const int first_query = queries.begin - plan.first_query;
   load_rows<kTileTokens, kWidth>(
-      q_tile, rows_of<T>(p.q, p.q_batch, p.q_time, p.q_head, queries.row, head, p.key_width), first_query, there);
+      q_tile, rows_of<T>(p.q, p.q_batch, p.q_time, p.q_head, queries.row, head, p.key_width), first_query,
+      there);
   load_rows<kTileTokens, kWidth>(grad_tile,
                                  rows_of<T>(b.p.grad_out, b.p.grad_out_batch, b.p.grad_out_time,
                                             b.p.grad_out_head, queries.row, head, p.value_width),
@@ -142,8 +144,7 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 3 : 2) segment_backwa
     unsigned char *k_tile = stages + parity * Tile::bytes(2 * kKeys), *v_tile = k_tile + Tile::bytes(kKeys);
     cp_async_wait<0>();
     __syncthreads();  // this stage is there for everybody, and nobody reads the other one any more
-    if (!step.done())
-      load_step(stages + (parity ^ 1) * Tile::bytes(2 * kKeys), step.keys, step.first_key());
+    if (!step.done()) load_step(stages + (parity ^ 1) * Tile::bytes(2 * kKeys), step.keys, step.first_key());
 
     float weight[kKeys / 8][4] = {}, grad[kKeys / 8][4] = {};
     q_operands.template multiply<kKeys>(weight, k_tile);
@@ -173,9 +174,10 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 3 : 2) segment_backwa
   const int64_t stride = p.query_heads * p.key_width;
   T* to = static_cast<T*>(b.p.grad_q) + (int64_t(queries.row) * p.queries + first_query) * stride +
           head * p.key_width;
-  store_rows(to, stride, int(p.key_width), warp_row, grad_q, [&](int i) {
-    return queries.begin + i < queries.end && queries.begin + i >= plan.first_query;
-  }, q_tile);
+  store_rows(
+      to, stride, int(p.key_width), warp_row, grad_q,
+      [&](int i) { return queries.begin + i < queries.end && queries.begin + i >= plan.first_query; },
+      q_tile);
 }
 
 // ---- gradients of keys and values: a piece of the work of a tile of keys
@@ -234,9 +236,11 @@ __global__ void __launch_bounds__(kThreads, 2) segment_backward_keys(Backward b)
     return keys.begin + row < keys.end && (keys.min_end > 0 || visible_end[keys.begin + row] > 0);
   };
   load_rows<kTileTokens, kWidth>(
-      k_tile, rows_of<T>(p.k, p.k_batch, p.k_time, p.k_head, keys.row, kv_head, p.key_width), keys.begin, there);
+      k_tile, rows_of<T>(p.k, p.k_batch, p.k_time, p.k_head, keys.row, kv_head, p.key_width), keys.begin,
+      there);
   load_rows<kTileTokens, kWidth>(
-      v_tile, rows_of<T>(p.v, p.v_batch, p.v_time, p.v_head, keys.row, kv_head, p.value_width), keys.begin, there);
+      v_tile, rows_of<T>(p.v, p.v_batch, p.v_time, p.v_head, keys.row, kv_head, p.value_width), keys.begin,
+      there);
   cp_async_commit();
   Step step{piece.end - piece.begin, 0, 0, 0, keys};
   if (step.left > 0) {
@@ -314,10 +318,10 @@ __global__ void __launch_bounds__(kThreads, 2) segment_backward_keys(Backward b)
   __syncthreads();  // where there was no step, k and v may still be on their way to where the results go now
   const auto inside = [&](int row) { return keys.begin + row < keys.end; };
   const int64_t first = (int64_t(keys.row) * plan.keys + keys.begin) * p.kv_heads + kv_head;
-  store_rows(static_cast<T*>(b.p.grad_k) + first * dk + column, p.kv_heads * dk, dk - column, warp_row, grad_k,
-             inside, k_tile);
-  store_rows(static_cast<T*>(b.p.grad_v) + first * dv + column, p.kv_heads * dv, dv - column, warp_row, grad_v,
-             inside, v_tile);
+  store_rows(static_cast<T*>(b.p.grad_k) + first * dk + column, p.kv_heads * dk, dk - column, warp_row,
+             grad_k, inside, k_tile);
+  store_rows(static_cast<T*>(b.p.grad_v) + first * dv + column, p.kv_heads * dv, dv - column, warp_row,
+             grad_v, inside, v_tile);
 }
 
 // ---- the sums of the pieces of a tile, in order: a block to some rows of it
@@ -368,8 +372,8 @@ void launch_products(const Backward& b, void* stream) {
     launch("segment_backward_queries", segment_backward_queries<T, kWidth>,
            {dim3(checked_blocks(tiles * p.query_heads)), dim3(kThreads), bytes}, stream, b);
   launch("segment_backward_keys", segment_backward_keys<T, kWidth>,
-         {dim3(checked_blocks(b.pieces.max_pieces * p.kv_heads), kWidth / kGradColumns<T, kWidth>), dim3(kThreads),
-          bytes + 2 * kStepRows<T> * sizeof(RowStatistics)},
+         {dim3(checked_blocks(b.pieces.max_pieces * p.kv_heads), kWidth / kGradColumns<T, kWidth>),
+          dim3(kThreads), bytes + 2 * kStepRows<T> * sizeof(RowStatistics)},
          stream, b);
 }
 
@@ -379,11 +383,13 @@ void launch_backward(const Backward& b, void* stream) {
   if (const int64_t tiles = query_tiles(p, b.plan); tiles > 0)
     launch("segment_statistics", segment_statistics<T>,
            {dim3(checked_blocks(tiles * p.query_heads)), dim3(kThreads)}, stream, b);
-  p.key_width > 64 || p.value_width > 64 ? launch_products<T, 128>(b, stream) : launch_products<T, 64>(b, stream);
+  p.key_width > 64 || p.value_width > 64 ? launch_products<T, 128>(b, stream)
+                                         : launch_products<T, 64>(b, stream);
   if (b.pieces.max_cuts > 0)
-    launch("segment_add_pieces", segment_add_pieces<T>,
-           {dim3(checked_blocks(b.pieces.max_cuts * p.kv_heads * (kTileTokens / kReducedRows))), dim3(kThreads)},
-           stream, b);
+    launch(
+        "segment_add_pieces", segment_add_pieces<T>,
+        {dim3(checked_blocks(b.pieces.max_cuts * p.kv_heads * (kTileTokens / kReducedRows))), dim3(kThreads)},
+        stream, b);
 }
 
 Backward in_scratch(const SegmentAttentionBackwardParams& params, ScratchParts& scratch) {
