@@ -39,7 +39,7 @@ struct Tile {
   // In bytes from the beginning of the tile.
   __device__ static __forceinline__ int offset(int row, int column) {
     const int byte = column * int(sizeof(T)), mask = kPieces == 4 ? row / 2 & 3 : row & 7;
-    return row * kRowBytes + ((byte / 16 ^ mask) * 16 + byte % 16);
+    return row * kRowBytes + (byte ^ mask * 16);
   }
 };
 
@@ -53,9 +53,10 @@ __device__ __forceinline__ void load_tile(unsigned char* tile, const T* first_ro
   constexpr int kPerPiece = 16 / int(sizeof(T));
   static_assert(kRows * Tile::kPieces % kThreads == 0, "threads share the tile evenly");
   const uint32_t base = shared_address(tile);
+  const int thread = here(int(threadIdx.x) % kThreads);
 #pragma unroll
   for (int i = 0; i < kRows * Tile::kPieces / kThreads; ++i) {
-    const int piece = i * kThreads + int(threadIdx.x) % kThreads;
+    const int piece = i * kThreads + thread;
     const int row = piece / Tile::kPieces, column = piece % Tile::kPieces * kPerPiece;
     const bool valid = row < valid_rows && column < valid_width;
     cp_async(base + Tile::offset(row, column), valid ? first_row + row * row_stride + column : first_row,

@@ -231,9 +231,9 @@ struct DecayGradient {
   Segments segments;
   int64_t batch;
   int32_t heads, query_group;  // value heads, query heads of each
-  const float* reads;          // <q, dq> in parts, [read_parts, B, heads * query_group, T]
-  const float* writes;         // <k, dk> in parts, [write_parts, B, heads, T]
-  int32_t read_parts, write_parts;
+  const float* reads;          // <q, dq> in parts, [parts, B, heads * query_group, T]
+  const float* writes;         // <k, dk> in parts, [parts, B, heads, T]
+  int32_t parts;
   const float *final_states, *grad_final_states;  // [N, heads, size]
   int64_t size;
   float* gradient;  // [B, T, heads]
@@ -290,13 +290,12 @@ __global__ void __launch_bounds__(kDecayThreads) decay_gradient(DecayGradient p)
     for (int i = kOwn - 1; i >= 0; --i) {
       const int64_t token = first + i;
       if (token < tokens.end) {
-        for (int g = 0; g < p.query_group; ++g)
-          for (int part = 0; part < p.read_parts; ++part)
-            sum += double(
-                p.reads[((part * p.batch + row) * p.heads * p.query_group + head * p.query_group + g) * time +
-                        token]);
-        for (int part = 0; part < p.write_parts; ++part)
-          sum -= double(p.writes[((part * p.batch + row) * p.heads + head) * time + token]);
+        for (int part = 0; part < p.parts; ++part) {
+          const int64_t item = (part * p.batch + row) * p.heads + head;
+          for (int g = 0; g < p.query_group; ++g)
+            sum += double(p.reads[(item * p.query_group + g) * time + token]);
+          sum -= double(p.writes[item * time + token]);
+        }
       }
       own[i] = sum;
     }
@@ -581,7 +580,7 @@ void linear_attention_backward_cuda(const LinearAttentionBackwardParams& p, void
     launch("decay_gradient", decay_gradient,
            {dim3(unsigned(p.sequences * p.value_heads)), dim3(kDecayThreads)}, stream,
            DecayGradient{s, p.batch, int32_t(p.value_heads), int32_t(out_heads(p) / p.value_heads),
-                         b.grad_q.products, b.grad_k.products, parts, parts, b.final_states,
+                         b.grad_q.products, b.grad_k.products, parts, b.final_states,
                          static_cast<const float*>(p.grad_final_states), state_size(p),
                          static_cast<float*>(p.grad_log_decay)});
   }

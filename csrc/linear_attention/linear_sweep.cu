@@ -93,11 +93,11 @@ __global__ void __launch_bounds__(kThreads, 2) sweep(Sweep p) {
 
   // ---- who we are: 64 columns of the state of one item in one segment
   const int slices = (p.value_width + kSweepValues - 1) / kSweepValues;
-  const int slot = int(blockIdx.x / unsigned(slices * p.items));
-  const int item = int(blockIdx.x / unsigned(slices)) % p.items;
+  const auto slot = [&] { return here(int(blockIdx.x)) / (slices * p.items); };  // of the segment
+  const int item = int(blockIdx.x) / slices % p.items;
   const int first_value = int(blockIdx.x) % slices * kSweepValues;
   const int values = min(p.value_width - first_value, kSweepValues);
-  const Span span = span_of(p.segments, slot, kChunk);
+  const Span span = span_of(p.segments, slot(), kChunk);
   if (span.sequence < 0) return;
   const int thread = int(threadIdx.x), warp = warp_uniform(thread / 32), lane = lane_index();
   const bool has_out = p.out || p.out_float, decaying = p.log_decay.data != nullptr;
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kThreads, 2) sweep(Sweep p) {
   // ---- the state: rows are values, 16 a warp, columns are keys
   float state[kKeyWidth / 8][4];
   const auto at_state = [&](const SweepStates& states, int kind) {
-    return states.data + kind * states.kind + int64_t(slot) * states.slot +
+    return states.data + kind * states.kind + int64_t(slot()) * states.slot +
            int64_t(item / states.shared) * states.head;
   };
   const auto each_element = [&](const SweepStates& states, const auto& body) {
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kThreads, 2) sweep(Sweep p) {
   });
   // start and prompt of this thread's elements
   const auto other_state = [&](int kind) {
-    return p.step_states + (int64_t(blockIdx.x) * 2 + kind - 1) * (kSweepValues * kKeyWidth) + thread;
+    return p.step_states + (int64_t(here(int(blockIdx.x))) * 2 + kind - 1) * (kSweepValues * kKeyWidth) + thread;
   };
   const auto own = [](int n, int i) { return (n * 4 + i) * kThreads; };
   if (p.states == 3)
@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kThreads, 2) sweep(Sweep p) {
     return chunk_of(span, p.reverse ? span.chunks - 1 - i : i, kChunk);
   };
   const auto rows_of = [&](const HeadsView& x, int head, int token) {
-    return static_cast<const T*>(x.data) + span.row * x.batch + int64_t(token) * x.time + head * x.head;
+    return static_cast<const T*>(x.data) + here(span.row) * x.batch + int64_t(token) * x.time + head * x.head;
   };
   const auto load_chunk = [&](const SweptChunk& chunk, int g, unsigned char* stage) {
     if (chunk.ended != kPaddingChunk) {
@@ -187,8 +187,8 @@ __global__ void __launch_bounds__(kThreads, 2) sweep(Sweep p) {
   // ---- decay weights of a chunk, by one warp; lane l has tokens kOwn l, kOwn l + 1, ...
   constexpr int kOwn = kChunk / 32;
   const auto load_decays = [&](const SweptChunk& chunk, float (&log_decays)[kOwn]) {
-    const float* from = static_cast<const float*>(p.log_decay.data) + int64_t(span.row) * p.log_decay.batch +
-                        item / p.log_decay.shared * p.log_decay.head;
+    const float* from = static_cast<const float*>(p.log_decay.data) + int64_t(here(span.row)) * p.log_decay.batch +
+                        here(item) / p.log_decay.shared * p.log_decay.head;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       const int token = kOwn * lane + i;
@@ -271,7 +271,7 @@ __global__ void __launch_bounds__(kThreads, 2) sweep(Sweep p) {
       float next_log_decays[kOwn];
       if (prepares_decay) load_decays(next, next_log_decays);
 
-      const int64_t first_token = int64_t(span.row) * p.segments.tokens + chunk.begin;  // of [B * T, items, value_width]
+      const int64_t first_token = int64_t(here(span.row)) * p.segments.tokens + chunk.begin;  // of [B * T, items, value_width]
       const auto at_out = [&](int token, int value) {
         return ((first_token + token) * p.items + item) * p.value_width + first_value + value;
       };
@@ -480,7 +480,7 @@ __global__ void __launch_bounds__(kThreads, 2) sweep(Sweep p) {
               own_value);
         __syncwarp();
         float* const to = p.products +
-                          ((int64_t(first_value / 16 + warp) * p.batch + span.row) * p.items + item) *
+                          ((int64_t(first_value / 16 + warp) * p.batch + here(span.row)) * p.items + item) *
                               p.segments.tokens +
                           chunk.begin;
 #pragma unroll
@@ -540,7 +540,7 @@ __global__ void __launch_bounds__(kThreads, 2) sweep(Sweep p) {
       });
     }
   if (p.transition && thread == 0 && first_value == 0) {
-    float* to = p.transition + (int64_t(slot) * p.items + item) * 9;
+    float* to = p.transition + (int64_t(slot()) * p.items + item) * 9;
     for (int i = 0; i < 9; ++i) to[i] = transition[i];
   }
 }
