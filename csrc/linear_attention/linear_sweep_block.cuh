@@ -92,14 +92,19 @@ __device__ __forceinline__ int row_exponent(const float (&x)[kTiles][4], int hal
 // ---- y = segment + sigmoid(gate) x
 __device__ __forceinline__ float sigmoid(float x) { return 1 / (1 + expf(-x)); }
 
+// For 16 bytes of T.
 template <class T>
-__device__ __forceinline__ uint4 gated(uint4 x, uint4 gate, uint4 segment) {
-  const auto pair = [](uint32_t x, uint32_t gate, uint32_t segment) {
-    const float2 a = unpack<T>(x), g = unpack<T>(gate), s = unpack<T>(segment);
-    return pack<T>(s.x + sigmoid(g.x) * a.x, s.y + sigmoid(g.y) * a.y);
+__device__ __forceinline__ uint4 gated(T, uint4 x, uint4 gate, uint4 segment) {
+  const auto word = [](uint32_t x, uint32_t gate, uint32_t segment) {
+    if constexpr (sizeof(T) == 4) {
+      return __float_as_uint(__uint_as_float(segment) + sigmoid(__uint_as_float(gate)) * __uint_as_float(x));
+    } else {
+      const float2 a = unpack<T>(x), g = unpack<T>(gate), s = unpack<T>(segment);
+      return pack<T>(s.x + sigmoid(g.x) * a.x, s.y + sigmoid(g.y) * a.y);
+    }
   };
-  return make_uint4(pair(x.x, gate.x, segment.x), pair(x.y, gate.y, segment.y), pair(x.z, gate.z, segment.z),
-                    pair(x.w, gate.w, segment.w));
+  return make_uint4(word(x.x, gate.x, segment.x), word(x.y, gate.y, segment.y), word(x.z, gate.z, segment.z),
+                    word(x.w, gate.w, segment.w));
 }
 
 // ---- the block
@@ -244,44 +249,59 @@ struct SweepBlock {
     }
   }
 
-  __device__ __forceinline__ void store_products(const SweptChunk& chunk, const Out& out) const {
+  // A warp has 16 columns of a tile [token, value] for itself, in which results turn from columns into rows.
+  // Lanes have 16 bytes of a row each.
+  using Values = Tile<T, kSweepValues>;
+  static constexpr int kPerLane = 16 / int(sizeof(T)), kLanesOfRow = 16 / kPerLane;
+
+  __device__ __forceinline__ void store_products(const SweptChunk& chunk, const Out& out,
+                                                 unsigned char* tile) const {
     const int lane = lane_index(), warp = int(threadIdx.x) / 32;
     if (!p.products || 16 * warp >= values) return;
-    const T* const partner = rows_of(p.partner, item / p.partner.shared, chunk.begin) + first_value + 16 * warp;
+    const int value = 16 * warp + lane % kLanesOfRow * kPerLane;
+    __syncwarp();
+#pragma unroll 1
+    for (int token = lane / kLanesOfRow; token < chunk.length; token += 32 / kLanesOfRow)
+      *reinterpret_cast<uint4*>(tile + Values::offset(token, value)) = *reinterpret_cast<const uint4*>(
+          rows_of(p.partner, item * p.group / p.partner.shared, chunk.begin + token) + first_value + value);
+    __syncwarp();
     float* const to = p.products +
                       ((int64_t(first_value / 16 + warp) * p.batch + span.row) * p.items + item) *
                           p.segments.tokens +
                       chunk.begin;
+    const int first_token = here(accumulator_column(0)), first_row = here(16 * warp + accumulator_row(0));
 #pragma unroll
     for (int n = 0; n < kChunk / 8; ++n)
 #pragma unroll
       for (int odd = 0; odd < 2; ++odd) {
-        const int token = 8 * n + accumulator_column(odd);
+        const int token = 8 * n + first_token + odd;
+        const auto partner = [&](int row) {
+          return to_float(*reinterpret_cast<const T*>(tile + Values::offset(token, row)));
+        };
         float sum = 0;
-        if (token < chunk.length) {
-          const T* row = partner + token * p.partner.time;
-          sum = out[n][odd] * to_float(row[lane / 4]) + out[n][odd + 2] * to_float(row[lane / 4 + 8]);
-        }
+        if (token < chunk.length)
+          sum = out[n][odd] * partner(first_row) + out[n][odd + 2] * partner(first_row + 8);
 #pragma unroll
         for (int rows = 4; rows < 32; rows *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, rows);
         if (lane < 4 && token < chunk.length) to[token] = sum;
       }
+    __syncwarp();
   }
 
-  // The warp's 16 columns of a tile [token, value] of results, which it has put there itself.
+  // Out of the tile.
   __device__ __forceinline__ void store_rows(const SweptChunk& chunk, const unsigned char* tile) const {
-    const int value = 16 * (int(threadIdx.x) / 32) + lane_index() % 2 * 8;
+    const int value = 16 * (int(threadIdx.x) / 32) + lane_index() % kLanesOfRow * kPerLane;
     if (value >= values) return;
 #pragma unroll 1
-    for (int token = lane_index() / 2; token < chunk.length; token += 16) {
-      const uint4 row = *reinterpret_cast<const uint4*>(tile + Tile<T, kSweepValues>::offset(token, value));
+    for (int token = lane_index() / kLanesOfRow; token < chunk.length; token += 32 / kLanesOfRow) {
+      const uint4 x = *reinterpret_cast<const uint4*>(tile + Values::offset(token, value));
       const int64_t to = at_out(chunk, token, value);
-      __stcs(reinterpret_cast<uint4*>(static_cast<T*>(p.out) + to), row);
+      __stcs(reinterpret_cast<uint4*>(static_cast<T*>(p.out) + to), x);
       if (!p.gated_out) continue;
       const T* gate = rows_of(p.gate, item, chunk.begin + token) + first_value + value;
       const T* segment = static_cast<const T*>(p.segment_out) + to;
       __stcs(reinterpret_cast<uint4*>(static_cast<T*>(p.gated_out) + to),
-             gated<T>(row, *reinterpret_cast<const uint4*>(gate), *reinterpret_cast<const uint4*>(segment)));
+             gated(T{}, x, *reinterpret_cast<const uint4*>(gate), *reinterpret_cast<const uint4*>(segment)));
     }
   }
 

@@ -6,7 +6,7 @@ namespace statecore {
 namespace {
 
 constexpr int kThreads = 2 * kSweepThreads;  // a warpgroup that multiplies, and one of which a warp loads
-constexpr int kMathRegisters = 216, kLoadRegisters = 40;
+constexpr int kMathRegisters = 224, kLoadRegisters = 32;
 constexpr int kStages = 2, kChunk = 64, kPanelBytes = 64 * 128;
 constexpr unsigned kSweepBarrier = 1;  // of the warps that multiply
 
@@ -14,6 +14,7 @@ using Panel = Tile<__half, 64>;
 
 struct Beside {
   uint64_t full[kStages], empty[kStages];
+  SweptChunk chunks[kStages];
   ChunkDecay<kChunk> decays[kStages];
   int score_exponents[kChunk];
   float transition[9];
@@ -72,21 +73,24 @@ __global__ void __launch_bounds__(kThreads, 2)
     int loads = 0;
     for (int c = 0; c < span.chunks; ++c) {
       const SweptChunk chunk = block.chunk_at(c);
-      for (int g = 0; g < p.group && chunk.ended != kPaddingChunk; ++g, ++loads) {
+      const bool padding = chunk.ended == kPaddingChunk;  // of which nothing is loaded
+      for (int g = 0; g < (padding ? 1 : p.group); ++g, ++loads) {
         const int stage = loads % kStages, head = block.item * p.group + g;
         const uint32_t q = base + stage * L::kStageBytes, k = q + L::kKeyBytes, v = k + L::kKeyBytes;
         const uint32_t barrier = full + 8 * stage;
         mbarrier_wait(empty + 8 * stage, (loads / kStages & 1) ^ 1);
         if (lane == 0) {
-          mbarrier_expect(barrier, has_out ? L::kStageBytes : L::kStageBytes - L::kKeyBytes);
+          beside.chunks[stage] = chunk;
+          if (!padding) {
+            mbarrier_expect(barrier, has_out ? L::kStageBytes : L::kStageBytes - L::kKeyBytes);
 #pragma unroll
-          for (int key = 0; key < kKeyWidth; key += 64) {
-            const uint32_t panel = key / 64 * kPanelBytes;
-            if (has_out)
-              tma_load(q + panel, q_map, {key, head / p.q.shared, chunk.begin, int(span.row)}, barrier);
-            tma_load(k + panel, k_map, {key, head / p.k.shared, chunk.begin, int(span.row)}, barrier);
+            for (int key = 0; key < kKeyWidth; key += 64) {
+              const uint32_t panel = key / 64 * kPanelBytes;
+              if (has_out) tma_load(q + panel, q_map, {key, head / p.q.shared, chunk.begin, span.row}, barrier);
+              tma_load(k + panel, k_map, {key, head / p.k.shared, chunk.begin, span.row}, barrier);
+            }
+            tma_load(v, v_map, {block.first_value, head / p.v.shared, chunk.begin, span.row}, barrier);
           }
-          tma_load(v, v_map, {block.first_value, head / p.v.shared, chunk.begin, int(span.row)}, barrier);
         }
         if constexpr (kDecays) store_decays(log_decays, p.reverse, beside.decays[stage]);
         __syncwarp();
@@ -104,18 +108,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   block.load_states(state);
   block.begin_transition(beside.transition);
   int loads = 0;
-  SweptChunk chunk{}, next{};
-  if (span.chunks > 0) chunk = block.chunk_at(0);
-  for (int c = 0; c < span.chunks; ++c, chunk = next) {
-    if (c + 1 < span.chunks) next = block.chunk_at(c + 1);
-    if (chunk.ended == kPaddingChunk) {
-      block.store_zeros(chunk);
-      continue;
-    }
-    if (!kDecays && !p.reverse && chunk.ended >= 0) block.end_step(chunk.ended, state, beside.transition);
-    // Rows of the stage that are no tokens of the chunk, but others': beyond the tensor TMA has put zeros.
-    const bool has_others = chunk.length < kChunk && chunk.begin + chunk.length < p.segments.tokens;
-
+  for (int c = 0; c < span.chunks; ++c)
     for (int g = 0; g < p.group; ++g, ++loads) {
       const int stage = loads % kStages;
       unsigned char* const k_panel = shared + stage * L::kStageBytes + L::kKeyBytes;
@@ -123,6 +116,24 @@ __global__ void __launch_bounds__(kThreads, 2)
       const uint32_t q = base + stage * L::kStageBytes, k = q + L::kKeyBytes, v = k + L::kKeyBytes;
       const ChunkDecay<kChunk>& decay = beside.decays[stage];
       const bool first_head = g == 0, last_head = g + 1 == p.group;
+      const auto release = [&] {
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(empty + 8 * stage);
+      };
+      mbarrier_wait(full + 8 * stage, loads / kStages & 1);
+      const SweptChunk chunk{warp_uniform(beside.chunks[stage].begin), warp_uniform(beside.chunks[stage].length),
+                             warp_uniform(beside.chunks[stage].ended)};
+      if (chunk.ended == kPaddingChunk) {
+        release();
+        block.store_zeros(chunk);
+        ++loads;
+        break;
+      }
+      if (!kDecays && !p.reverse && first_head && chunk.ended >= 0)
+        block.end_step(chunk.ended, state, beside.transition);
+
+      // Rows of the stage that are no tokens of the chunk, but others': beyond the tensor TMA has put zeros.
+      const bool has_others = chunk.length < kChunk && chunk.begin + chunk.length < p.segments.tokens;
       const auto hide_others = [&] {
         const auto zero_rest = [&](unsigned char* panel, int length) {
           for (int at = length * 128 + thread * 16; at < kPanelBytes; at += kSweepThreads * 16)
@@ -136,7 +147,6 @@ __global__ void __launch_bounds__(kThreads, 2)
         if (has_others || p.adds_nothing) zero_rest(v_panel, p.adds_nothing ? 0 : chunk.length);
         fence_proxy_async();
       };
-      mbarrier_wait(full + 8 * stage, loads / kStages & 1);
 
       // ---- scores = q k^T, masked and with decay, in two parts to shared memory; meanwhile out^T = S^T q^T.
       // For the first head, and without the second part for the others: no branch may end while products
@@ -346,12 +356,11 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
       wgmma_wait<0>();
       wgmma_settle(flat(state));
-      __syncwarp();
-      if (lane == 0) mbarrier_arrive(empty + 8 * stage);
-      if (has_out && last_head) block.store_products(chunk, out);
+      release();
+      if (kDecays && has_out && last_head) block.store_products(chunk, out, shared + L::kOut);
+      if (!kDecays && p.reverse && last_head && chunk.ended >= 0)
+        block.end_step(chunk.ended, state, beside.transition);
     }
-    if (!kDecays && p.reverse && chunk.ended >= 0) block.end_step(chunk.ended, state, beside.transition);
-  }
 
   block.store_states(state);
   block.store_transition(beside.transition);
