@@ -264,7 +264,7 @@ __device__ double scan_later(double x, double* memory, double* groups, double& a
 }
 
 // One block a sequence and value head, from the last token to the first.
-__global__ void __launch_bounds__(kDecayThreads) decay_gradient(DecayGradient p) {
+__global__ void __launch_bounds__(kDecayThreads, 2) decay_gradient(DecayGradient p) {
   STATECORE_SHARED(double, memory, kDecayThreads);
   STATECORE_SHARED(double, groups, kDecayThreads / kDecayGroup);
   constexpr int kOwn = 8;  // tokens of a thread
