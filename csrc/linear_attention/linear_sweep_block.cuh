@@ -162,12 +162,13 @@ struct SweepBlock {
   }
   template <class Body>
   __device__ __forceinline__ void each_element(const SweepStates& states, const Body& body) const {
-    const int first = first_value + 16 * (int(threadIdx.x) / 32);
+    const int first_row = here(first_value + 16 * (int(threadIdx.x) / 32) + accumulator_row(0));
+    const int first_column = here(accumulator_column(0));
 #pragma unroll
     for (int n = 0; n < kKeyWidth / 8; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int value = first + accumulator_row(i), key = 8 * n + accumulator_column(i);
+        const int value = first_row + i / 2 * 8, key = 8 * n + first_column + i % 2;
         body(n, i, value < p.value_width && key < p.key_width, value * states.value + key * states.key);
       }
   }
@@ -256,7 +257,7 @@ struct SweepBlock {
 
   __device__ __forceinline__ void store_products(const SweptChunk& chunk, const Out& out,
                                                  unsigned char* tile) const {
-    const int lane = lane_index(), warp = int(threadIdx.x) / 32;
+    const int lane = here(lane_index()), warp = int(threadIdx.x) / 32;
     if (!p.products || 16 * warp >= values) return;
     const int value = 16 * warp + lane % kLanesOfRow * kPerLane;
     __syncwarp();
@@ -290,10 +291,11 @@ struct SweepBlock {
 
   // Out of the tile.
   __device__ __forceinline__ void store_rows(const SweptChunk& chunk, const unsigned char* tile) const {
-    const int value = 16 * (int(threadIdx.x) / 32) + lane_index() % kLanesOfRow * kPerLane;
+    const int lane = here(lane_index());
+    const int value = 16 * (int(threadIdx.x) / 32) + lane % kLanesOfRow * kPerLane;
     if (value >= values) return;
 #pragma unroll 1
-    for (int token = lane_index() / kLanesOfRow; token < chunk.length; token += 32 / kLanesOfRow) {
+    for (int token = lane / kLanesOfRow; token < chunk.length; token += 32 / kLanesOfRow) {
       const uint4 x = *reinterpret_cast<const uint4*>(tile + Values::offset(token, value));
       const int64_t to = at_out(chunk, token, value);
       __stcs(reinterpret_cast<uint4*>(static_cast<T*>(p.out) + to), x);

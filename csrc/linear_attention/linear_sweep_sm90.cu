@@ -107,12 +107,15 @@ __global__ void __launch_bounds__(kThreads, 2)
   typename Block::Out out;
   block.load_states(state);
   block.begin_transition(beside.transition);
+  // The lane's row of the warp's 16 values of 16 tokens in a panel [token, value], for transposed 8x8 matrices.
+  const auto own_values = [&] {
+    const int own = here(lane);
+    return Panel::offset(own % 8 + own / 16 * 8, 16 * warp + own / 8 % 2 * 8);
+  };
   int loads = 0;
   for (int c = 0; c < span.chunks; ++c)
     for (int g = 0; g < p.group; ++g, ++loads) {
       const int stage = loads % kStages;
-      unsigned char* const k_panel = shared + stage * L::kStageBytes + L::kKeyBytes;
-      unsigned char* const v_panel = k_panel + L::kKeyBytes;
       const uint32_t q = base + stage * L::kStageBytes, k = q + L::kKeyBytes, v = k + L::kKeyBytes;
       const ChunkDecay<kChunk>& decay = beside.decays[stage];
       const bool first_head = g == 0, last_head = g + 1 == p.group;
@@ -135,16 +138,17 @@ __global__ void __launch_bounds__(kThreads, 2)
       // Rows of the stage that are no tokens of the chunk, but others': beyond the tensor TMA has put zeros.
       const bool has_others = chunk.length < kChunk && chunk.begin + chunk.length < p.segments.tokens;
       const auto hide_others = [&] {
+        unsigned char* const k_panels = shared + stage * L::kStageBytes + L::kKeyBytes;
         const auto zero_rest = [&](unsigned char* panel, int length) {
-          for (int at = length * 128 + thread * 16; at < kPanelBytes; at += kSweepThreads * 16)
+          for (int at = length * 128 + int(threadIdx.x) * 16; at < kPanelBytes; at += kSweepThreads * 16)
             *reinterpret_cast<uint4*>(panel + at) = make_uint4(0, 0, 0, 0);
         };
         if (has_others) {
 #pragma unroll
           for (int key = 0; key < kKeyWidth; key += 64)
-            zero_rest(k_panel + key / 64 * kPanelBytes, chunk.length);
+            zero_rest(k_panels + key / 64 * kPanelBytes, chunk.length);
         }
-        if (has_others || p.adds_nothing) zero_rest(v_panel, p.adds_nothing ? 0 : chunk.length);
+        if (has_others || p.adds_nothing) zero_rest(k_panels + L::kKeyBytes, p.adds_nothing ? 0 : chunk.length);
         fence_proxy_async();
       };
 
@@ -198,7 +202,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         own_barrier();
         if (has_others || p.adds_nothing) hide_others();
 
-        const int first_row = here(16 * warp + accumulator_row(0)), first_column = here(accumulator_column(0));
+        const int first_row = 16 * warp + here(lane) / 4, first_column = here(lane) % 4 * 2;
         const auto each_score = [&](const auto& body) {
 #pragma unroll
           for (int n = 0; n < kChunk / 8; ++n)
@@ -232,11 +236,12 @@ __global__ void __launch_bounds__(kThreads, 2)
             if (lane % 4 == 0) beside.score_exponents[first_row + 8 * half] = exponent;
           }
         }
+        const int own = here(lane), store_row = 16 * warp + own % 16, store_column = own / 16 * 8;
 #pragma unroll
         for (int n = 0; n < kChunk / 8; n += 2) {
           SplitA<T> parts;
           from_accumulators<T>(parts, scores + n);
-          const uint32_t to = base + L::kScores + Panel::offset(16 * warp + lane % 16, 8 * n + lane / 16 * 8);
+          const uint32_t to = base + L::kScores + Panel::offset(store_row, 8 * n + store_column);
           stmatrix<false>(to, parts.high.r);
           stmatrix<false>(to + kPanelBytes, parts.low.r);
         }
@@ -270,7 +275,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
       if (has_out) {
         first_head ? make_scores(std::true_type{}) : make_scores(std::false_type{});
-        const int first_column = here(accumulator_column(0));
+        const int first_column = here(lane) % 4 * 2;
         const auto scale_tokens = [&](const auto& factor) {
 #pragma unroll
           for (int n = 0; n < kChunk / 8; ++n)
@@ -308,10 +313,11 @@ __global__ void __launch_bounds__(kThreads, 2)
           if (p.transition && thread == 0) beside.transition[0] *= decay.total;
         }
         SplitA<T> a[kChunk / 16];
+        const int own = own_values();
 #pragma unroll
         for (int i = 0; i < kChunk / 16; ++i) {
           OperandA<T> unscaled;
-          load<true>(unscaled, Tile<T, 64>{}, v_panel, 16 * i, 16 * warp);
+          ldmatrix<true>(unscaled.r, v + own + 16 * i * 128);
           a[i] = scaled(unscaled, [&](int token) { return decay.to_state[16 * i + token]; });
         }
         wgmma_settle(flat(state));
@@ -340,13 +346,12 @@ __global__ void __launch_bounds__(kThreads, 2)
           for (int i = 0; i < 4; ++i) out[n][i] *= p.out_factor;
         if (p.out) {
           __syncwarp();
+          const int own = own_values();
 #pragma unroll
           for (int n = 0; n < kChunk / 8; n += 2) {
             OperandA<T> rounded;
             from_accumulators<T>(rounded, out + n);
-            stmatrix<true>(
-                base + L::kOut + Panel::offset(8 * n + lane % 8 + lane / 16 * 8, 16 * warp + lane / 8 % 2 * 8),
-                rounded.r);
+            stmatrix<true>(base + L::kOut + own + 8 * n * 128, rounded.r);
           }
           __syncwarp();
           block.store_rows(chunk, shared + L::kOut);
