@@ -373,12 +373,11 @@ __global__ void __launch_bounds__(kThreads, 2)
 #endif
 }
 
-int64_t heads_of(const Sweep& p, const SweepOperand& x) { return int64_t(p.items) * p.group / x.shared; }
-
 template <class T, int kKeyWidth>
 void launch_sweep(const Sweep& p, int64_t blocks, void* stream) {
   const auto map = [&](const SweepOperand& x, int64_t width) {
-    return make_tensor_map(static_cast<const T*>(x.data), {width, heads_of(p, x), p.segments.tokens, p.batch},
+    const int64_t heads = int64_t(p.items) * p.group / x.shared;
+    return make_tensor_map(static_cast<const T*>(x.data), {width, heads, p.segments.tokens, p.batch},
                            {x.head, x.time, x.batch}, {64, 1, kChunk, 1});
   };
   const TensorMap k = map(p.k, p.key_width), v = map(p.v, p.value_width);
@@ -395,14 +394,11 @@ void launch_sweep(const Sweep& p, int64_t blocks, void* stream) {
 
 }  // namespace
 
-// TMA takes no strides of 0, which expanded tensors have; dimensions of one element never need theirs.
 bool runs_on_sm90(const Sweep& p) {
-  if (p.dtype != DType::kBFloat16 && p.dtype != DType::kFloat16) return false;
-  const auto fits = [&](const SweepOperand& x) {
-    return !x.data || ((x.head > 0 || heads_of(p, x) == 1) && (x.time > 0 || p.segments.tokens == 1) &&
-                       (x.batch > 0 || p.batch == 1));
-  };
-  return fits(p.q) && fits(p.k) && fits(p.v) && current_cuda_device().arch == 90;
+  // TMA takes no strides of 0, which expanded tensors have, and no empty tensors.
+  const auto fits = [](const SweepOperand& x) { return !x.data || (x.head > 0 && x.time > 0 && x.batch > 0); };
+  return (p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16) && p.segments.tokens > 0 && fits(p.q) &&
+         fits(p.k) && fits(p.v) && current_cuda_device().arch == 90;
 }
 
 void launch_sweep_sm90(const Sweep& p, int64_t blocks, void* stream) {
