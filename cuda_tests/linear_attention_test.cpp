@@ -267,10 +267,11 @@ void test_equals_cpu(const Case& c, int arch) {
       simt::take_counters();
       const std::vector<std::string> bits = call.run();
       const std::vector<std::string> launches = simt::take_counters().launches;
-      const bool right = std::count(launches.begin(), launches.end(), "linear_sweep_sm90") ==
-                         (arch == 90 ? std::count_if(launches.begin(), launches.end(),
-                                                     [](const auto& x) { return x.rfind("linear_sweep", 0) == 0; })
-                                     : 0);
+      const bool right =
+          std::count(launches.begin(), launches.end(), "linear_sweep_sm90") ==
+          (arch == 90 ? std::count_if(launches.begin(), launches.end(),
+                                      [](const auto& x) { return x.rfind("linear_sweep", 0) == 0; })
+                      : 0);
       expect(right || c.tokens == 0, name + ": another sweep was taken");
       if (i == 0) call.check(name + " with " + std::to_string(sms) + " SMs"), first = bits;
       expect(bits == first, name + ": other bits in another order of threads");

@@ -32,7 +32,8 @@ __device__ __forceinline__ float2 plus(float2 a, float2 b) {
 }
 __device__ __forceinline__ float difference(float2 a, float2 b) { return (a.x - b.x) + (a.y - b.y); }
 
-// By one warp, whose lane l has the tokens kOwn l, kOwn l + 1, ..., and log2 of what each leaves of the state.
+// By one warp, whose lane l has the tokens kOwn l, kOwn l + 1, ..., and log2 of what each leaves of the
+// state.
 template <int kOwn>
 __device__ __forceinline__ void store_decays(const float (&log_decays)[kOwn], bool reverse,
                                              ChunkDecay<32 * kOwn>& to) {
@@ -65,8 +66,8 @@ __device__ __forceinline__ void store_decays(const float (&log_decays)[kOwn], bo
   if (lane == 0) to.total = exp2_approx(last.x + last.y);
 }
 
-// ---- numbers of any size as float16: rows are multiplied by a power of two that brings their largest element
-// to 2^14, and what is computed with them is divided by it. Both are exact.
+// ---- numbers of any size as float16: rows are multiplied by a power of two that brings their largest
+// element to 2^14, and what is computed with them is divided by it. Both are exact.
 constexpr int kLargestExponent = 127 + 14;
 __device__ __forceinline__ int range_exponent(float largest) {  // biased; below 2^-40 nothing is gained
   return max(int(__float_as_uint(largest) >> 23 & 255u), 127 - 40);
@@ -90,7 +91,7 @@ __device__ __forceinline__ int row_exponent(const float (&x)[kTiles][4], int hal
 }
 
 // ---- y = segment + sigmoid(gate) x
-__device__ __forceinline__ float sigmoid(float x) { return 1 / (1 + expf(-x)); }
+__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1, 1 + exp2_approx(-kLog2E * x)); }
 
 // For 16 bytes of T.
 template <class T>
@@ -116,16 +117,20 @@ struct SweepBlock {
   using Out = float[kChunk / 8][4];         // columns are tokens
 
   const Sweep& p;
-  int slot, item, first_value, values;  // columns of the state
+  int item, first_value, values;  // columns of the state
   Span span;
 
   __device__ __forceinline__ explicit SweepBlock(const Sweep& p) : p(p) {
     const int slices = (p.value_width + kSweepValues - 1) / kSweepValues;
-    slot = int(blockIdx.x / unsigned(slices * p.items));
-    item = int(blockIdx.x / unsigned(slices)) % p.items;
+    item = int(blockIdx.x) / slices % p.items;
     first_value = int(blockIdx.x) % slices * kSweepValues;
     values = min(p.value_width - first_value, kSweepValues);
-    span = span_of(p.segments, slot, kChunk);
+    span = span_of(p.segments, slot(), kChunk);
+  }
+
+  // Of the segment. here(), in this struct: what is needed once a chunk or less is not held in registers.
+  __device__ __forceinline__ int slot() const {
+    return here(int(blockIdx.x)) / ((p.value_width + kSweepValues - 1) / kSweepValues * p.items);
   }
 
   __device__ __forceinline__ bool has_out() const { return p.out || p.out_float; }
@@ -135,17 +140,18 @@ struct SweepBlock {
     return chunk_of(span, p.reverse ? span.chunks - 1 - i : i, kChunk);
   }
   __device__ __forceinline__ const T* rows_of(const HeadsView& x, int head, int token) const {
-    return static_cast<const T*>(x.data) + int64_t(span.row) * x.batch + int64_t(token) * x.time + head * x.head;
+    return static_cast<const T*>(x.data) + here(span.row) * x.batch + int64_t(token) * x.time + head * x.head;
   }
   // Of [B * T, items, value_width].
   __device__ __forceinline__ int64_t at_out(const SweptChunk& chunk, int token, int value) const {
-    const int64_t row = int64_t(span.row) * p.segments.tokens + chunk.begin + token;
+    const int64_t row = int64_t(here(span.row)) * p.segments.tokens + chunk.begin + token;
     return (row * p.items + item) * p.value_width + first_value + value;
   }
 
   __device__ __forceinline__ void load_decays(const SweptChunk& chunk, float (&log_decays)[kOwn]) const {
-    const float* from = static_cast<const float*>(p.log_decay.data) + int64_t(span.row) * p.log_decay.batch +
-                        item / p.log_decay.shared * p.log_decay.head;
+    const float* from = static_cast<const float*>(p.log_decay.data) +
+                        int64_t(here(span.row)) * p.log_decay.batch +
+                        here(item) / p.log_decay.shared * p.log_decay.head;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       const int token = kOwn * lane_index() + i;
@@ -157,7 +163,7 @@ struct SweepBlock {
 
   // -- states; the first is in registers, start and prompt of steps are in p.step_states
   __device__ __forceinline__ float* at_state(const SweepStates& states, int kind) const {
-    return states.data + kind * states.kind + int64_t(slot) * states.slot +
+    return states.data + kind * states.kind + int64_t(slot()) * states.slot +
            int64_t(item / states.shared) * states.head;
   }
   template <class Body>
@@ -173,7 +179,8 @@ struct SweepBlock {
       }
   }
   __device__ __forceinline__ float* step_state(int kind) const {
-    return p.step_states + (int64_t(blockIdx.x) * 2 + kind - 1) * kSweepValues * kKeyWidth + threadIdx.x;
+    return p.step_states + (int64_t(here(int(blockIdx.x))) * 2 + kind - 1) * (kSweepValues * kKeyWidth) +
+           threadIdx.x;
   }
   __device__ static __forceinline__ int in_step_state(int n, int i) { return (n * 4 + i) * kSweepThreads; }
 
@@ -210,7 +217,7 @@ struct SweepBlock {
   }
   __device__ __forceinline__ void store_transition(const float* transition) const {
     if (!p.transition || threadIdx.x != 0 || first_value != 0) return;
-    float* to = p.transition + (int64_t(slot) * p.items + item) * 9;
+    float* to = p.transition + (int64_t(slot()) * p.items + item) * 9;
     for (int i = 0; i < 9; ++i) to[i] = transition[i];
   }
 
@@ -266,10 +273,10 @@ struct SweepBlock {
       *reinterpret_cast<uint4*>(tile + Values::offset(token, value)) = *reinterpret_cast<const uint4*>(
           rows_of(p.partner, item * p.group / p.partner.shared, chunk.begin + token) + first_value + value);
     __syncwarp();
-    float* const to = p.products +
-                      ((int64_t(first_value / 16 + warp) * p.batch + span.row) * p.items + item) *
-                          p.segments.tokens +
-                      chunk.begin;
+    float* const to =
+        p.products +
+        ((int64_t(first_value / 16 + warp) * p.batch + here(span.row)) * p.items + item) * p.segments.tokens +
+        chunk.begin;
     const int first_token = here(accumulator_column(0)), first_row = here(16 * warp + accumulator_row(0));
 #pragma unroll
     for (int n = 0; n < kChunk / 8; ++n)
