@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from cases import EXACT, GRADIENT, VALUE, Heads, relative_error
-from devices import CPU, Device, on
+from devices import CPU, Device, emulator, on
 from linear_oracles import assert_like_reference, leaf, masked_linear_attention, run, scattered
 
 from statecore import ops, reference
@@ -67,6 +67,19 @@ def test_every_access_is_right(heads, dtype, device):
     for seed in range(2):
         device.vary(random.Random(seed))
         assert_like_reference(ops.linear_attention, reference.linear_attention, args)
+
+
+@pytest.mark.parametrize("device", ["emulated"], indirect=True)
+def test_sequences_are_cut_where_they_are_few(device):
+    """One head of one sequence is all that a GPU of one multiprocessor can work on; a large one shares it out."""
+    args = (*Heads(1, 1, 1, 32, 32).qkv(1, 200, torch.float32), -torch.rand(1, 200, 1), torch.randn(1, 1, 32, 32))
+    launches = []
+    for multiprocessors in (1, 132):
+        emulator(device.name).gpu(multiprocessors=multiprocessors)
+        assert_like_reference(ops.linear_attention, reference.linear_attention, args)
+        launches.append(emulator(device.name).take_work()[0])
+    assert "scan_segments" not in launches[0]
+    assert "scan_segments" in launches[1]
 
 
 @pytest.mark.parametrize("heads", [Heads(2, 1, 1, 2, 3), Heads(1, 1, 2, 3, 2)], ids=["gqa", "gva"])

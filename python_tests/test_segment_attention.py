@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import GRADIENT, VALUE, Heads, random_step_ids, relative_error
-from devices import CPU, Device, on
+from devices import CPU, Device, emulator, on
 
 from statecore import ops, reference
 
@@ -398,6 +398,20 @@ def test_keys_of_other_steps_are_never_touched(device):
     for x in (grad_k, grad_v):
         assert x[:, length : 2 * length].isfinite().all()
         assert x[:, 3 * length :].isfinite().all()
+
+
+@pytest.mark.parametrize("device", ["emulated"], indirect=True)
+def test_products_grow_with_what_is_visible(device):
+    """Twice the steps are twice the work; one step of twice the length is four times."""
+
+    def products(*lengths: int) -> int:
+        tensors = Heads(1, 1, 1, 16, 16).qkv(1, sum(lengths), torch.bfloat16)
+        emulator(device.name).take_work()
+        with_gradients(ops.segment_attention, tensors, ids_of(0, *lengths))
+        return emulator(device.name).take_work()[1]
+
+    assert products(*[256] * 4) <= 2.1 * products(*[256] * 2)
+    assert products(1024) >= 3 * products(512)
 
 
 def test_memory_grows_with_tokens_only():
