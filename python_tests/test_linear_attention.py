@@ -72,8 +72,8 @@ def test_every_access_is_right(heads, dtype, device):
 
 @pytest.mark.parametrize("device", ["emulated"], indirect=True)
 def test_sequences_are_cut_where_they_are_few(device):
-    """One head of one sequence is all that a GPU of one multiprocessor can work on; a large one shares it out."""
-    args = (*Heads(1, 1, 1, 32, 32).qkv(1, 600, torch.float32), -torch.rand(1, 600, 1), torch.randn(1, 1, 32, 32))
+    """Two heads of one sequence are all that a GPU of one multiprocessor can work on; a large one cuts them."""
+    args = (*Heads(2, 2, 2, 32, 32).qkv(1, 300, torch.float32), -torch.rand(1, 300, 2), torch.randn(1, 2, 32, 32))
     launches = []
     for multiprocessors in (1, 132):
         emulator(device.name).gpu(multiprocessors=multiprocessors)
@@ -109,6 +109,7 @@ def test_float32_decay_and_state_beside_float64():
 def test_split_anywhere_is_one_call(cut, decays, device):
     dtype, heads = device.dtypes[0], device.served(Heads(4, 2, 2, 8, 20))
     batch, time = (1, 300) if device.runs_cuda else (2, 129)  # on CUDA some of it in segments
+    cut = time if cut is None else cut
     tensors = [leaf(x) for x in on(device, *heads.qkv(batch, time, dtype))]
     decay = leaf(-torch.rand(batch, time, 2, dtype=dtype).to(device)) if decays else None
     state = leaf(torch.randn(batch, 2, heads.key_width, heads.value_width, dtype=dtype).to(device))
