@@ -138,6 +138,7 @@ struct Block {
   size_t alive;
   std::vector<ThreadState*> at_barrier;
   std::vector<SharedArray> shared;
+  size_t last_used = 0;  // of them, by an instruction
   uint32_t dynamic_begin = 0;
   std::map<unsigned, NamedBarrier> named_barriers;
   std::map<uint32_t, MemoryBarrier> memory_barriers;  // by address
