@@ -1,0 +1,192 @@
+#include <cmath>
+#include <stdexcept>
+
+#include "segment_attention/segment_tiles.cuh"
+
+namespace statecore {
+namespace {
+
+// Keys of a step, all of whose scores are in registers at once.
+template <class T>
+constexpr int kStepKeys = sizeof(T) == 2 ? 64 : 32;
+
+// q (then out), two stages of k and v.
+template <class T, int kWidth>
+constexpr int kForwardBytes = Tile<T, kWidth>::bytes(kTileTokens + 4 * kStepKeys<T>);
+
+// That registers are limited to; without a limit the compiler takes more for nothing.
+template <class T, int kWidth>
+constexpr int kForwardBlocks = sizeof(T) == 2 ? kWidth == 64 ? 3 : 2 : 1;
+
+// Of the 4 lanes that share a row of accumulators.
+__device__ __forceinline__ float row_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+__device__ __forceinline__ float row_sum(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+template <class T, int kWidth>
+__global__ void __launch_bounds__(kThreads, kForwardBlocks<T, kWidth>)
+    segment_forward(SegmentAttentionParams p, DevicePlan plan) {
+  using Tile = Tile<T, kWidth>;
+  constexpr int kColumns = kWidth / 8, kKeys = kStepKeys<T>;
+  constexpr bool kHoldsQ = sizeof(T) == 2;  // as operands, in registers
+  STATECORE_DYNAMIC_SHARED(shared);
+  unsigned char *q_tile = shared, *stages = q_tile + Tile::bytes(kTileTokens);
+
+  // ---- who we are: a tile of queries and one head
+  const int head = int(blockIdx.x % p.query_heads), kv_head = head / int(p.query_heads / p.kv_heads);
+  const int number = plan.query_tile(int(blockIdx.x / p.query_heads));
+  const TokenTile queries = plan.tile[number];
+  if (queries.begin >= queries.end) return;
+  const int32_t* visible_end = plan.visible_end + int64_t(queries.row) * plan.keys;
+  const Rows<T> q = rows_of<T>(p.q, p.q_batch, p.q_time, p.q_head, queries.row, head, p.key_width);
+  const Rows<T> k = rows_of<T>(p.k, p.k_batch, p.k_time, p.k_head, queries.row, kv_head, p.key_width);
+  const Rows<T> v = rows_of<T>(p.v, p.v_batch, p.v_time, p.v_head, queries.row, kv_head, p.value_width);
+
+  const auto load_step = [&](unsigned char* stage, const TokenTile& keys, int first) {
+    const auto seen = seen_by_somebody(queries, keys, first, visible_end);
+    load_rows<kKeys, kWidth>(stage, k, first, seen);
+    load_rows<kKeys, kWidth>(stage + Tile::bytes(kKeys), v, first, seen);
+    cp_async_commit();
+  };
+
+  // ---- this lane's two rows
+  const int warp_row = int(threadIdx.x) / 32 * 16;
+  int token[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) token[i] = queries.begin + warp_row + accumulator_row(2 * i);
+  const float scale = float(p.scale * 1.4426950408889634);
+  float top[2] = {-kInfinity, -kInfinity}, sum[2] = {0, 0};
+  float out[kColumns][4] = {};
+
+  KeySteps<kKeys> step(plan, queries, number);
+  load_rows<kTileTokens, kWidth>(q_tile, q, queries.begin - plan.first_query,
+                                 query_rows(plan, queries, queries.begin, visible_end));
+  load_step(stages, step.keys, step.first_key());
+  RowOperands<T, kWidth, kHoldsQ> q_operands(q_tile, warp_row);
+  cp_async_wait<0>();
+  __syncthreads();
+  q_operands.hold();
+
+  for (int parity = 0; !step.done(); parity ^= 1) {
+    const int first_key = step.first_key(), keys_end = step.keys.end;
+    const bool all = all_visible(queries, step.keys);
+    step.advance(plan);
+    unsigned char *k_tile = stages + parity * Tile::bytes(2 * kKeys), *v_tile = k_tile + Tile::bytes(kKeys);
+    cp_async_wait<0>();
+    __syncthreads();  // this stage is there for everybody, and nobody reads the other one any more
+    if (!step.done()) load_step(stages + (parity ^ 1) * Tile::bytes(2 * kKeys), step.keys, step.first_key());
+
+    // ---- scores, in units of ln 2
+    float score[kKeys / 8][4] = {};
+    q_operands.template multiply<kKeys>(score, k_tile);
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) score[n][i] *= scale;
+    if (!all)
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const int key = first_key + 8 * n + accumulator_column(j);
+          const int end = key < keys_end ? visible_end[key] : 0;
+#pragma unroll
+          for (int i = 0; i < 2; ++i)
+            if (key > token[i] || token[i] >= end) score[n][2 * i + j] = -kInfinity;
+        }
+
+    // ---- weights, and what the sums so far are worth beside them
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float highest = top[i];
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n)
+        highest = fmaxf(highest, fmaxf(score[n][2 * i], score[n][2 * i + 1]));
+      highest = row_max(highest);
+      const float shift = highest == -kInfinity ? 0 : highest;  // who has seen nobody yet
+      const float keeps = exp2_approx(top[i] - shift);
+      top[i] = highest;
+      sum[i] *= keeps;
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          float& weight = score[n][2 * i + j];
+          weight = exp2_approx(weight - shift);
+          sum[i] += weight;
+        }
+#pragma unroll
+      for (int n = 0; n < kColumns; ++n) out[n][2 * i] *= keeps, out[n][2 * i + 1] *= keeps;
+    }
+
+    add_weighted_rows<OperandA<T>, T, kWidth, kKeys>(out, score, v_tile);
+  }
+
+  // ---- results: rows with nobody there are 0, whatever has been computed for them
+  const auto inside = [&](int row) {
+    return queries.begin + row < queries.end && queries.begin + row >= plan.first_query;
+  };
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const bool is_query = inside(token[i] - queries.begin), there = is_query && visible_end[token[i]] > 0;
+    const float total = row_sum(sum[i]), factor = 1 / total;
+    if (is_query && threadIdx.x % 4 == 0)
+      static_cast<float*>(
+          p.lse)[(queries.row * p.query_heads + head) * p.queries + token[i] - plan.first_query] =
+          there ? (top[i] + log2f(total)) * kLn2 : -kInfinity;
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n)
+#pragma unroll
+      for (int j = 2 * i; j < 2 * i + 2; ++j) out[n][j] = there ? out[n][j] * factor : 0;
+  }
+  const int64_t stride = p.query_heads * p.value_width;
+  const int64_t first =
+      (int64_t(queries.row) * p.queries + queries.begin - plan.first_query) * stride + head * p.value_width;
+  if (p.out_dtype == p.dtype)
+    store_rows(static_cast<T*>(p.out) + first, stride, int(p.value_width), warp_row, out, inside, q_tile);
+  else
+    store_rows(static_cast<float*>(p.out) + first, stride, int(p.value_width), warp_row, out, inside);
+}
+
+template <class T, int kWidth>
+void launch_forward(const SegmentAttentionParams& p, const DevicePlan& plan, void* stream) {
+  const int64_t blocks = query_tiles(p, plan) * p.query_heads;
+  if (blocks > INT32_MAX)
+    throw std::runtime_error("statecore: segment_attention has too many tokens and heads for one launch");
+  launch("segment_attention", segment_forward<T, kWidth>,
+         {dim3(unsigned(blocks)), dim3(kThreads), size_t(kForwardBytes<T, kWidth>)}, stream, p, plan);
+}
+
+template <class T>
+void launch_forward(const SegmentAttentionParams& p, const DevicePlan& plan, void* stream) {
+  p.key_width > 64 || p.value_width > 64 ? launch_forward<T, 128>(p, plan, stream)
+                                         : launch_forward<T, 64>(p, plan, stream);
+}
+
+}  // namespace
+
+int64_t segment_attention_cuda_scratch(const SegmentAttentionParams& p) {
+  ScratchParts parts(nullptr);
+  device_plan(p, parts);
+  return parts.bytes();
+}
+
+void segment_attention_cuda(const SegmentAttentionParams& p, void* scratch, void* stream) {
+  if (p.batch == 0 || p.queries == 0) return;
+  ScratchParts parts(scratch);
+  const DevicePlan plan = device_plan(p, parts);
+  make_plan(plan, stream);
+  switch (p.dtype) {
+    case DType::kFloat32: return launch_forward<float>(p, plan, stream);
+    case DType::kBFloat16: return launch_forward<__nv_bfloat16>(p, plan, stream);
+    case DType::kFloat16: return launch_forward<__half>(p, plan, stream);
+    case DType::kFloat64: throw std::runtime_error("statecore: segment_attention on CUDA takes no float64");
+  }
+}
+
+}  // namespace statecore
