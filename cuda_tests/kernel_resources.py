@@ -1,4 +1,5 @@
-"""Compiles kernels for every GPU that is shipped and fails where one spills registers or keeps a stack frame.
+"""Compiles kernels for every GPU that is shipped and fails where one spills registers or keeps a stack frame, or where
+ptxas says that it runs asynchronous products one after another (its advisories C75xx).
 
     python cuda_tests/kernel_resources.py csrc/*/*.cu
 
@@ -55,7 +56,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for source in sys.argv[1:]:
             for virtual, code in TARGETS:
-                kernels = list(KERNEL.finditer(compiled(nvcc, source, virtual, code, folder)))
+                report = compiled(nvcc, source, virtual, code, folder)
+                for advisory in re.findall(r".*\(C75\d\d\).*", report):
+                    failures += 1
+                    print(f"{code:<10} {advisory}")
+                kernels = list(KERNEL.finditer(report))
                 if code.startswith("sm_") and not kernels:
                     raise SystemExit(f"nvcc's report on {source} for {code} is not understood")
                 for kernel in kernels:
