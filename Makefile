@@ -20,7 +20,7 @@ demo: $(VENV)/.statecore-installed
 test: $(VENV)/.statecore-installed
 	cmake -S . -B build -DPYTHON=$(abspath $(BIN)/python) -DSTATECORE_CUDA=OFF > build.log || { cat build.log; exit 1; }
 	cmake --build build --target native_tests --parallel >> build.log || { cat build.log; exit 1; }
-	ctest --test-dir build --output-on-failure
+	ctest --test-dir build --output-on-failure --parallel $$(nproc)
 	$(BIN)/python -m pytest python_tests
 
 check: $(VENV)/.statecore-installed
