@@ -4,8 +4,8 @@
 
 Compiles them for every GPU that is shipped. A kernel fails that spills registers or keeps a stack frame, that ptxas
 complains about (C75xx: wgmma serialised or waited for), and whose instructions differ from what
-expected_instructions.toml says; so does a kernel of which it says nothing. Exit code 77, skipped: there is no nvcc here.
-Without nvdisasm the instructions alone are not looked at.
+expected_instructions.toml says; so does a kernel of which it says nothing. Exit code 77: skipped, there is no nvcc
+here. Without nvdisasm the instructions alone are not looked at.
 """
 
 import argparse

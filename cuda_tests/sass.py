@@ -1,8 +1,8 @@
-"""What nvcc makes of .cu files: for every kernel and GPU registers, memory, what ptxas complains of, and the instructions.
+"""What nvcc makes of .cu files: registers, memory, ptxas's complaints and instructions of each kernel for each GPU.
 
-One compilation a file and GPU gives all of it: ptxas's log, and a cubin that nvdisasm (PyPI nvidia-cuda-nvdisasm, or a
-CUDA toolkit) takes apart. All is kept in a folder, <file>.<gpu>.{cubin,sass,json}, and made again only where something
-that went into it has changed.
+One compilation a file and GPU gives all of it: ptxas's log, and a cubin that nvdisasm (of a CUDA toolkit, or pip
+install nvidia-cuda-nvdisasm) takes apart. All is kept in a folder, <file>.<gpu>.{cubin,sass,json}, and made again only
+where something that went into it has changed.
 """
 
 import hashlib
