@@ -110,7 +110,7 @@ struct SumCase {
     simt::free_global(out);
   }
   std::string run(Bug bug) {
-    return found([&] { launch("sum", sum, dim3(kBlocks), dim3(kThreads), nullptr, in, out, bug); });
+    return found([&] { launch("sum", sum, {dim3(kBlocks), dim3(kThreads)}, nullptr, in, out, bug); });
   }
   bool right() const {
     for (unsigned i = 0; i < kBlocks * 2; ++i)
@@ -150,7 +150,7 @@ void test_planted_bugs() {
   }
   const std::string message = found([] {
     float* out = static_cast<float*>(simt::alloc_global(sizeof(float), "out"));
-    launch("read_unset", read_unset, dim3(1), dim3(32), nullptr, out);
+    launch("read_unset", read_unset, {dim3(1), dim3(32)}, nullptr, out);
     expect(std::isnan(out[0]), "unset shared memory is NaN");
     simt::free_global(out);
   });

@@ -202,8 +202,8 @@ void launch_update(const StateUpdateParams& p, int64_t states, void* stream) {
   const int64_t blocks = states * (p.value_width / kColumns);
   if (blocks > INT32_MAX)
     throw std::runtime_error("statecore: state_update has too many rows and heads for one launch");
-  launch("state_update", update<T, kColumns>, dim3(unsigned(blocks)), dim3(Tile<kColumns>::kThreads), stream,
-         p);
+  launch("state_update", update<T, kColumns>, {dim3(unsigned(blocks)), dim3(Tile<kColumns>::kThreads)},
+         stream, p);
 }
 
 template <class T>

@@ -4,6 +4,7 @@
 #include <cstdio>
 
 #include "simt/block.h"
+#include "simt/instructions.h"
 
 namespace simt {
 namespace {
@@ -14,15 +15,24 @@ std::string hex(uint32_t mask) {
   return text;
 }
 
+// What each has done is before what each does next.
+void order_all(const std::vector<ThreadState*>& threads) {
+  Clock clock;
+  for (ThreadState* thread : threads) publish(*thread, clock);
+  for (ThreadState* thread : threads) observe(*thread, clock);
+}
+
 void release_barrier(Block& block) {
   order_all(block.at_barrier);
   for (ThreadState* thread : block.at_barrier) make_ready(*thread);
   block.at_barrier.clear();
 }
 
-// work(meeting) is called once all lanes of the mask are here.
-template <class Work>
-void meet(const char* what, uint32_t mask, void* argument, const Where& where, const Work& work) {
+constexpr char kWarpBarrier[] = "__syncwarp", kShuffle[] = "a shuffle", kVote[] = "a vote";
+
+}  // namespace
+
+void meet(const char* what, uint32_t mask, void* argument, const Where& where, void (*work)(const Meeting&)) {
   ThreadState& self = *running_thread();
   Warp& warp = running_block()->warps[self.id.warp];
   const uint32_t own = 1u << self.id.lane;
@@ -57,10 +67,6 @@ void meet(const char* what, uint32_t mask, void* argument, const Where& where, c
   wait_here(what, where);  // the last to come is not always the first to go on
 }
 
-constexpr char kWarpBarrier[] = "__syncwarp", kShuffle[] = "a shuffle", kVote[] = "a vote";
-
-}  // namespace
-
 void block_barrier(const Where& where) {
   Block& block = *running_block();
   if (!block.at_barrier.empty() && block.at_barrier[0]->where.line() != where.line())
@@ -82,6 +88,27 @@ void leave_block(ThreadState& thread) {
     if (meeting->mask >> thread.id.lane & 1)
       fail(meeting->where, std::string("a lane returned while its warp waits for it in ") + meeting->what);
   if (!block.at_barrier.empty() && block.at_barrier.size() == block.alive) release_barrier(block);
+}
+
+void named_barrier(unsigned id, unsigned threads, bool waits, const Where& where) {
+  if (id > 15 || threads % 32 != 0 || threads == 0)
+    fail(where, "a named barrier has a number up to 15 and whole warps of threads");
+  NamedBarrier& barrier = running_block()->named_barriers[id];
+  ThreadState& self = *running_thread();
+  if (barrier.arrived == 0) barrier.expected = threads;
+  if (barrier.expected != threads)
+    fail(where, "barrier " + std::to_string(id) + " is waited at by " + std::to_string(barrier.expected) +
+                    " threads elsewhere, by " + std::to_string(threads) + " here");
+  publish(self, barrier.clock);
+  if (waits) barrier.waiting.push_back(&self);
+  if (++barrier.arrived == barrier.expected) {
+    for (ThreadState* thread : barrier.waiting) {
+      observe(*thread, barrier.clock);
+      make_ready(*thread);
+    }
+    barrier = {};
+  }
+  if (waits) wait_here("a named barrier", where);
 }
 
 void warp_barrier(uint32_t mask, const Where& where) {

@@ -15,6 +15,8 @@
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
+#define __align__(bytes) alignas(bytes)
 
 struct uint3 {
   unsigned x, y, z;
@@ -23,10 +25,30 @@ struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
+struct alignas(8) float2 {
+  float x, y;
+};
 struct alignas(16) float4 {
   float x, y, z, w;
 };
+struct alignas(8) int2 {
+  int x, y;
+};
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline int2 make_int2(int x, int y) { return {x, y}; }
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 namespace simt {
 
@@ -69,6 +91,11 @@ template <class T>
 T __shfl_xor_sync(uint32_t mask, T value, int bits, simt::Where where = simt::Where::current()) {
   return __shfl_sync(mask, value, int(simt::this_thread().lane) ^ bits, where);
 }
+template <class T>
+T __shfl_up_sync(uint32_t mask, T value, unsigned distance, simt::Where where = simt::Where::current()) {
+  const int lane = int(simt::this_thread().lane);
+  return __shfl_sync(mask, value, lane < int(distance) ? lane : lane - int(distance), where);
+}
 inline uint32_t __ballot_sync(uint32_t mask, int yes, simt::Where where = simt::Where::current()) {
   return simt::vote(mask, yes != 0, where);
 }
@@ -84,6 +111,13 @@ void __stcs(T* to, T value, simt::Where where = simt::Where::current()) {
   simt::check_aligned(to, sizeof(T), where);
   *to = value;
 }
+
+// ---- bits
+inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
+inline float __uint_as_float(uint32_t x) { return std::bit_cast<float>(x); }
+inline int __popc(uint32_t x) { return std::popcount(x); }
+inline int __clz(int x) { return std::countl_zero(uint32_t(x)); }
+inline int __ffs(int x) { return x ? std::countr_zero(uint32_t(x)) + 1 : 0; }
 
 // ---- 16-bit floats
 struct __nv_bfloat16 {

@@ -16,20 +16,54 @@ namespace simt {
 
 // ---- shared: one arena, in which the arrays of a block lie apart from each other
 unsigned char* arena() {
-  alignas(16) static unsigned char bytes[kArenaBytes];
+  alignas(1024) static unsigned char bytes[kArenaBytes];
   return bytes;
 }
+
+namespace {
+
+uint32_t new_array(Block& block, const void* key, size_t bytes, uint32_t alignment) {
+  constexpr uint32_t kGap = 64;
+  const uint32_t last = block.shared.empty() ? 0 : block.shared.back().end;
+  const uint32_t begin = (last + kGap + alignment - 1) / alignment * alignment;
+  size_t total = bytes;
+  for (const SharedArray& array : block.shared) total += array.end - array.begin;
+  if (total > kSharedBytes || begin + bytes > kArenaBytes)
+    throw Error(std::string(block.kernel) + ": " + std::to_string(total) +
+                " bytes of shared memory are too many");
+  block.shared.push_back({key, begin, uint32_t(begin + bytes)});
+  std::memset(arena() + begin, 0xff, bytes);
+  return begin;
+}
+
+}  // namespace
 
 void* shared_array(const void* key, size_t bytes) {
   Block& block = *running_block();
   for (const SharedArray& array : block.shared)
     if (array.key == key) return arena() + array.begin;
-  constexpr uint32_t kGap = 64;
-  const uint32_t begin = block.shared.empty() ? kGap : (block.shared.back().end + kGap + 15) / 16 * 16;
-  if (begin + bytes > kArenaBytes) fail("too much shared memory");
-  block.shared.push_back({key, begin, uint32_t(begin + bytes)});
-  std::memset(arena() + begin, 0xff, bytes);
-  return arena() + begin;
+  return arena() + new_array(block, key, bytes, 16);
+}
+
+void* dynamic_shared() { return arena() + running_block()->dynamic_begin; }
+
+void make_dynamic_shared(Block& block, size_t bytes) {
+  if (bytes > 0) block.dynamic_begin = new_array(block, nullptr, bytes, 1024);
+}
+
+uint32_t address_of(const void* shared, const Where& where) {
+  const ptrdiff_t offset = static_cast<const unsigned char*>(shared) - arena();
+  if (offset < 0 || offset > ptrdiff_t(kArenaBytes)) fail(where, "this is no address of shared memory");
+  return uint32_t(offset);
+}
+
+unsigned char* at_address(uint32_t address, size_t bytes, size_t alignment, const Where& where) {
+  if (address % alignment)
+    fail(where, "shared address " + std::to_string(address) + " is not aligned to " +
+                    std::to_string(alignment) + " bytes");
+  for (const SharedArray& array : running_block()->shared)
+    if (address >= array.begin && address + bytes <= array.end) return arena() + address;
+  fail(where, "shared access out of bounds");
 }
 
 void check_aligned(const void* address, size_t bytes, const Where& where) {

@@ -5,7 +5,12 @@
 namespace simt {
 
 void start_checks() {}
-void order_all(const std::vector<ThreadState*>&) {}
+void publish(ThreadState&, Clock&) {}
+void observe(ThreadState&, const Clock&) {}
+void check_read(const ThreadState&, uint32_t, uint32_t, const Where&) {}
+void check_write(const ThreadState&, uint32_t, uint32_t, const Where&) {}
+void start_writing(uint32_t, uint32_t, const Where&) {}
+void finish_writing(uint32_t, uint32_t) {}
 void watch_blocks(const void*, size_t, const char*) {}
 void forget_blocks() {}
 bool checks_races() { return false; }

@@ -16,13 +16,19 @@
 namespace simt {
 namespace {
 
+struct Site {  // of an access: an address of code, or the line of an instruction
+  const void* code = nullptr;
+  const Where* where = nullptr;
+};
 struct Access {
-  uint32_t thread, time;  // time 0: none
-  const void* code;
+  uint32_t thread = 0, time = 0;  // time 0: none
+  const void* code = nullptr;
+  Where where{};  // of an instruction; code is null
 };
 struct Shadow {  // of two bytes
   Access write{};
-  std::vector<Access> reads;  // since then, none of them ordered before another
+  std::vector<Access> reads;   // since then, none of them ordered before another
+  bool being_written = false;  // by an asynchronous copy, which `write` has issued
 };
 std::vector<Shadow> shadow;
 
@@ -46,27 +52,29 @@ std::string code_text(const void* code) {
   return text;
 }
 
-[[noreturn]] void report(const std::string& what, const void* code) { fail(what + " at " + code_text(code)); }
+std::string site_text(const Site& site) { return site.where ? line_text(*site.where) : code_text(site.code); }
 
-[[noreturn]] void report_race(const char* what, const void* code, const Access& other) {
-  report(std::string("race: ") + what + " by thread " + std::to_string(other.thread) + " at " +
-             code_text(other.code) + ",",
-         code);
+[[noreturn]] void report(const std::string& what, const Site& site) { fail(what + " at " + site_text(site)); }
+
+[[noreturn]] void report_race(const char* what, const Site& site, const Access& other) {
+  const std::string line = other.code ? code_text(other.code) : line_text(other.where);
+  report(std::string("race: ") + what + " by thread " + std::to_string(other.thread) + " at " + line + ",",
+         site);
 }
 
 bool before_now(const Access& access, const ThreadState& thread) {
   return access.time == 0 || access.thread == thread.id.index || access.time <= thread.clock[access.thread];
 }
 
-void check_shared(uint32_t begin, uint32_t end, bool write, const void* code) {
+void check_shared(const ThreadState& self, uint32_t begin, uint32_t end, bool write, const Site& code) {
   bool inside = false;
   for (const SharedArray& array : running_block()->shared) inside |= begin >= array.begin && end <= array.end;
   if (!inside) report(write ? "shared write out of bounds" : "shared read out of bounds", code);
-  const ThreadState& self = *running_thread();
-  const Access now{self.id.index, self.clock[self.id.index], code};
+  const Access now{self.id.index, self.clock[self.id.index], code.code, code.where ? *code.where : Where{}};
   if (shadow.size() <= (end - 1) / 2) shadow.resize((end - 1) / 2 + 1);
   for (uint32_t i = begin / 2; i <= (end - 1) / 2; ++i) {
-    auto& [last_write, reads] = shadow[i];
+    auto& [last_write, reads, being_written] = shadow[i];
+    if (being_written) report_race("an asynchronous copy is still writing this, issued", code, last_write);
     if (!write && last_write.time == 0) report("read of uninitialised shared memory", code);
     if (!before_now(last_write, self))
       report_race(write ? "write not ordered after a write" : "read not ordered after a write", code,
@@ -102,9 +110,9 @@ void check_global(uintptr_t begin, uintptr_t end, bool write, const void* code) 
     if (writer && writer != self)
       report(write ? "two blocks write one element of " + buffer.name
                    : "a block reads what another block writes in " + buffer.name,
-             code);
+             Site{code});
     if (write && reader && reader != self)
-      report("a block writes what another block reads in " + buffer.name, code);
+      report("a block writes what another block reads in " + buffer.name, Site{code});
     (write ? writer : reader) = self;
   }
 }
@@ -113,7 +121,7 @@ void check(const void* address, size_t bytes, bool write, const void* code) {
   if (!running_thread()) return;  // host code of the same file
   const auto begin = reinterpret_cast<uintptr_t>(address), base = reinterpret_cast<uintptr_t>(arena());
   if (begin - base < kArenaBytes)
-    check_shared(uint32_t(begin - base), uint32_t(begin - base + bytes), write, code);
+    check_shared(*running_thread(), uint32_t(begin - base), uint32_t(begin - base + bytes), write, {code});
   else
     check_global(begin, begin + bytes, write, code);
 }
@@ -128,13 +136,35 @@ void start_checks() {
   }
 }
 
-void order_all(const std::vector<ThreadState*>& threads) {
-  Clock latest(running_block()->threads.size(), 0);
-  for (const ThreadState* thread : threads)
-    for (size_t i = 0; i < latest.size(); ++i) latest[i] = std::max(latest[i], thread->clock[i]);
-  for (ThreadState* thread : threads) {
-    thread->clock = latest;
-    ++thread->clock[thread->id.index];
+void publish(ThreadState& thread, Clock& clock) {
+  clock.resize(thread.clock.size());
+  for (size_t i = 0; i < clock.size(); ++i) clock[i] = std::max(clock[i], thread.clock[i]);
+  ++thread.clock[thread.id.index];
+}
+
+void observe(ThreadState& thread, const Clock& clock) {
+  for (size_t i = 0; i < clock.size(); ++i) thread.clock[i] = std::max(thread.clock[i], clock[i]);
+}
+
+void check_read(const ThreadState& thread, uint32_t address, uint32_t bytes, const Where& where) {
+  check_shared(thread, address, address + bytes, false, {nullptr, &where});
+}
+
+void check_write(const ThreadState& thread, uint32_t address, uint32_t bytes, const Where& where) {
+  check_shared(thread, address, address + bytes, true, {nullptr, &where});
+}
+
+void start_writing(uint32_t address, uint32_t bytes, const Where& where) {
+  check_write(*running_thread(), address, bytes, where);
+  for (uint32_t i = address / 2; i < (address + bytes) / 2; ++i) shadow[i].being_written = true;
+}
+
+// From here on it is a write of the thread that has waited.
+void finish_writing(uint32_t address, uint32_t bytes) {
+  const ThreadState& self = *running_thread();
+  for (uint32_t i = address / 2; i < (address + bytes) / 2; ++i) {
+    shadow[i].being_written = false;
+    shadow[i].write.time = self.clock[self.id.index];
   }
 }
 

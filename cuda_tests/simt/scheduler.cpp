@@ -7,6 +7,7 @@
 #include <deque>
 #include <random>
 #include <sstream>
+#include <utility>
 
 #include "simt/block.h"
 
@@ -17,6 +18,7 @@ constexpr size_t kStackBytes = 256 * 1024, kPage = 4096;
 
 // One launch at a time: its state is global.
 Schedule chosen;
+Counters counted;
 std::mt19937_64 generator;
 const std::function<void()>* thread_body;
 std::string error;
@@ -73,14 +75,12 @@ std::string waiting_threads() {
   return text.str();
 }
 
-void run_block(const char* kernel, dim3 grid, dim3 size, uint32_t index) {
-  Block b{.kernel = kernel,
-          .index = index,
-          .threads = {},
-          .warps = {},
-          .alive = size.x * size.y * size.z,
-          .at_barrier = {},
-          .shared = {}};
+void run_block(const char* kernel, dim3 grid, dim3 size, size_t dynamic_shared_bytes, uint32_t index) {
+  Block b{};
+  b.kernel = kernel;
+  b.index = index;
+  b.alive = size.x * size.y * size.z;
+  make_dynamic_shared(b, dynamic_shared_bytes);
   b.threads.resize(b.alive);
   b.warps.resize((b.alive + 31) / 32);
   block = &b;
@@ -115,15 +115,25 @@ Block* running_block() { return block; }
 ThreadState* running_thread() { return current; }
 const Thread& this_thread() { return current->id; }
 
-void launch(const char* kernel, dim3 grid, dim3 size, const std::function<void()>& thread) {
+void launch(const char* kernel, dim3 grid, dim3 size, size_t dynamic_shared_bytes,
+            const std::function<void()>& thread) {
   const uint64_t threads = uint64_t(size.x) * size.y * size.z, blocks = uint64_t(grid.x) * grid.y * grid.z;
   if (threads == 0 || threads > 1024) throw Error(std::string(kernel) + ": a block has 1 to 1024 threads");
   if (blocks == 0 || grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535)
     throw Error(std::string(kernel) + ": the grid is empty or too large");
   generator.seed(chosen.seed);
   thread_body = &thread;
-  for (uint64_t i = 0; i < blocks; ++i) run_block(kernel, grid, size, uint32_t(i));
+  for (uint64_t i = 0; i < blocks; ++i) run_block(kernel, grid, size, dynamic_shared_bytes, uint32_t(i));
 }
+
+uint64_t toss() { return generator(); }
+
+bool takes_effect_at_once() {
+  return chosen.async == Async::kEarly || (chosen.async == Async::kRandom && generator() % 2);
+}
+
+Counters& counters() { return counted; }
+Counters take_counters() { return std::exchange(counted, {}); }
 
 void make_ready(ThreadState& thread) { ready.push_back(&thread); }
 

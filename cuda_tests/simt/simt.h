@@ -7,10 +7,12 @@
 // What it finds always: deadlock, barriers and collectives that diverge, lanes missing from a mask, accesses
 // outside buffers of alloc_global(), misaligned vector accesses, results that depend on the order of threads
 // (tests compare them) and use of unset shared memory (it is filled with NaN).
+// Instructions beyond CUDA C++ (matrix products, copies in the background) are in instructions.h.
+//
 // What it finds in addition where race_check.cpp is linked and the kernel is compiled with -fsanitize=thread:
-// data races, accesses outside shared arrays, reads of unset shared memory, and blocks that touch what
-// another block writes. What it cannot show: registers, occupancy, time, and the rounding of approximate
-// instructions.
+// data races, accesses outside shared arrays, reads of unset shared memory, accesses to what an asynchronous
+// copy is still writing, and blocks that touch what another block writes. What it cannot show: registers,
+// occupancy, time, and the rounding of approximate instructions.
 #pragma once
 
 #include <cstddef>
@@ -30,18 +32,32 @@ struct Error : std::runtime_error {
 
 enum class Order { kForward, kReverse, kRandom };
 
+// When asynchronous work (copies to shared memory) takes effect: as late as is allowed, the destination NaN
+// meanwhile; at once, which shows buffers that are refilled too soon; or each by the toss of a coin.
+enum class Async { kLate, kEarly, kRandom };
+
 struct Schedule {
   Order order = Order::kForward;  // in which threads that could run do run
   uint64_t seed = 1;              // of kRandom
+  Async async = Async::kLate;
 };
 Schedule& schedule();
 
 // Runs thread() for every thread of every block.
-void launch(const char* kernel, dim3 grid, dim3 block, const std::function<void()>& thread);
+void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared_bytes,
+            const std::function<void()>& thread);
+
+// What kernels have done since it was last asked.
+struct Counters {
+  uint64_t mma = 0, ldmatrix = 0;
+  uint64_t ldmatrix_conflicts = 0;  // rows of 16 bytes that had to wait for another of their 8x8 matrix
+};
+Counters take_counters();
 
 // ---- memory
 // The array of the running block that `key` stands for: created, unset, by the first thread to ask.
 void* shared_array(const void* key, size_t bytes);
+void* dynamic_shared();  // as many bytes as the launch asked for, aligned to 1024
 
 // Global memory for tests, set to NaN: it ends against a page that nobody may touch, up to the rounding of
 // its size to 16.

@@ -1,0 +1,268 @@
+// Matrix products of a warp on tensor cores, d [16, 8 n] += a [16, k] b [k, 8 n], with one interface for the
+// three element types: bfloat16 and float16 multiply as they are; float is split into two tf32 numbers of 11
+// bits and multiplied in three parts, which leaves an error of about 2^-21.
+//
+// Operands come from tiles in shared memory, stored either way round, or from accumulators. Values computed
+// in float32 can keep their precision as 16-bit operands by being split into a rounded part and the rest.
+//
+// A lane holds, with g = lane / 4 and t = lane % 4:
+//   accumulators of 16x8   rows g and g + 8, columns 2t and 2t + 1, as float[4] in this order
+//   operands               the same rows (of a) or columns (of b), and of each 8 in depth the two at 2t, 2t
+//   + 1.
+//                          For tf32 this is not the order of the manual: depths are permuted, in a and b
+//                          alike.
+#pragma once
+
+#include "common/ptx.cuh"
+
+namespace statecore {
+
+template <class T>
+constexpr int kMmaDepth = sizeof(T) == 2 ? 16 : 8;
+
+__device__ __forceinline__ int lane_index() { return int(threadIdx.x) % 32; }
+
+// Where element i of a lane's accumulator lies in its 16x8 tile.
+__device__ __forceinline__ int accumulator_row(int i) { return lane_index() / 4 + i / 2 * 8; }
+__device__ __forceinline__ int accumulator_column(int i) { return lane_index() % 4 * 2 + i % 2; }
+
+// ---- tiles in shared memory
+// Rows of kWidth elements, at least 64 bytes. The pieces of 16 bytes of a row are permuted by its number, so
+// that the same columns of eight consecutive rows lie in different banks. Tiles are aligned to 128 bytes.
+template <class T, int kWidth>
+struct Tile {
+  static constexpr int kRowBytes = kWidth * int(sizeof(T)), kPieces = kRowBytes / 16;
+  static_assert(kPieces >= 4 && (kPieces & (kPieces - 1)) == 0, "rows are 64, 128, 256 or 512 bytes");
+
+  static constexpr int bytes(int rows) { return rows * kRowBytes; }
+
+  // In bytes from the beginning of the tile.
+  __device__ static __forceinline__ int offset(int row, int column) {
+    const int byte = column * int(sizeof(T)), mask = kPieces == 4 ? row / 2 & 3 : row & 7;
+    return row * kRowBytes + ((byte / 16 ^ mask) * 16 + byte % 16);
+  }
+};
+
+// Starts copying rows [0, valid_rows) x columns [0, valid_width) of global memory to a tile whose other
+// elements, up to kRows x kWidth, become zeros. valid_width is a multiple of 16, rows are aligned to 16
+// bytes. All kThreads threads take part; they wait with cp_async_wait() and a barrier.
+template <class T, int kRows, int kWidth, int kThreads>
+__device__ __forceinline__ void load_tile(unsigned char* tile, const T* first_row, int64_t row_stride,
+                                          int valid_rows, int valid_width) {
+  using Tile = Tile<T, kWidth>;
+  constexpr int kPerPiece = 16 / int(sizeof(T));
+  static_assert(kRows * Tile::kPieces % kThreads == 0, "threads share the tile evenly");
+  const uint32_t base = shared_address(tile);
+#pragma unroll
+  for (int i = 0; i < kRows * Tile::kPieces / kThreads; ++i) {
+    const int piece = i * kThreads + int(threadIdx.x) % kThreads;
+    const int row = piece / Tile::kPieces, column = piece % Tile::kPieces * kPerPiece;
+    const bool valid = row < valid_rows && column < valid_width;
+    cp_async(base + Tile::offset(row, column), valid ? first_row + row * row_stride + column : first_row,
+             !valid);
+  }
+}
+
+// ---- operands
+template <class T>
+struct OperandA {
+  uint32_t r[4];
+};
+template <class T>
+struct OperandB {
+  uint32_t r[2];
+};
+// Of float32 precision: the sum of two numbers.
+template <class T>
+struct SplitA {
+  OperandA<T> high, low;
+};
+template <>
+struct OperandA<float> {
+  uint32_t high[4], low[4];
+};
+template <>
+struct OperandB<float> {
+  uint32_t high[2], low[2];
+};
+template <>
+struct SplitA<float> : OperandA<float> {};
+
+// x = high + low, both of them as many bits as tf32 has.
+__device__ __forceinline__ void split_tf32(float x, uint32_t& high, uint32_t& low) {
+  high = __float_as_uint(x) & 0xffffe000u;
+  low = __float_as_uint(x - __uint_as_float(high));
+}
+
+template <class T>
+__device__ __forceinline__ void split_pair(float x, float y, uint32_t& high, uint32_t& low) {
+  high = pack<T>(x, y);
+  const float2 rounded = unpack<T>(high);
+  low = pack<T>(x - rounded.x, y - rounded.y);
+}
+
+// a[m][k] = tile[row + m][column + k], or with kTransposed tile[row + k][column + m].
+template <bool kTransposed, class T, int kWidth>
+__device__ __forceinline__ void load(OperandA<T>& a, Tile<T, kWidth>, const unsigned char* tile, int row,
+                                     int column) {
+  const int lane = lane_index();
+  if constexpr (sizeof(T) == 2) {
+    // Matrices: rows 0-7, rows 8-15, then the same 8 deeper.
+    const int first = lane % 8 + lane / 8 % 2 * 8, second = lane / 16 * 8;
+    const int at_row = kTransposed ? row + lane % 8 + second : row + first;
+    const int at_column = kTransposed ? column + lane / 8 % 2 * 8 : column + second;
+    ldmatrix<kTransposed>(a.r, shared_address(tile) + Tile<T, kWidth>::offset(at_row, at_column));
+  } else {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int m = lane / 4 + 8 * i, k = lane % 4 * 2;
+      float2 x;
+      if constexpr (kTransposed) {
+        x.x = *reinterpret_cast<const float*>(tile + Tile<T, kWidth>::offset(row + k, column + m));
+        x.y = *reinterpret_cast<const float*>(tile + Tile<T, kWidth>::offset(row + k + 1, column + m));
+      } else {
+        x = *reinterpret_cast<const float2*>(tile + Tile<T, kWidth>::offset(row + m, column + k));
+      }
+      split_tf32(x.x, a.high[i], a.low[i]);
+      split_tf32(x.y, a.high[i + 2], a.low[i + 2]);
+    }
+  }
+}
+
+// Two neighbouring operands of 8 columns: b[k][n] = tile[row + n][column + k], or with kTransposed
+// tile[row + k][column + n].
+template <bool kTransposed, class T, int kWidth>
+__device__ __forceinline__ void load(OperandB<T> (&b)[2], Tile<T, kWidth>, const unsigned char* tile, int row,
+                                     int column) {
+  const int lane = lane_index();
+  if constexpr (sizeof(T) == 2) {
+    // Matrices: columns 0-7, the same 8 deeper, then columns 8-15.
+    const int deeper = lane / 8 % 2 * 8, right = lane / 16 * 8;
+    const int at_row = row + lane % 8 + (kTransposed ? deeper : right);
+    const int at_column = column + (kTransposed ? right : deeper);
+    uint32_t r[4];
+    ldmatrix<kTransposed>(r, shared_address(tile) + Tile<T, kWidth>::offset(at_row, at_column));
+    b[0].r[0] = r[0], b[0].r[1] = r[1], b[1].r[0] = r[2], b[1].r[1] = r[3];
+  } else {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int n = lane / 4 + 8 * i, k = lane % 4 * 2;
+      float2 x;
+      if constexpr (kTransposed) {
+        x.x = *reinterpret_cast<const float*>(tile + Tile<T, kWidth>::offset(row + k, column + n));
+        x.y = *reinterpret_cast<const float*>(tile + Tile<T, kWidth>::offset(row + k + 1, column + n));
+      } else {
+        x = *reinterpret_cast<const float2*>(tile + Tile<T, kWidth>::offset(row + n, column + k));
+      }
+      split_tf32(x.x, b[i].high[0], b[i].low[0]);
+      split_tf32(x.y, b[i].high[1], b[i].low[1]);
+    }
+  }
+}
+
+// Accumulators of kMmaDepth<T> columns as an operand of that depth: one tile of 8 columns for float, two for
+// 16-bit elements, rounded.
+template <class T>
+__device__ __forceinline__ void from_accumulators(OperandA<T>& a, const float (*tiles)[4]) {
+  if constexpr (sizeof(T) == 2) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a.r[i] = pack<T>(tiles[i / 2][i % 2 * 2], tiles[i / 2][i % 2 * 2 + 1]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) split_tf32(tiles[0][i % 2 * 2 + i / 2], a.high[i], a.low[i]);
+  }
+}
+
+// ... not rounded.
+template <class T>
+__device__ __forceinline__ void from_accumulators(SplitA<T>& a, const float (*tiles)[4]) {
+  if constexpr (sizeof(T) == 2) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      split_pair<T>(tiles[i / 2][i % 2 * 2], tiles[i / 2][i % 2 * 2 + 1], a.high.r[i], a.low.r[i]);
+  } else {
+    from_accumulators(static_cast<OperandA<float>&>(a), tiles);
+  }
+}
+
+// a[m][k] * weight(k), for k in [0, kMmaDepth<T>).
+template <class T, class Weight>
+__device__ __forceinline__ SplitA<T> scaled(const OperandA<T>& a, const Weight& weight) {
+  SplitA<T> product;
+  const int k = lane_index() % 4 * 2;
+  if constexpr (sizeof(T) == 2) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 x = unpack<T>(a.r[i]);
+      const int deep = k + i / 2 * 8;
+      split_pair<T>(x.x * weight(deep), x.y * weight(deep + 1), product.high.r[i], product.low.r[i]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float x = __uint_as_float(a.high[i]) + __uint_as_float(a.low[i]);
+      split_tf32(x * weight(k + i / 2), product.high[i], product.low[i]);
+    }
+  }
+  return product;
+}
+
+// ---- products
+template <class T>
+__device__ __forceinline__ void mma(float (&d)[4], const OperandA<T>& a,
+                                    const OperandB<T>& b STATECORE_WHERE) {
+#if defined(STATECORE_EMULATED)
+#define STATECORE_PASS_WHERE , where
+#else
+#define STATECORE_PASS_WHERE
+#endif
+  if constexpr (sizeof(T) == 2) {
+    mma_m16n8k16(T{}, d, a.r, b.r STATECORE_PASS_WHERE);
+  } else {
+    mma_m16n8k8_tf32(d, a.low, b.high STATECORE_PASS_WHERE);
+    mma_m16n8k8_tf32(d, a.high, b.low STATECORE_PASS_WHERE);
+    mma_m16n8k8_tf32(d, a.high, b.high STATECORE_PASS_WHERE);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void mma(float (&d)[4], const SplitA<T>& a, const OperandB<T>& b STATECORE_WHERE) {
+  if constexpr (sizeof(T) == 2) {
+    mma(d, a.low, b STATECORE_PASS_WHERE);
+    mma(d, a.high, b STATECORE_PASS_WHERE);
+  } else {
+    mma(d, static_cast<const OperandA<float>&>(a), b STATECORE_PASS_WHERE);
+  }
+}
+
+// ---- float32 values in tiles of T: for 16-bit elements in two tiles, rounded parts and the rest
+template <class T>
+constexpr int kParts = sizeof(T) == 2 ? 2 : 1;
+
+// Columns `column` (even) and column + 1 of a row; the second part lies part_bytes behind the first.
+template <class T, int kWidth>
+__device__ __forceinline__ void store_parts(Tile<T, kWidth>, unsigned char* tile, int part_bytes, int row,
+                                            int column, float x, float y) {
+  unsigned char* at = tile + Tile<T, kWidth>::offset(row, column);
+  if constexpr (sizeof(T) == 2) {
+    uint32_t high, low;
+    split_pair<T>(x, y, high, low);
+    *reinterpret_cast<uint32_t*>(at) = high;
+    *reinterpret_cast<uint32_t*>(at + part_bytes) = low;
+  } else {
+    *reinterpret_cast<float2*>(at) = make_float2(x, y);
+  }
+}
+
+// Columns `column` (even) and column + 1 of a row, rounded to T.
+template <class T, int kWidth>
+__device__ __forceinline__ void store_pair(Tile<T, kWidth>, unsigned char* tile, int row, int column, float x,
+                                           float y) {
+  unsigned char* at = tile + Tile<T, kWidth>::offset(row, column);
+  if constexpr (sizeof(T) == 2)
+    *reinterpret_cast<uint32_t*>(at) = pack<T>(x, y);
+  else
+    *reinterpret_cast<float2*>(at) = make_float2(x, y);
+}
+
+}  // namespace statecore
