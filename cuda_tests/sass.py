@@ -148,7 +148,7 @@ def _examine(source: Path, gpu: str, folder: Path) -> list[Function]:
     if nvdisasm() is not None:
         listing.write_text(_run(nvdisasm(), cubin))
         _read_listing(listing.read_text(), functions)
-    for function, name in zip(functions.values(), _readable(list(functions)), strict=True):
+    for function, name in zip(functions.values(), readable(list(functions)), strict=True):
         function.name = name
     # The rest of the dependencies belongs to the compiler, whose version is in made_by.
     names = dependencies.read_text().replace("\\\n", " ").split(":", 1)[1].split()
@@ -204,7 +204,7 @@ def _read_listing(listing: str, functions: dict[str, Function]) -> None:
             raise SystemExit(f"nvdisasm's listing is not understood: it has no instructions of {function.name}")
 
 
-def _readable(names: list[str]) -> list[str]:
+def readable(names: list[str]) -> list[str]:
     if not names:
         return []
     text = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout

@@ -47,6 +47,8 @@ Schedule& schedule();
 void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared_bytes,
             const std::function<void()>& thread);
 
+void note_launch(const void* kernel, dim3 block, size_t dynamic_shared_bytes);  // see launches.cpp
+
 // What kernels have done since it was last asked.
 struct Counters {
   uint64_t mma = 0, ldmatrix = 0;
