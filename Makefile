@@ -3,7 +3,8 @@
 # make check  formatting and lint
 # make gpu    on a machine with an NVIDIA GPU: build, tests and benchmarks there, into benchmarks/results (or OUT=folder)
 #
-# The first three work on a fresh machine (Linux, Python >= 3.10, CMake >= 3.18, a C++20 compiler): they create .venv when there is none; the last installs nothing.
+# The first three work on a fresh machine (Linux, Python >= 3.10, CMake >= 3.18, a C++20 compiler): they create .venv when
+# there is none. The last installs nothing: it takes .venv where there is one, else PYTHON, which must import torch and pytest.
 # Overridable: PYTHON=python3.12 VENV=/path TORCH=2.14.1 TRANSFORMERS=5.23.0; installed versions of both are kept.
 PYTHON ?= python3
 VENV ?= .venv

@@ -82,9 +82,9 @@ def page(compiled: dict[tuple[str, str], list[sass.Function]], seen: dict[tuple[
         "# Kernels as compiled",
         "",
         f"{len(kernels)} kernels, compiled by nvcc {sass.compiler()} for {' and '.join(sass.GPUS)}. Registers, static",
-        "shared memory and instructions (occurrences in the code, not executions) are read from what nvcc made; threads",
-        "and dynamic shared memory, in bytes, are the most that native tests on the emulator asked for. Blocks an",
-        "SM are calculated from these. None of it was measured on a GPU.",
+        "shared memory and instructions (occurrences in the code, not executions) are read from what nvcc made.",
+        "Threads and dynamic shared memory, in bytes, are the most that native tests on the emulator asked for.",
+        "Blocks an SM are calculated from these. None of it was measured on a GPU.",
         "",
         "    cmake --build build --target kernel_table",
     ]

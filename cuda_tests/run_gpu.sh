@@ -10,7 +10,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 
-export PYTHON=${PYTHON:-python3}
+PYTHON=$(command -v "${PYTHON:-python3}") || { echo "there is no ${PYTHON:-python3}" && exit 1; }
 SECONDS=0
 readonly LIMIT=520             # seconds for everything
 readonly FOR_BENCHMARKS=150    # of these at least
@@ -28,7 +28,7 @@ build() {
   export NVCC_APPEND_FLAGS="--threads 4" # machine code and PTX of a file at the same time
   cmake -S . -B "$GPU_BUILD" "${generator[@]}" -DPYTHON="$PYTHON" -DSTATECORE_CUDA=ON \
     -DSTATECORE_CUDA_ARCHITECTURES="$arch"
-  cmake --build "$GPU_BUILD" --parallel "$(nproc)" --target statecore conformance
+  cmake --build "$GPU_BUILD" --parallel "$(nproc)" --target statecore
   cmake --install "$GPU_BUILD" --prefix statecore
   "$PYTHON" -c "from statecore import ops; print(ops.build_info()['cuda_architectures'])"
 }
@@ -36,6 +36,7 @@ build() {
 # Instructions of the GPU against those of the emulator: one program, two compilers, the same bytes.
 conformance() {
   local at=$GPU_BUILD/cuda_tests
+  cmake --build "$GPU_BUILD" --parallel "$(nproc)" --target conformance_gpu conformance_emulated
   "$at/conformance_gpu" "$at/on_gpu.bin"
   "$at/conformance_emulated" "$at/emulated.bin"
   cmp "$at/on_gpu.bin" "$at/emulated.bin"
@@ -46,7 +47,7 @@ conformance() {
 cuda_tests() {
   local several=()
   "$PYTHON" -c "import xdist" 2> /dev/null && several=(-n 8)
-  STATECORE_REQUIRE_CUDA=1 OMP_NUM_THREADS=2 "$PYTHON" -m pytest -q -p no:cacheprovider "${several[@]}" \
+  STATECORE_REQUIRE_CUDA=1 OMP_NUM_THREADS=2 "$PYTHON" -m pytest -q --tb=short --maxfail=20 -p no:cacheprovider "${several[@]}" \
     -k "cuda and not emulated and not checked and not cpu and ($1)" \
     python_tests/test_{linear,step_linear,segment,mixed}_attention.py python_tests/test_state_update.py
 }
@@ -97,20 +98,21 @@ fi
 
 GPU_WORK=$(mktemp -d)
 trap 'rm -rf "$GPU_WORK"' EXIT
-export GPU_WORK GPU_BUILD=$PWD/build/gpu PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+PYTHON=$(realpath -s "$PYTHON")
+export PYTHON GPU_WORK GPU_BUILD=$PWD/build/gpu PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 export -f build conformance cuda_tests operators cuda_graphs same_bits sanitized memcheck racecheck synccheck benchmarks
 mkdir -p "$folder"
 : > "$folder/gpu.log"
 failed=0
 if stage build 200; then
-  stage conformance 20
+  stage conformance 60
   stage operators 120
   stage cuda_graphs 30
   stage same_bits 60
-  stage memcheck 40
-  stage racecheck 40
-  stage synccheck 40
+  stage memcheck 60
+  stage racecheck 60
+  stage synccheck 60
   stage benchmarks "$LIMIT" # what is left
 fi
-"$PYTHON" -m cuda_tests.gpu_page "$GPU_WORK" "$folder" || failed=1
+"$PYTHON" cuda_tests/gpu_page.py "$GPU_WORK" "$folder" || failed=1
 exit "$failed"
