@@ -43,17 +43,19 @@ conformance() {
   echo "$(stat -c %s "$at/on_gpu.bin") bytes are the same on the emulator"
 }
 
-# Some of the tests on CUDA. Expected values come from the CPU, so several run at a time where pytest can.
-cuda_tests() {
-  local several=()
-  "$PYTHON" -c "import xdist" 2> /dev/null && several=(-n 8)
-  STATECORE_REQUIRE_CUDA=1 OMP_NUM_THREADS=2 "$PYTHON" -m pytest -q --tb=short --maxfail=20 -p no:cacheprovider "${several[@]}" \
-    -k "cuda and not emulated and not checked and not cpu and ($1)" \
+# Tests of operators on CUDA, chosen by words in their names.
+tests_on_cuda() {
+  STATECORE_REQUIRE_CUDA=1 OMP_NUM_THREADS=2 "$PYTHON" -m pytest -q --tb=short --maxfail=20 -p no:cacheprovider \
+    -k "cuda and not emulated and not checked and not cpu and ($1)" "${@:2}" \
     python_tests/test_{linear,step_linear,segment,mixed}_attention.py python_tests/test_state_update.py
 }
-operators() { cuda_tests "not graph and not bits"; }
-cuda_graphs() { cuda_tests "graph"; }
-same_bits() { cuda_tests "bits"; } # 200 times
+operators() { # expected values come from the CPU: several at a time, where pytest can
+  local several=()
+  "$PYTHON" -c "import xdist" 2> /dev/null && several=(-n 8)
+  tests_on_cuda "not graph and not bits" "${several[@]}"
+}
+cuda_graphs() { tests_on_cuda "graph"; }
+same_bits() { tests_on_cuda "bits"; } # 200 times
 
 # A tensor each from cudaMalloc, so that the end of a tensor is the end of its memory.
 sanitized() {
@@ -100,7 +102,7 @@ GPU_WORK=$(mktemp -d)
 trap 'rm -rf "$GPU_WORK"' EXIT
 PYTHON=$(realpath -s "$PYTHON")
 export PYTHON GPU_WORK GPU_BUILD=$PWD/build/gpu PYTHONPATH=$PWD PYTHONUNBUFFERED=1
-export -f build conformance cuda_tests operators cuda_graphs same_bits sanitized memcheck racecheck synccheck benchmarks
+export -f build conformance tests_on_cuda operators cuda_graphs same_bits sanitized memcheck racecheck synccheck benchmarks
 mkdir -p "$folder"
 : > "$folder/gpu.log"
 failed=0
