@@ -9,6 +9,7 @@ there is no nvcc, the instructions where there is no nvdisasm.
 """
 
 import argparse
+import json
 import sys
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -50,11 +51,17 @@ def waste(function: sass.Function) -> list[str]:
     return wrong + function.complaints
 
 
+def found(function: sass.Function) -> str:
+    """As it might stand in an entry."""
+    counts = {what: function.count(what) for what in [*NAMED_OR_NONE, "LDG.128", "LDG.64", "STG.128", "STG.64"]}
+    return f"{{ {', '.join(f'{json.dumps(what)} = {count}' for what, count in counts.items() if count)} }}"
+
+
 def surprises(function: sass.Function, gpu: str, entries: dict[str, dict], used: set[str]) -> list[str]:
     """Where its instructions differ from the first entry whose pattern fits."""
     pattern = next((pattern for pattern in entries if fnmatchcase(function.name, pattern)), None)
     if pattern is None:
-        return ["no entry in expected_instructions.toml: say what you expect"]
+        return [f"no entry in expected_instructions.toml: say what you expect. It has {found(function)}"]
     used.add(pattern)
     return [
         f"{what} {function.count(what)} times instead of {wanted}"
