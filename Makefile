@@ -23,7 +23,7 @@ test: $(VENV)/.statecore-installed
 	cmake -S . -B build -DPYTHON=$(abspath $(BIN)/python) -DSTATECORE_CUDA=OFF > build.log || { cat build.log; exit 1; }
 	cmake --build build --target native_tests --parallel >> build.log || { cat build.log; exit 1; }
 	ctest --test-dir build --output-on-failure --parallel $$(nproc)
-	$(BIN)/python -m pytest python_tests
+	STATECORE_REQUIRE_EMULATOR=1 $(BIN)/python -m pytest python_tests
 
 check: $(VENV)/.statecore-installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')

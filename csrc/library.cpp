@@ -1,10 +1,11 @@
-// Every schema of torch.ops.statecore on one screen. Implementations register themselves beside their
-// kernels (<op>/<op>_op.cpp); gradients, fakes, autocast and the composite mixed_attention by
-// statecore/ops.py. Shapes, formulas and refusals: the docstrings of statecore/ops.py.
+// Every schema of torch.ops.statecore on one screen (and of the test library, see common/cuda_backend.h).
+// Implementations register themselves beside their kernels (<op>/<op>_op.cpp); gradients, fakes, autocast and
+// the composite mixed_attention by statecore/ops.py. Shapes, formulas and refusals: the docstrings of
+// statecore/ops.py.
 
-#include <torch/csrc/stable/library.h>
+#include "common/cuda_backend.h"
 
-STABLE_TORCH_LIBRARY(statecore, m) {
+STABLE_TORCH_LIBRARY(STATECORE_LIBRARY, m) {
   // ---- public operators
   m.def(
       "linear_attention(Tensor q, Tensor k, Tensor v, Tensor? log_decay=None, Tensor? initial_state=None, "

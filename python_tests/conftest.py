@@ -1,12 +1,12 @@
 """What every test file shares: reproducible randomness, and one thread unless a test says otherwise."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-
-from statecore import ops
+from devices import Device, require, using
 
 
 @pytest.fixture(autouse=True)
@@ -17,20 +17,16 @@ def _reproducible():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=["cpu", "cuda"])
-def device(request) -> str:
-    """The test runs once on each. Without a GPU the second is skipped, or fails where STATECORE_REQUIRE_CUDA=1."""
-    if request.param == "cuda":
-        missing = None
-        if ops.build_info()["cuda_architectures"] == "none":
-            missing = "statecore was built without CUDA kernels"
-        elif not torch.cuda.is_available():
-            missing = "torch finds no GPU here"
-        if missing and os.environ.get("STATECORE_REQUIRE_CUDA") == "1":
-            pytest.fail(f"STATECORE_REQUIRE_CUDA=1, but {missing}")
-        if missing:
-            pytest.skip(f"needs a GPU: {missing}")
-    return request.param
+@pytest.fixture(params=["cpu", "emulated", "cuda"])
+def device(request) -> Iterator[Device]:
+    """The test runs once on each: on the CPU, with CUDA kernels on the emulator, and on a GPU.
+
+    What is missing here is skipped, or fails where STATECORE_REQUIRE_EMULATOR=1 or STATECORE_REQUIRE_CUDA=1.
+    Parametrised indirectly, tests also get "checked", the emulator that looks at every memory access.
+    """
+    require(request.param)
+    with using(request.param) as device:
+        yield device
 
 
 @pytest.fixture(scope="session")

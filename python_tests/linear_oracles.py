@@ -7,11 +7,15 @@ from cases import GRADIENT, VALUE, relative_error
 from torch import Tensor
 
 
-def scattered(x: Tensor) -> Tensor:
-    """The same values as x `[B, T, heads, width]` with no two dimensions next to each other in memory."""
+def scattered(x: Tensor, aligned: bool = False) -> Tensor:
+    """The same values as x `[B, T, heads, width]` with no two dimensions next to each other in memory.
+
+    `aligned`: rows begin at multiples of 16 bytes, if the width is one.
+    """
     batch, time, heads, width = x.shape
-    memory = torch.randn(heads, time, batch, width + 3, dtype=torch.float64).to(x.dtype)
-    view = memory.permute(2, 1, 0, 3)[..., 2 : 2 + width]
+    before, beside = (8, 16) if aligned else (2, 3)
+    memory = torch.randn(heads, time, batch, width + beside, dtype=torch.float64).to(x)
+    view = memory.permute(2, 1, 0, 3)[..., before : before + width]
     view.copy_(x)
     return view
 
@@ -67,9 +71,9 @@ def masked_linear_attention(q, k, v, log_decay=None, initial_state=None, *, scal
     """`linear_attention` as one [T, T] matrix a head (papers' duality form); differentiable, any dtype; no packing."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     batch, time, value_heads = v.shape[:3]
-    decay = torch.zeros(batch, time, value_heads, dtype=q.dtype) if log_decay is None else log_decay.to(q.dtype)
+    decay = q.new_zeros(batch, time, value_heads) if log_decay is None else log_decay.to(q.dtype)
     total = decay.cumsum(1).transpose(1, 2)  # [B, Hv, T]
-    causal = torch.ones(time, time, dtype=torch.bool).tril()
+    causal = torch.ones(time, time, dtype=torch.bool, device=q.device).tril()
     weight = (total[..., :, None] - total[..., None, :]).masked_fill(~causal, float("-inf")).exp()
     k_of_value = k.repeat_interleave(value_heads // k.shape[2], dim=2)
     to_end = (total[..., -1:] - total).exp()
@@ -117,7 +121,7 @@ def masked_step_linear_attention(q, k, v, ids, alpha, *, scale=None):
     Returns out and the running state.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    weight = torch.stack([step_weights(row, alpha) for row in ids])[:, None].to(q.dtype)
+    weight = torch.stack([step_weights(row, alpha) for row in ids.cpu()])[:, None].to(q)
     state = torch.einsum("bj,bjhd,bjhe->bhde", weight[:, 0, -1], k, v)
     q, k, v = same_heads(q, k, v)
     return _weighted(weight, q * scale, k, v), state

@@ -5,25 +5,33 @@ from itertools import pairwise
 
 import pytest
 import torch
-from cases import EXACT, Heads, relative_error
+from cases import EXACT, GRADIENT, VALUE, Heads, relative_error
+from devices import CPU, Device, on
 from linear_oracles import assert_like_reference, leaf, masked_linear_attention, run, scattered
 
 from statecore import ops, reference
 
 GROUPINGS = [(1, 1, 1), (3, 3, 3), (4, 2, 2), (6, 1, 1), (2, 2, 6), (1, 1, 9), (3, 3, 6)]
-WIDTHS = [1, 3, 8, 16, 17, 31, 40]
+WIDTHS, CUDA_WIDTHS = [1, 3, 8, 16, 17, 31, 40], [16, 32, 48, 64, 80, 112, 128]
+TIMES, CUDA_TIMES = [1, 2, 15, 31, 32, 33, 64, 129], [1, 2, 15, 63, 64, 65, 129, 200]
 
 
-def random_case(seed: int, dtype: torch.dtype):
+def small_heads(device: Device) -> Heads:
+    return Heads(4, 2, 2, 16, 32) if device.runs_cuda else Heads(4, 2, 2, 8, 12)
+
+
+def random_case(seed: int, dtype: torch.dtype, device: Device = CPU):
     """Positional arguments of a random call: odd sizes, GQA or GVA, decay, initial state, packing and strides."""
     draw = random.Random(seed)
     torch.manual_seed(seed)
-    heads = Heads(*draw.choice(GROUPINGS), draw.choice(WIDTHS), draw.choice(WIDTHS))
+    device.vary(draw)
+    widths, times = (CUDA_WIDTHS, CUDA_TIMES) if device.runs_cuda else (WIDTHS, TIMES)
+    heads = Heads(*draw.choice(GROUPINGS), draw.choice(widths), draw.choice(widths))
     packed = draw.random() < 0.4
-    batch, time = 1 if packed else draw.choice([1, 2, 3]), draw.choice([1, 2, 15, 31, 32, 33, 64, 129])
-    tensors = heads.qkv(batch, time, dtype)
+    batch, time = 1 if packed else draw.choice([1, 2, 3]), draw.choice(times)
+    tensors = on(device, *heads.qkv(batch, time, dtype))
     if draw.random() < 0.5:
-        tensors = [scattered(x) for x in tensors]
+        tensors = [scattered(x, aligned=seed % 2 == 0) for x in tensors]
     cu_seqlens = None
     if packed:
         cuts = sorted(draw.choices(range(time + 1), k=3))
@@ -36,7 +44,7 @@ def random_case(seed: int, dtype: torch.dtype):
         log_decay = (-torch.rand(batch, time, heads.v, dtype=torch.float64) * strength).to(state_dtype)
     if draw.random() < 0.7:
         state = torch.randn(sequences, heads.v, heads.key_width, heads.value_width, dtype=state_dtype)
-    return (*tensors, log_decay, state, cu_seqlens), draw.choice([None, 0.7])
+    return (*tensors, *on(device, log_decay, state, cu_seqlens)), draw.choice([None, 0.7])
 
 
 @pytest.mark.parametrize("seed", range(24))
@@ -45,10 +53,24 @@ def test_float64_equals_reference(seed):
     assert_like_reference(ops.linear_attention, reference.linear_attention, args, scale=scale)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("seed", range(24, 36))
-def test_float32_equals_reference(seed):
-    args, scale = random_case(seed, torch.float32)
+def test_equals_reference(seed, dtype, device):
+    args, scale = random_case(seed, dtype, device)
     assert_like_reference(ops.linear_attention, reference.linear_attention, args, scale=scale)
+
+
+@pytest.mark.parametrize("device", ["checked"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [Heads(2, 1, 1, 16, 32), Heads(1, 1, 2, 48, 16), Heads(1, 1, 1, 128, 128)], ids=str)
+def test_every_access_is_right(heads, dtype, device):
+    """One tile and a bit of another, packed, with everything that can be given, on a small GPU and a large one."""
+    tensors = [leaf(x) for x in heads.qkv(1, 90, dtype)]
+    decay, state = leaf(-torch.rand(1, 90, heads.v)), leaf(torch.randn(3, heads.v, heads.key_width, heads.value_width))
+    args = (*tensors, decay, state, torch.tensor([0, 13, 13, 90], dtype=torch.int32))
+    for seed in range(2):
+        device.vary(random.Random(seed))
+        assert_like_reference(ops.linear_attention, reference.linear_attention, args)
 
 
 @pytest.mark.parametrize("heads", [Heads(2, 1, 1, 2, 3), Heads(1, 1, 2, 3, 2)], ids=["gqa", "gva"])
@@ -74,11 +96,11 @@ def test_float32_decay_and_state_beside_float64():
 
 @pytest.mark.parametrize("decays", [False, True])
 @pytest.mark.parametrize("cut", [0, 1, 50, 64, 100, 129])
-def test_split_anywhere_is_one_call(cut, decays):
-    heads = Heads(4, 2, 2, 8, 12)
-    tensors = heads.qkv(2, 129, requires_grad=True)
-    decay = leaf(-torch.rand(2, 129, 2, dtype=torch.float64)) if decays else None
-    state = leaf(torch.randn(2, 2, 8, 12, dtype=torch.float64))
+def test_split_anywhere_is_one_call(cut, decays, device):
+    dtype, heads = device.finest, small_heads(device)
+    tensors = [leaf(x) for x in on(device, *heads.qkv(2, 129, dtype))]
+    decay = leaf(-torch.rand(2, 129, 2, dtype=dtype).to(device)) if decays else None
+    state = leaf(torch.randn(2, 2, heads.key_width, heads.value_width, dtype=dtype).to(device))
 
     def in_two(q, k, v, decay, state):
         first, second = (
@@ -92,15 +114,17 @@ def test_split_anywhere_is_one_call(cut, decays):
     whole, whole_grads, cotangents = run(ops.linear_attention, args, {})
     parts, parts_grads, _ = run(in_two, args, {}, cotangents)
     for x, y in zip(whole + whole_grads, parts + parts_grads, strict=True):
-        assert relative_error(x, y) < EXACT
+        assert relative_error(x, y) < GRADIENT[dtype]
 
 
-def test_packed_is_one_by_one_bit_for_bit():
-    heads = Heads(4, 2, 2, 8, 12)
+def test_packed_is_one_by_one(device):
+    """Bit for bit on the CPU; on CUDA how the work is split depends on how much there is."""
+    heads = small_heads(device)
     lengths = [5, 0, 64, 1, 70]
     cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
-    tensors = heads.qkv(1, sum(lengths), torch.float32, requires_grad=True)
-    decay, state = leaf(-torch.rand(1, sum(lengths), 2)), leaf(torch.randn(len(lengths), 2, 8, 12))
+    decay, state = -torch.rand(1, sum(lengths), 2), torch.randn(len(lengths), 2, heads.key_width, heads.value_width)
+    args = (*heads.qkv(1, sum(lengths), torch.float32), decay, state, cu_seqlens)
+    args = [leaf(x) for x in on(device, *args)]
 
     def one_by_one(q, k, v, decay, state, cu_seqlens):
         outs, states = [], []
@@ -110,46 +134,82 @@ def test_packed_is_one_by_one_bit_for_bit():
             states.append(final)
         return torch.cat(outs, 1), torch.cat(states)
 
-    args = (*tensors, decay, state, cu_seqlens)
     packed, packed_grads, cotangents = run(ops.linear_attention, args, {})
     single, single_grads, _ = run(one_by_one, args, {}, cotangents)
     for x, y in zip(packed + packed_grads, single + single_grads, strict=True):
-        assert torch.equal(x, y)
+        assert relative_error(x, y) < VALUE[torch.float32] if device.runs_cuda else torch.equal(x, y)
 
 
 @pytest.mark.parametrize(("batch", "time"), [(0, 5), (2, 0), (0, 0)])
-def test_nothing_to_do(batch, time):
-    heads = Heads(4, 2, 2, 8, 12)
-    tensors = heads.qkv(batch, time, torch.float32, requires_grad=True)
-    state = leaf(torch.randn(batch, 2, 8, 12))
+def test_nothing_to_do(batch, time, device):
+    heads = small_heads(device)
+    tensors = [leaf(x) for x in on(device, *heads.qkv(batch, time, torch.float32))]
+    state = leaf(torch.randn(batch, 2, heads.key_width, heads.value_width).to(device))
     (out, final), grads, (_, grad_final) = run(ops.linear_attention, (*tensors, None, state), {})
-    assert out.shape == (batch, time, 4, 12)
+    assert out.shape == (batch, time, 4, heads.value_width)
     assert torch.equal(final, state)
     assert torch.equal(grads[3], grad_final)
 
 
-def test_no_sequences():
-    heads = Heads(1, 1, 1, 4, 4)
-    out, final = ops.linear_attention(*heads.qkv(1, 0, torch.float32), cu_seqlens=torch.zeros(1, dtype=torch.int32))
-    assert out.shape == (1, 0, 1, 4)
-    assert final.shape == (0, 1, 4, 4)
+def test_no_sequences(device):
+    tensors = on(device, *Heads(1, 1, 1, 16, 16).qkv(1, 0, torch.float32))
+    out, final = ops.linear_attention(*tensors, cu_seqlens=torch.zeros(1, dtype=torch.int32, device=device))
+    assert out.shape == (1, 0, 1, 16)
+    assert final.shape == (0, 1, 16, 16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bits_do_not_depend_on_threads_runs_or_strides(dtype):
-    heads = Heads(4, 4, 12, 24, 40)
-    tensors = heads.qkv(2, 150, dtype)
-    decay, state = -torch.rand(2, 150, 12), torch.randn(2, 12, 24, 40)
+def test_bits_do_not_depend_on_threads_runs_or_strides(dtype, device):
+    heads = Heads(2, 2, 4, 32, 48) if device.runs_cuda else Heads(4, 4, 12, 24, 40)
+    args = (*heads.qkv(2, 150, dtype), -torch.rand(2, 150, heads.v))
+    *tensors, decay = on(device, *args)
+    state = torch.randn(2, heads.v, heads.key_width, heads.value_width).to(device)
     wanted = None
-    for threads in (1, 2, 2):
-        torch.set_num_threads(threads)
-        inputs = [leaf(scattered(x)) for x in tensors] if threads == 2 else [leaf(x) for x in tensors]
-        cotangents = None if wanted is None else wanted[2]
-        got = run(ops.linear_attention, (*inputs, leaf(decay), leaf(state)), {}, cotangents)
-        if wanted is not None:
-            for x, y in zip(got[0] + got[1], wanted[0] + wanted[1], strict=True):
-                assert torch.equal(x, y)
-        wanted = got
+    for i, _ in enumerate(device.every_way()):
+        layout = (lambda x: x, scattered, lambda x: scattered(x, aligned=True))[i % 3]
+        args = [*(leaf(layout(x)) for x in tensors), leaf(decay), leaf(state)]
+        got = run(ops.linear_attention, args, {}, wanted and wanted[2])
+        wanted = wanted or got
+        for x, y in zip(got[0] + got[1], wanted[0] + wanted[1], strict=True):
+            assert torch.equal(x, y)
+
+
+def test_gradient_without_strides(device):
+    """That of a sum: one number, expanded."""
+    heads = small_heads(device)
+    args = on(device, *heads.qkv(1, 70, torch.float32), None, None, None, None)
+    out, state = ops.linear_attention(*args[:3])
+    one = torch.ones((), device=device)
+    backward = torch.ops.statecore.linear_attention_backward
+    got = backward(one.expand_as(out), one.expand_as(state), *args)
+    for x, y in zip(got, backward(torch.ones_like(out), torch.ones_like(state), *args), strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+def test_graph_capture(device):
+    """Captured once, replayed on other contents: where sequences begin is read when the kernels run."""
+    heads = Heads(4, 2, 2, 64, 128)
+    tensors = on(device, *heads.qkv(1, 300, torch.bfloat16))
+    state, cu_seqlens = on(device, torch.randn(4, 2, 64, 128), torch.tensor([0, 0, 0, 0, 300], dtype=torch.int32))
+    cotangents = on(device, torch.randn(1, 300, 4, 128).bfloat16(), torch.randn(4, 2, 64, 128))
+
+    def everything():
+        results = ops.linear_attention(*tensors, None, state, cu_seqlens)
+        args = (*cotangents, *tensors, None, state, cu_seqlens, None)
+        return *results, *torch.ops.statecore.linear_attention_backward(*args)
+
+    everything()  # before capture: kernels are loaded
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = everything()
+    cu_seqlens.copy_(torch.tensor([0, 1, 130, 130, 300], dtype=torch.int32))
+    tensors[0].copy_(torch.randn_like(tensors[0]))
+    wanted = everything()
+    for _ in range(20):
+        graph.replay()
+        for x, y in zip(got, wanted, strict=True):
+            assert torch.equal(x, y)
 
 
 # ---- identities
@@ -170,13 +230,12 @@ def test_recurrence_is_a_masked_product():
                 assert relative_error(x, z) < 1e-13
 
 
-def test_zero_decay_is_no_decay():
+def test_zero_decay_is_no_decay(device):
     """T8."""
-    tensors = Heads(4, 2, 2, 16, 16).qkv(2, 100, torch.float32)
-    for x, y in zip(
-        ops.linear_attention(*tensors, torch.zeros(2, 100, 2)), ops.linear_attention(*tensors), strict=True
-    ):
-        assert torch.equal(x, y)
+    tensors = on(device, *Heads(4, 2, 2, 16, 16).qkv(2, 100, torch.float32))
+    decayed = ops.linear_attention(*tensors, torch.zeros(2, 100, 2, device=device))
+    for x, y in zip(decayed, ops.linear_attention(*tensors), strict=True):
+        assert relative_error(x, y) < 1e-6 if device.runs_cuda else torch.equal(x, y)
 
 
 def test_rank_of_the_state():
@@ -187,12 +246,11 @@ def test_rank_of_the_state():
         assert torch.linalg.matrix_rank(state[0, 0]) == min(time, 8)
 
 
-def test_decay_of_minus_infinity_forgets_everything():
-    heads = Heads(2, 1, 1, 4, 6)
-    q, k, v = heads.qkv(1, 40, torch.float32)
-    decay = -torch.rand(1, 40, 1)
+def test_decay_of_minus_infinity_forgets_everything(device):
+    heads = Heads(2, 1, 1, 16, 32) if device.runs_cuda else Heads(2, 1, 1, 4, 6)
+    q, k, v, decay = on(device, *heads.qkv(1, 40, torch.float32), -torch.rand(1, 40, 1))
     decay[0, 17] = float("-inf")
-    out, state = ops.linear_attention(q, k, v, decay, torch.randn(1, 1, 4, 6))
+    out, state = ops.linear_attention(q, k, v, decay, torch.randn(1, 1, heads.key_width, heads.value_width).to(device))
     rest, rest_state = ops.linear_attention(q[:, 17:], k[:, 17:], v[:, 17:], decay[:, 17:])
     assert relative_error(out[:, 17:], rest) < 1e-6
     assert relative_error(state, rest_state) < 1e-6
@@ -203,19 +261,21 @@ def test_decay_of_minus_infinity_forgets_everything():
 
 @pytest.mark.parametrize("strength", [None, 0.002, 0.1, 6.0])
 @pytest.mark.parametrize("time", [1024, 4096])
-def test_float32_error_at_length(time, strength):
+def test_float32_error_at_length(time, strength, device):
     heads = Heads(2, 1, 1, 64, 64) if time == 1024 else Heads(1, 1, 1, 64, 32)
+    time = device.length(time)
     tensors = heads.qkv(1, time, torch.float32)
     decay = None if strength is None else -torch.rand(1, time, 1) * strength
     state = torch.randn(1, 1, 64, heads.value_width)
-    assert_like_reference(ops.linear_attention, masked_linear_attention, (*tensors, decay, state))
+    args = on(device, *tensors, decay, state)
+    assert_like_reference(ops.linear_attention, masked_linear_attention, args)
 
 
-def test_gradient_of_decay_a_value_head():
+def test_gradient_of_decay_a_value_head(device):
     """Groups of value heads share q and k; each decay still gets its own head's gradient, strong or weak."""
     heads = Heads(1, 1, 4, 32, 32)
-    tensors = heads.qkv(1, 600, torch.float32)
-    decay = leaf(-torch.rand(1, 600, 4) * torch.tensor([0.001, 0.1, 2.0, 10.0]))
+    tensors = on(device, *heads.qkv(1, 600, torch.float32))
+    decay = leaf((-torch.rand(1, 600, 4) * torch.tensor([0.001, 0.1, 2.0, 10.0])).to(device))
     exact = leaf(decay, torch.float64)
     _, (grad,), cotangents = run(ops.linear_attention, (*tensors, decay), {})
     _, (wanted,), _ = run(masked_linear_attention, (*(x.double() for x in tensors), exact), {}, cotangents)
@@ -225,25 +285,29 @@ def test_gradient_of_decay_a_value_head():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("strength", [None, 0.01, 1.0])
-def test_half_precision_error_is_that_of_rounding(dtype, strength):
-    """At most 1.5 times the error of float32 arithmetic on the same rounded inputs, rounded once at the end."""
-    heads = Heads(4, 2, 2, 64, 64)
-    tensors = heads.qkv(1, 2048, dtype)
-    decay, state = None if strength is None else -torch.rand(1, 2048, 2) * strength, torch.randn(1, 2, 64, 64)
-    args = [None if x is None else leaf(x) for x in (*tensors, decay, state)]
+def test_half_precision_error_is_that_of_rounding(dtype, strength, device):
+    """At most 1.5 times the error of float32 arithmetic on the same rounded inputs, rounded once at the end.
+
+    float32 results are held to more than that where kernels may round to 16 bits on the way (on CUDA).
+    """
+    heads, time = Heads(4, 2, 2, 64, 64), device.length(2048)
+    tensors = heads.qkv(1, time, dtype)
+    decay, state = None if strength is None else -torch.rand(1, time, 2) * strength, torch.randn(1, 2, 64, 64)
+    args = [None if x is None else leaf(x) for x in on(device, *tensors, decay, state)]
     results, grads, cotangents = run(ops.linear_attention, args, {})
     doubles = [None if x is None else leaf(x, torch.float64) for x in args]
     wanted, wanted_grads, _ = run(masked_linear_attention, doubles, {}, cotangents)
     for got, exact in zip(results + grads, wanted + wanted_grads, strict=True):
         eager = relative_error(exact.float().to(got.dtype), exact)
-        assert relative_error(got, exact) <= 1.5 * max(eager, 1e-5)
+        floor = 1e-3 if device.runs_cuda and got.dtype == torch.float32 else 1e-5
+        assert relative_error(got, exact) <= 1.5 * max(eager, floor)
 
 
 @pytest.mark.parametrize("key_heads", [1, 16])
-def test_state_error_after_32768_tokens(key_heads):
+def test_state_error_after_32768_tokens(key_heads, device):
     """Summed by segment where heads are few, in place where they are many."""
     heads = Heads(key_heads, key_heads, key_heads, 64, 64)
-    q, k, v = heads.qkv(1, 32768, torch.bfloat16)
+    q, k, v = on(device, *heads.qkv(1, device.length(32768), torch.bfloat16))
     _, state = ops.linear_attention(q, k, v)
     k, v, state = k[:, :, :1], v[:, :, :1], state[:, :1]
     wanted = torch.einsum("btd,bte->bde", k[:, :, 0].double(), v[:, :, 0].double())[:, None]

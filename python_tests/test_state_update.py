@@ -4,15 +4,17 @@ import os
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from cases import EXACT, VALUE, Heads, random_step_ids, relative_error
+from devices import Device, on
 
 from statecore import ops, reference
 
 GROUPINGS = [(1, 1, 1), (3, 3, 3), (4, 2, 2), (12, 2, 2), (2, 2, 6), (1, 1, 5)]
-WIDTHS = {"cpu": [1, 3, 8, 16, 17, 40, 64, 100], "cuda": [16, 32, 48, 64, 80, 112, 128]}
+WIDTHS, CUDA_WIDTHS = [1, 3, 8, 16, 17, 40, 64, 100], [16, 32, 48, 64, 80, 112, 128]
 ALPHA = torch.tensor([7.0, 7.0, 0.1, 0.5, 0.0, 1.0, 0.3])
 
 
@@ -20,15 +22,12 @@ def int32(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
-def on(device: str, *tensors: torch.Tensor | None):
-    return tuple(x if x is None else x.to(device) for x in tensors)
-
-
-def random_case(seed: int, dtype: torch.dtype, device: str):
+def random_case(seed: int, dtype: torch.dtype, device: Device):
     """(states, the other positional arguments)"""
     draw = random.Random(seed)
     torch.manual_seed(seed)
-    heads = Heads(*draw.choice(GROUPINGS), draw.choice(WIDTHS[device]), draw.choice(WIDTHS[device]))
+    widths = CUDA_WIDTHS if device.runs_cuda else WIDTHS
+    heads = Heads(*draw.choice(GROUPINGS), draw.choice(widths), draw.choice(widths))
     rows, pool = draw.choice([1, 2, 5]), 7
     q, k, v = (x[0] for x in heads.qkv(1, rows, dtype))
     if draw.random() < 0.5:
@@ -48,7 +47,7 @@ def random_case(seed: int, dtype: torch.dtype, device: str):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("seed", range(25))
 def test_equals_reference(seed, dtype, device):
-    if device == "cuda" and dtype == torch.float64:
+    if device.runs_cuda and dtype == torch.float64:
         return  # refused: test_refuses_on_cuda
     states, args = random_case(seed, dtype, device)
     own, exact = states.clone(), states.double()
@@ -124,15 +123,15 @@ def test_half_precision_rounds_once(dtype, device):
     assert relative_error(states, exact) < 1e-5
 
 
-def test_bits_do_not_depend_on_threads():
-    heads = Heads(12, 2, 2, 64, 64)
-    q, k, v = (x[0] for x in heads.qkv(1, 16, torch.float32))
-    start, results = torch.randn(3, 16, 2, 64, 64), []
-    for threads in (1, 2, 2):
-        torch.set_num_threads(threads)
+@pytest.mark.parametrize("device", ["cpu", "emulated", "checked", "cuda"], indirect=True)
+def test_same_bits_on_every_run(device):
+    heads = Heads(6, 1, 1, 64, 64)
+    q, k, v = on(device, *(x[0] for x in heads.qkv(1, 16, torch.float32)))
+    start, ends, alpha = on(device, torch.randn(3, 16, 1, 64, 64), torch.arange(16, dtype=torch.int32) - 1, ALPHA)
+    results = []
+    for _ in device.every_way():
         states = start.clone()
-        out = ops.state_update(states, q, k, v, None, torch.arange(16, dtype=torch.int32) - 1, ALPHA)
-        results.append((out, states))
+        results.append((ops.state_update(states, q, k, v, None, ends, alpha), states))
     for out, states in results[1:]:
         assert torch.equal(out, results[0][0])
         assert torch.equal(states, results[0][1])
@@ -145,7 +144,7 @@ def test_no_rows(device):
 
 
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)
-def test_same_bits_on_every_run_and_in_a_graph(device):
+def test_graph_capture(device):
     """Captured once, replayed on other contents: what is read on the device is read when it runs."""
     heads = Heads(12, 2, 2, 128, 128)
     q, k, v = on(device, *(x[0] for x in heads.qkv(1, 8, torch.bfloat16)))
@@ -166,7 +165,7 @@ def test_same_bits_on_every_run_and_in_a_graph(device):
         assert torch.equal(states, wanted_states)
 
 
-@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+@pytest.mark.parametrize("device", ["emulated", "checked", "cuda"], indirect=True)
 def test_slots_outside_the_pool_are_skipped_on_cuda(device):
     q, k, v = on(device, *(x[0] for x in Heads(4, 2, 2, 16, 32).qkv(1, 3, torch.float32)))
     states = torch.randn(1, 3, 2, 16, 32).to(device)
@@ -177,24 +176,30 @@ def test_slots_outside_the_pool_are_skipped_on_cuda(device):
 
 
 CHECKED = """
+import sys
 import torch
+from devices import using
 from statecore import ops
 
-x = torch.ones(2, 1, 16, device="cuda")
-slots = torch.tensor([0, 9], dtype=torch.int32, device="cuda")
-ops.state_update(torch.zeros(1, 3, 1, 16, 16, device="cuda"), x, x, x, slots=slots)
+with using(sys.argv[1]) as device:
+    x = torch.ones(2, 1, 16, device=device)
+    slots = torch.tensor([0, 9], dtype=torch.int32, device=device)
+    ops.state_update(torch.zeros(1, 3, 1, 16, 16, device=device), x, x, x, slots=slots)
 """
 
 
-@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+@pytest.mark.parametrize("device", ["emulated", "cuda"], indirect=True)
 def test_contents_are_refused_on_cuda_when_asked(device):
     """In a process of its own: STATECORE_CHECK is read once."""
+    command = [sys.executable, "-c", CHECKED, device.name]
     environment = os.environ | {"STATECORE_CHECK": "1"}
-    run = subprocess.run([sys.executable, "-c", CHECKED], env=environment, capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        command, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
     assert r"slots must be in [0, 3), or -1 to skip the row, got 9 at [1]" in run.stderr
 
 
-@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+@pytest.mark.parametrize("device", ["emulated", "cuda"], indirect=True)
 def test_refuses_on_cuda(device):
     def update(key_width: int = 16, value_width: int = 32, dtype=torch.float32, offset: int = 0):
         state_dtype = torch.float64 if dtype == torch.float64 else torch.float32

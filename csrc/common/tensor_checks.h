@@ -91,11 +91,14 @@ inline void check_contiguous(const char* name, const Tensor& t) {
   if (!t.is_contiguous()) refuse(name, " must be contiguous; call .contiguous() on it first");
 }
 
-// Whether the contents of t are looked at: always on the CPU; elsewhere it costs a synchronisation, which
-// STATECORE_CHECK=1 asks for.
-inline bool checks_contents(const Tensor& t) {
+// Whether the contents of t are looked at: always by the CPU backend; on CUDA it costs a synchronisation,
+// which STATECORE_CHECK=1 asks for.
+inline bool checks_contents([[maybe_unused]] const Tensor& t) {
+#if !defined(STATECORE_EMULATED)
+  if (t.is_cpu()) return true;
+#endif
   static const char* const asked = std::getenv("STATECORE_CHECK");
-  return t.is_cpu() || (asked && std::string(asked) == "1");
+  return asked && std::string(asked) == "1";
 }
 
 inline Tensor on_cpu(const Tensor& t) {
@@ -117,8 +120,9 @@ inline ScalarType state_type(DType dtype) {
   return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
 }
 
-// cu_seqlens [sequences + 1] of packed q (B = 1, T tokens); returns the number of sequences. The contents are
-// checked on the CPU; elsewhere looking at them would cost a synchronisation.
+inline const int32_t* int32_data(const Tensor& t) { return static_cast<const int32_t*>(t.const_data_ptr()); }
+
+// cu_seqlens [sequences + 1] of packed q (B = 1, T tokens); returns the number of sequences.
 inline int64_t check_cu_seqlens(const Tensor& cu_seqlens, const Tensor& q) {
   check_dim("cu_seqlens", cu_seqlens, 1, "[sequences + 1]");
   check_dtype("cu_seqlens", cu_seqlens, ScalarType::Int);
@@ -127,8 +131,9 @@ inline int64_t check_cu_seqlens(const Tensor& cu_seqlens, const Tensor& q) {
   if (q.size(0) != 1) refuse("cu_seqlens needs q of batch size 1, got ", q.size(0));
   const int64_t sequences = cu_seqlens.size(0) - 1;
   if (sequences < 0) refuse("cu_seqlens must have at least one element, got shape ", shape_text(cu_seqlens));
-  if (!q.is_cpu()) return sequences;
-  const auto* offset = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
+  if (!checks_contents(cu_seqlens)) return sequences;
+  const Tensor offsets = on_cpu(cu_seqlens);
+  const int32_t* offset = int32_data(offsets);
   if (offset[0] != 0) refuse("cu_seqlens must start with 0, got ", offset[0]);
   for (int64_t n = 0; n < sequences; ++n)
     if (offset[n] > offset[n + 1])
@@ -139,19 +144,21 @@ inline int64_t check_cu_seqlens(const Tensor& cu_seqlens, const Tensor& q) {
   return sequences;
 }
 
-// step_ids [B, T] of the sequences that cu_seqlens (already checked) divides the tokens into. On the CPU: ids
-// are -1 (nobody) or >= 0, and those >= 0 do not decrease inside a sequence.
+// step_ids [B, T] of the sequences that cu_seqlens (already checked) divides the tokens into: ids are -1
+// (nobody) or >= 0, and those >= 0 do not decrease inside a sequence.
 inline void check_step_ids(const Tensor& step_ids, const std::optional<Tensor>& cu_seqlens, const Tensor& q,
                            int64_t batch, int64_t tokens) {
   check_shape("step_ids", step_ids, {batch, tokens});
   check_dtype("step_ids", step_ids, ScalarType::Int);
   check_same_device("step_ids", step_ids, q);
   check_last_contiguous("step_ids", step_ids);
-  if (!q.is_cpu()) return;
+  if (!checks_contents(step_ids)) return;
+  const Tensor all_ids = on_cpu(step_ids);
+  const Tensor offsets = cu_seqlens ? on_cpu(*cu_seqlens) : Tensor();
   const int32_t* next_start = nullptr;
   for (int64_t b = 0; b < batch; ++b) {
-    const auto* ids = static_cast<const int32_t*>(step_ids.const_data_ptr()) + b * step_ids.stride(0);
-    if (cu_seqlens) next_start = static_cast<const int32_t*>(cu_seqlens->const_data_ptr());
+    const int32_t* ids = int32_data(all_ids) + b * all_ids.stride(0);
+    if (cu_seqlens) next_start = int32_data(offsets);
     int32_t last = -1;
     for (int64_t t = 0; t < tokens; ++t) {
       for (; next_start && *next_start == t; ++next_start) last = -1;

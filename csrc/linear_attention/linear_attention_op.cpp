@@ -7,6 +7,8 @@
 #include <cmath>
 #include <tuple>
 
+#include "common/cuda_backend.h"
+
 namespace statecore {
 
 HeadsView heads_view(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
@@ -62,26 +64,30 @@ LinearAttentionInputs checked_heads(const char* const (&names)[3], const Tensor&
   p.sequences = p.batch;
   if (cu_seqlens) {
     p.sequences = check_cu_seqlens(*cu_seqlens, q);
-    p.cu_seqlens = static_cast<const int32_t*>(cu_seqlens->const_data_ptr());
+    p.cu_seqlens = int32_data(*cu_seqlens);
   }
   p.scale = scale.value_or(1 / std::sqrt(double(p.key_width)));
   p.q = heads_view(q), p.k = heads_view(k), p.v = heads_view(v);
   return p;
 }
 
-// On the CPU: ids are -1 (nothing seen) or >= 0, and no sequence goes on with a smaller one.
-void check_initial_step(const Tensor& initial_step, const Tensor& q, const LinearAttentionInputs& p) {
-  check_shape("initial_step", initial_step, {p.sequences});
+// Ids are -1 (nothing seen) or >= 0, and no sequence goes on with a smaller one.
+void check_initial_step(const Tensor& initial_step, const Tensor& step_ids,
+                        const std::optional<Tensor>& cu_seqlens, const Tensor& q, int64_t sequences) {
+  check_shape("initial_step", initial_step, {sequences});
   check_dtype("initial_step", initial_step, ScalarType::Int);
   check_same_device("initial_step", initial_step, q);
-  if (!q.is_cpu()) return;
-  for (int64_t n = 0; n < p.sequences; ++n) {
-    const int32_t last = p.initial_step[n];
+  if (!checks_contents(initial_step)) return;
+  const Tensor last_ids = on_cpu(initial_step), all_ids = on_cpu(step_ids);
+  const Tensor offsets = cu_seqlens ? on_cpu(*cu_seqlens) : Tensor();
+  const int32_t* starts = cu_seqlens ? int32_data(offsets) : nullptr;
+  for (int64_t n = 0; n < sequences; ++n) {
+    const int32_t last = int32_data(last_ids)[n];
     if (last < -1)
       refuse("initial_step must be >= 0, or -1 where nothing was seen, got ", last, " at [", n, "]");
-    const int32_t* ids = p.step_ids + (p.cu_seqlens ? 0 : n) * p.ids_batch;
-    int64_t t = p.cu_seqlens ? p.cu_seqlens[n] : 0;
-    const int64_t end = p.cu_seqlens ? p.cu_seqlens[n + 1] : p.tokens;
+    const int32_t* ids = int32_data(all_ids) + (starts ? 0 : n) * all_ids.stride(0);
+    int64_t t = starts ? starts[n] : 0;
+    const int64_t end = starts ? starts[n + 1] : all_ids.size(1);
     while (t < end && ids[t] == -1) ++t;
     if (t < end && ids[t] < last)
       refuse("step_ids must not decrease from one call to the next: initial_step[", n, "] is ", last,
@@ -129,7 +135,7 @@ LinearAttentionInputs checked_step_linear_inputs(const char* const (&names)[3], 
                                                  std::optional<double> scale, HeldTensors& held) {
   LinearAttentionInputs p = checked_heads(names, q, k, v, false, cu_seqlens, scale);
   check_step_ids(step_ids, cu_seqlens, q, p.batch, p.tokens);
-  p.step_ids = static_cast<const int32_t*>(step_ids.const_data_ptr());
+  p.step_ids = int32_data(step_ids);
   p.ids_batch = step_ids.stride(0);
   p.alpha = checked_alpha(alpha, q, held);
   p.alphas = alpha.size(0);
@@ -139,8 +145,8 @@ LinearAttentionInputs checked_step_linear_inputs(const char* const (&names)[3], 
                                      {3, p.sequences, p.value_heads, p.key_width, p.value_width}, q, held);
   if (initial_step) {
     held.push_back(torch::stable::contiguous(*initial_step));
-    p.initial_step = static_cast<const int32_t*>(held.back().const_data_ptr());
-    check_initial_step(held.back(), q, p);
+    p.initial_step = int32_data(held.back());
+    check_initial_step(held.back(), step_ids, cu_seqlens, q, p.sequences);
   }
   return p;
 }
@@ -260,7 +266,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> step_linear_attention_backward(
 }  // namespace
 }  // namespace statecore
 
-STABLE_TORCH_LIBRARY_IMPL(statecore, CPU, m) {
+#if defined(STATECORE_CPU_BACKEND)
+STATECORE_CPU_IMPL(m) {
   using namespace statecore;
   m.impl("linear_attention", TORCH_BOX(&linear_attention<linear_attention_cpu>));
   m.impl("linear_attention_backward", TORCH_BOX(&linear_attention_backward<linear_attention_backward_cpu>));
@@ -268,3 +275,4 @@ STABLE_TORCH_LIBRARY_IMPL(statecore, CPU, m) {
   m.impl("step_linear_attention_backward",
          TORCH_BOX(&step_linear_attention_backward<linear_attention_backward_cpu>));
 }
+#endif

@@ -7,16 +7,19 @@
 
 #include <tuple>
 
+#include "common/cuda_backend.h"
 #include "linear_attention/linear_attention_op.h"
 #include "segment_attention/segment_attention_op.h"
 
 namespace statecore {
 namespace {
 
+#if defined(STATECORE_CPU_BACKEND)
 struct Cpu {
   static constexpr auto run_segment = segment_attention_cpu;
   static constexpr auto run_linear = linear_attention_cpu;
 };
+#endif
 
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mixed_attention_forward(
@@ -66,7 +69,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mixed_attention_forward(
 }  // namespace
 }  // namespace statecore
 
-STABLE_TORCH_LIBRARY_IMPL(statecore, CPU, m) {
+#if defined(STATECORE_CPU_BACKEND)
+STATECORE_CPU_IMPL(m) {
   using namespace statecore;
   m.impl("mixed_attention_forward", TORCH_BOX(&mixed_attention_forward<Cpu>));
 }
+#endif

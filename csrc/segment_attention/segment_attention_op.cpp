@@ -6,6 +6,7 @@
 #include <cmath>
 #include <tuple>
 
+#include "common/cuda_backend.h"
 #include "common/tensor_checks.h"
 
 namespace statecore {
@@ -53,7 +54,7 @@ SegmentAttentionParams checked_segment_params(const Tensor& q, const Tensor& k, 
       refuse("k and q must have the same number of tokens when cu_seqlens is given, got ", p.keys, " and ",
              p.queries);
     p.sequences = check_cu_seqlens(*cu_seqlens, q);
-    p.cu_seqlens = static_cast<const int32_t*>(cu_seqlens->const_data_ptr());
+    p.cu_seqlens = int32_data(*cu_seqlens);
   }
   check_step_ids(step_ids, cu_seqlens, q, p.batch, p.keys);
 
@@ -61,7 +62,7 @@ SegmentAttentionParams checked_segment_params(const Tensor& q, const Tensor& k, 
   p.q = q.const_data_ptr(), p.q_batch = q.stride(0), p.q_time = q.stride(1), p.q_head = q.stride(2);
   p.k = k.const_data_ptr(), p.k_batch = k.stride(0), p.k_time = k.stride(1), p.k_head = k.stride(2);
   p.v = v.const_data_ptr(), p.v_batch = v.stride(0), p.v_time = v.stride(1), p.v_head = v.stride(2);
-  p.step_ids = static_cast<const int32_t*>(step_ids.const_data_ptr());
+  p.step_ids = int32_data(step_ids);
   p.ids_batch = step_ids.stride(0);
   return p;
 }
@@ -124,9 +125,11 @@ std::tuple<Tensor, Tensor, Tensor> segment_attention_backward(
 }  // namespace
 }  // namespace statecore
 
-STABLE_TORCH_LIBRARY_IMPL(statecore, CPU, m) {
+#if defined(STATECORE_CPU_BACKEND)
+STATECORE_CPU_IMPL(m) {
   using namespace statecore;
   m.impl("segment_attention", TORCH_BOX(&segment_attention<segment_attention_cpu>));
   m.impl("segment_attention_backward",
          TORCH_BOX(&segment_attention_backward<segment_attention_backward_cpu>));
 }
+#endif

@@ -1,4 +1,3 @@
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -7,7 +6,7 @@
 #include <utility>
 #include <vector>
 
-#include "common/cuda_stream.h"
+#include "common/cuda_backend.h"
 #include "linear_attention/linear_attention_op.h"
 #include "state_update/state_update.h"
 
@@ -23,8 +22,6 @@ const Tensor& checked_rows(const char* name, const Tensor& x, int64_t rows, cons
   held.push_back(torch::stable::contiguous(x));
   return held.back();
 }
-
-const int32_t* data(const Tensor& rows) { return static_cast<const int32_t*>(rows.const_data_ptr()); }
 
 void check_ends_step(const int32_t* ends_step, int64_t rows) {
   for (int64_t b = 0; b < rows; ++b)
@@ -48,8 +45,7 @@ void check_slots(const int32_t* slots, int64_t rows, int64_t pool) {
              used[i].second, "]");
 }
 
-// `device` is that of the tensors.
-using Run = void (*)(const StateUpdateParams&, int32_t device);
+using Run = void (*)(const StateUpdateParams&, const Tensor& q);
 
 template <Run run>
 Tensor state_update(const Tensor& states, const Tensor& q, const Tensor& k, const Tensor& v,
@@ -93,13 +89,13 @@ Tensor state_update(const Tensor& states, const Tensor& q, const Tensor& k, cons
     if (p.state_kinds == 3 && !alpha)
       refuse("alpha must be given with ends_step where states has 3 states a slot");
     const Tensor& rows = checked_rows("ends_step", *ends_step, p.rows, q, held);
-    p.ends_step = data(rows);
-    if (checks_contents(rows)) check_ends_step(data(on_cpu(rows)), p.rows);
+    p.ends_step = int32_data(rows);
+    if (checks_contents(rows)) check_ends_step(int32_data(on_cpu(rows)), p.rows);
   }
   if (slots) {
     const Tensor& rows = checked_rows("slots", *slots, p.rows, q, held);
-    p.row_slots = data(rows);
-    if (checks_contents(rows)) check_slots(data(on_cpu(rows)), p.rows, p.slots);
+    p.row_slots = int32_data(rows);
+    if (checks_contents(rows)) check_slots(int32_data(on_cpu(rows)), p.rows, p.slots);
   } else if (p.slots < p.rows) {
     refuse("states must have a slot for each of the ", p.rows, " rows when slots is not given, got ",
            p.slots);
@@ -112,35 +108,38 @@ Tensor state_update(const Tensor& states, const Tensor& q, const Tensor& k, cons
   p.states = states.mutable_data_ptr();
   Tensor out = torch::stable::new_empty(q, {p.rows, std::max(p.query_heads, p.value_heads), p.value_width});
   p.out = out.mutable_data_ptr();
-  run(p, q.get_device_index());
+  run(p, q);
   return out;
 }
 
-void run_on_cpu(const StateUpdateParams& p, int32_t) { state_update_cpu(p); }
+#if defined(STATECORE_CPU_BACKEND)
+void run_on_cpu(const StateUpdateParams& p, const Tensor&) { state_update_cpu(p); }
+#endif
 
-#if defined(STATECORE_WITH_CUDA)
-void run_on_cuda(const StateUpdateParams& p, int32_t device) {
-  if (p.dtype == DType::kFloat64) refuse("q must be float32, bfloat16 or float16 on CUDA, got float64");
-  for (const auto& [name, width] : {std::pair{"q and k", p.key_width}, std::pair{"v", p.value_width}})
-    if (width % 16 != 0 || width > 128)
-      refuse(name, " must have a width that is a multiple of 16 up to 128 on CUDA, got ", width);
+#if defined(STATECORE_CUDA_BACKEND)
+void run_on_cuda(const StateUpdateParams& p, const Tensor& q) {
+  check_cuda_dtype(p.dtype);
+  check_cuda_width("q and k", p.key_width);
+  check_cuda_width("v", p.value_width);
   if (reinterpret_cast<uintptr_t>(p.states) % 16 != 0)
     refuse("states must start at a multiple of 16 bytes on CUDA; call .clone() on it first");
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  state_update_cuda(p, current_cuda_stream(device));
+  const CudaTurn turn(q);
+  state_update_cuda(p, turn.stream());
 }
 #endif
 
 }  // namespace
 }  // namespace statecore
 
-STABLE_TORCH_LIBRARY_IMPL(statecore, CPU, m) {
+#if defined(STATECORE_CPU_BACKEND)
+STATECORE_CPU_IMPL(m) {
   using namespace statecore;
   m.impl("state_update", TORCH_BOX(&state_update<run_on_cpu>));
 }
+#endif
 
-#if defined(STATECORE_WITH_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(statecore, CUDA, m) {
+#if defined(STATECORE_CUDA_BACKEND)
+STATECORE_CUDA_IMPL(m) {
   using namespace statecore;
   m.impl("state_update", TORCH_BOX(&state_update<run_on_cuda>));
 }

@@ -71,8 +71,7 @@ struct Block {
   std::map<unsigned, NamedBarrier> named_barriers;
 };
 
-constexpr uint32_t kSharedBytes = 227 * 1024;  // that a block may have, as on sm_90
-constexpr uint32_t kArenaBytes = 256 * 1024;   // with gaps between arrays
+constexpr uint32_t kArenaBytes = 256 * 1024;  // the shared memory of a block, with gaps between arrays
 
 Block* running_block();         // null outside of launch()
 ThreadState* running_thread();  // null in the scheduler

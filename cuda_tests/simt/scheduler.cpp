@@ -19,6 +19,7 @@ constexpr size_t kStackBytes = 256 * 1024, kPage = 4096;
 // One launch at a time: its state is global.
 Schedule chosen;
 Counters counted;
+Device emulated;
 std::mt19937_64 generator;
 const std::function<void()>* thread_body;
 std::string error;
@@ -111,6 +112,7 @@ void run_block(const char* kernel, dim3 grid, dim3 size, size_t dynamic_shared_b
 }  // namespace
 
 Schedule& schedule() { return chosen; }
+Device& device() { return emulated; }
 Block* running_block() { return block; }
 ThreadState* running_thread() { return current; }
 const Thread& this_thread() { return current->id; }

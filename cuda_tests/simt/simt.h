@@ -43,6 +43,14 @@ struct Schedule {
 };
 Schedule& schedule();
 
+// The GPU that is emulated, as host code sees it when it chooses kernels.
+struct Device {
+  int arch = 80;  // 10 x major + minor compute capability
+  int multiprocessors = 132;
+};
+Device& device();
+constexpr uint32_t kSharedBytes = 227 * 1024;  // of a block at most, as on sm_90
+
 // Runs thread() for every thread of every block.
 void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared_bytes,
             const std::function<void()>& thread);
