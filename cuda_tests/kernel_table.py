@@ -1,15 +1,14 @@
 """Writes benchmarks/results/kernels.md: what every kernel takes of an SM, and how many of its blocks fit on one.
 
-    python cuda_tests/kernel_table.py --folder build/kernels --launched build/cuda_tests/*_plain csrc/*/*.cu
+    python cuda_tests/kernel_table.py --folder build/kernels --launches FILE csrc/*/*.cu
 
-nvcc does not know what a launch asks for. The programs behind --launched, native tests on the emulator, say it.
+nvcc does not know what a launch asks for. FILE does: tests on the emulator write it where SIMT_LAUNCHES names it. The
+target kernel_table runs them, and this.
 """
 
 import argparse
-import os
 import re
 import subprocess
-import tempfile
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,15 +31,10 @@ class Launch:
     dynamic: int = 0  # bytes of shared memory
 
 
-def launches(programs: list[Path]) -> dict[tuple[str, str], Launch]:
-    """(stem of the file, kernel) -> how the programs launched it."""
+def launches(note: Path) -> dict[tuple[str, str], Launch]:
+    """(stem of the file, kernel) -> how tests launched it."""
     seen = defaultdict(Launch)
-    with tempfile.TemporaryDirectory() as folder:
-        note = Path(folder) / "launches"
-        note.touch()
-        for program in programs:
-            subprocess.run([program.resolve()], env=os.environ | {"SIMT_LAUNCHES": str(note)}, check=True)
-        lines = [line.split("\t") for line in note.read_text().splitlines()]
+    lines = [line.split("\t") for line in note.read_text().splitlines()]
     for binary in {line[0] for line in lines}:
         kernels = _symbols(binary)
         for _, offset, threads, dynamic in (line for line in lines if line[0] == binary):
@@ -83,7 +77,7 @@ def page(compiled: dict[tuple[str, str], list[sass.Function]], seen: dict[tuple[
         "",
         f"{len(kernels)} kernels, compiled by nvcc {sass.compiler()} for {' and '.join(sass.GPUS)}. Registers, static",
         "shared memory and instructions (occurrences in the code, not executions) are read from what nvcc made.",
-        "Threads and dynamic shared memory, in bytes, are the most that native tests on the emulator asked for.",
+        "Threads and dynamic shared memory, in bytes, are the most that tests on the emulator asked for.",
         "Blocks an SM are calculated from these. None of it was measured on a GPU.",
         "",
         "    cmake --build build --target kernel_table",
@@ -109,7 +103,7 @@ def _row(f: sass.Function, gpu: str, launch: Launch | None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="that of kernel_gate.py")
-    parser.add_argument("--launched", type=Path, nargs="+", required=True)
+    parser.add_argument("--launches", type=Path, required=True)
     parser.add_argument("sources", type=Path, nargs="+")
     options = parser.parse_args()
     try:
@@ -118,7 +112,7 @@ def main() -> None:
             raise sass.Missing("no nvdisasm (pip install nvidia-cuda-nvdisasm)")
     except sass.Missing as missing:
         raise SystemExit(f"the table of kernels cannot be made: {missing}") from None
-    PAGE.write_text(page(compiled, launches(options.launched)))
+    PAGE.write_text(page(compiled, launches(options.launches)))
     print(PAGE)
 
 
