@@ -4,7 +4,7 @@
 #
 #     cuda_tests/run_gpu.sh [FOLDER]      # else $OUT, else benchmarks/results
 #
-# Writes gpu.md, gpu.json (whole or not at all) and gpu.log into FOLDER. Needs nvcc, CMake >= 3.18, a C++20
+# Writes gpu.log into FOLDER as it goes on, and in the end gpu.md and gpu.json, whole or not at all. Needs nvcc, CMake >= 3.18, a C++20
 # compiler, and a Python (PYTHON=python3) that imports torch and pytest. Installs nothing, needs no network.
 # Exit code: 0 all is well, 1 something failed, 77 there is no GPU.
 set -uo pipefail
@@ -109,15 +109,14 @@ export -f build conformance tests_on_cuda operators cuda_graphs same_bits saniti
 mkdir -p "$folder"
 : > "$folder/gpu.log"
 failed=0
-if stage build 200; then
-  stage conformance 60
-  stage operators 120
-  stage cuda_graphs 30
-  stage same_bits 60
-  stage memcheck 60
-  stage racecheck 60
-  stage synccheck 60
-  stage benchmarks "$LIMIT" # what is left
-fi
-"$PYTHON" cuda_tests/gpu_page.py "$GPU_WORK" "$folder" || failed=1
+stage build 200 || exit 1 # nothing can be said of the rest
+stage conformance 60
+stage operators 120
+stage cuda_graphs 30
+stage same_bits 60
+stage memcheck 60
+stage racecheck 60
+stage synccheck 60
+stage benchmarks "$LIMIT" # what is left
+"$PYTHON" -m benchmarks.gpu_checks "$GPU_WORK" "$folder" || failed=1
 exit "$failed"
