@@ -4,8 +4,9 @@
 #
 #     cuda_tests/run_gpu.sh [FOLDER]      # else $OUT, else benchmarks/results
 #
-# Writes gpu.log into FOLDER as it goes on, and in the end gpu.md and gpu.json, whole or not at all. Needs nvcc, CMake >= 3.18, a C++20
-# compiler, and a Python (PYTHON=python3) that imports torch and pytest. Installs nothing, needs no network.
+# Writes gpu.log into FOLDER as it goes on, and in the end gpu.md and gpu.json, whole or not at all. Needs nvcc,
+# CMake >= 3.18, a C++20 compiler, and a Python (PYTHON=python3) that imports torch and pytest. Installs nothing,
+# needs no network.
 # Exit code: 0 all is well, 1 something failed, 77 there is no GPU.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
