@@ -1,6 +1,8 @@
 """linear_attention and step_linear_attention on a GPU.
 
-python -m benchmarks.bench_linear_attention      this table alone; benchmarks.gpu runs them all
+    python -m benchmarks.bench_linear_attention     this table alone; benchmarks.gpu runs them all
+
+Without decay, with one that is constant or given a token, and with the correction at step ends.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,6 +1,8 @@
 """segment_attention on a GPU, among steps and as plain causal attention.
 
-python -m benchmarks.bench_segment_attention     this table alone; benchmarks.gpu runs them all
+    python -m benchmarks.bench_segment_attention     this table alone; benchmarks.gpu runs them all
+
+Work is what is visible, counted from the step ids.
 """
 
 import functools

@@ -30,6 +30,7 @@ from benchmarks.machine import gpu_facts
 from benchmarks.roofline import Ceilings
 from benchmarks.rows import Ceiling, Row
 from benchmarks.timing import Timing, by_events
+from statecore.outputs import write_text
 
 NAME, EXPECTED = "gpu", "gpu_expected"
 OPERATORS = {
@@ -121,14 +122,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", choices=OPERATORS, metavar="NAME", help=", ".join(OPERATORS))
     parser.add_argument("--out", type=Path, default=record.RESULTS, metavar="FOLDER", help="for gpu.json and gpu.md")
     parser.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS", help=f"{BUDGET:.0f} if not given")
-    parser.add_argument("--expected", action="store_true", help="the calculated table; needs no GPU")
+    parser.add_argument(
+        "--expected", action="store_true", help="print the calculated table, written where it is whole; needs no GPU"
+    )
     chosen = parser.parse_args(arguments)
     asked = questions(chosen.only or list(OPERATORS))
     if chosen.expected:
         text = expected_page(asked)
-        chosen.out.mkdir(parents=True, exist_ok=True)
-        (chosen.out / f"{EXPECTED}.md").write_text(text)
         print(text)
+        if not chosen.only:
+            write_text(chosen.out / f"{EXPECTED}.md", text)
         return
     if not torch.cuda.is_available():
         sys.exit(NO_GPU)

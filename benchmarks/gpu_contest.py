@@ -18,7 +18,8 @@ from benchmarks.workload import Case
 
 Operator = Callable[..., tuple[Tensor, ...]]  # differentiable; the first result is the output
 RIGHT, RIGHT_GRADIENT = 0.01, 0.02  # relative errors against the definition in float64, of results rounded to 16 bits
-CORNER_HEADS, ODD = 2, 37  # key heads of the corner that is compared, and its tokens behind the second step
+CORNER_HEADS, CORNER_TOKENS = 2, 1500  # of the corner that is compared, at most: key heads, and tokens
+ODD = 37  # tokens of it behind the second step
 STATE_UPDATE = "state_update"  # whose cases are so many rows, not tokens
 NO_TIME = "left out, the time of the run was spent"
 ABSENT = "not installed: "
@@ -111,7 +112,7 @@ def corner_of(case: Case) -> Callable[[Tensor], Tensor]:
     """The last row, its last key heads with their groups, from the start to a little behind the second step. Operators
     that are causal have the same results there for the corner of the inputs alone.
     """
-    tokens = min(case.time, case.prompt + 2 * case.step + ODD)
+    tokens = min(case.time, case.prompt + 2 * case.step + ODD, CORNER_TOKENS)
     keys = min(CORNER_HEADS, case.heads[1])
     return lambda x: x[-1:, :tokens, -(x.shape[2] * keys // case.heads[1]) :]
 
@@ -192,8 +193,12 @@ def contest(question: Question, subject: Subject, instruments: Instruments) -> I
     for direction in question.passes:
         if steep and direction != FORWARD:
             yield question.kernel(direction, instruments.ceilings, failure=steep)
-        else:
-            yield from one_direction(question, direction, subject, peers, failures, instruments)
+            continue
+        try:
+            rows = list(one_direction(question, direction, subject, peers, failures, instruments))
+        except Exception as error:  # of ours, or of a peer that has run before
+            rows = [question.kernel(direction, instruments.ceilings, failure=in_one_line(error))]
+        yield from rows
 
 
 def one_direction(
@@ -238,7 +243,8 @@ def one_direction(
         best = fastest(found)
         yield question.comparison(
             direction, name, taken, variant=best, peer_s=found[best].median, peer_spread=found[best].spread,
-            work=peers[name].work, tried={variant: measured.median for variant, measured in found.items()},
+            peer_host=found[best].host, work=peers[name].work,
+            tried={variant: measured.median for variant, measured in found.items()},
         )  # fmt: skip
 
 

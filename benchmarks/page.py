@@ -206,6 +206,7 @@ def comparison_table(rows: list[Row]) -> list[str]:
         ("spread", lambda r: percent(r.ours_spread)),
         ("its ms", lambda r: f"cannot run: {r.failure}" if r.failure else ms(r.peer_s)),
         ("its spread", lambda r: "" if r.failure else percent(r.peer_spread)),
+        ("its ms of the CPU", lambda r: ms(r.peer_host) if r.peer_host else ""),
         ("its best form", lambda r: r.variant),
         ("ratio", lambda r: f"**{value(r)}**" if value(r) else ""),
         *VERDICT,

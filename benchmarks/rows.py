@@ -40,7 +40,8 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison(Row):
-    """Ours against a peer. variant: the peer's fastest form, of those in `tried` (seconds each).
+    """Ours against a peer. variant: the peer's fastest form, of those in `tried` (seconds each). peer_host: seconds of
+    the CPU to issue a call of it to a GPU.
 
     work: (our work) / (its work), where the two do not do the same.
     """
@@ -52,6 +53,7 @@ class Comparison(Row):
     ours_spread: float
     peer_s: float = 0.0
     peer_spread: float = 0.0
+    peer_host: float = 0.0
     work: float = 1.0
     tried: dict[str, float] = field(default_factory=dict)
 

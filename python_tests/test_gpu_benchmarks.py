@@ -11,6 +11,7 @@ from itertools import pairwise
 import pytest
 import torch
 from cases import relative_error
+from devices import require
 from torch import Tensor
 
 from benchmarks import (
@@ -165,14 +166,10 @@ def test_varlen_attention_has_what_we_call():
     assert (out.shape, lse.shape) == (q.shape, (4, 5))
 
 
-@pytest.mark.parametrize("name", gpu_peers.SDPA)
-def test_sdpa_is_plain_causal_attention(name):
-    q, k, v = Case(time=64, dtype=torch.float32, heads=(4, 4), width=16, prompt=0, step=64).qkv()
-    try:
-        theirs = gpu_peers.sdpa(name)(q, k, v)
-    except RuntimeError as error:
-        pytest.skip(f"not on the CPU: {error}")
-    assert relative_error(theirs, ops.segment_attention(q, k, v, torch.ones(1, 64, dtype=torch.int32))[0]) < 1e-5
+def test_sdpa_is_plain_causal_attention():
+    q, k, v = Case(time=64, dtype=torch.float32, heads=(4, 2), width=16, prompt=0, step=64).qkv()
+    mine, _ = ops.segment_attention(q, k, v, torch.ones(1, 64, dtype=torch.int32))
+    assert relative_error(gpu_peers.sdpa("SDPA, flash")(q, k, v), mine) < 1e-5
 
 
 def test_flex_attention_is_segment_attention(monkeypatch):
@@ -482,12 +479,22 @@ def test_an_operator_that_refuses_is_reported(quick, monkeypatch):
     assert {row.failure for row in rows} == {"RuntimeError: no kernel for this"}
 
 
+def test_what_breaks_while_it_is_timed_breaks_its_direction_alone(quick):
+    (question,) = first_of_each({"": bench_linear_attention.questions()[:1]})[""]
+    calls = iter((by_the_clock, None))  # None cannot be called
+    rows = contest(question, small_subject(), instruments(time=lambda runs: next(calls)(runs)))
+    forward, both = (row for row in rows if isinstance(row, Kernel))
+    assert (forward.failure, both.failure[:9]) == ("", "TypeError")
+
+
 def test_the_corner_is_the_end_of_rows_and_heads():
     case = Case(time=500, dtype=torch.float32, heads=(12, 4), width=2, prompt=100, step=30, batch=3)
     cut = corner_of(case)
     q, k, _ = case.qkv()
     assert torch.equal(cut(q), q[2:, :197, 6:])
     assert torch.equal(cut(k), k[2:, :197, 2:])
+    causal = replace(case, time=5000, prompt=0, step=5000)
+    assert corner_of(causal)(causal.random(4, 1)).shape == (1, 1500, 2, 1)  # its definition takes a square of it
 
 
 def test_constant_decay_is_the_same_for_peers_and_ours():
@@ -517,8 +524,8 @@ def test_without_a_gpu_it_ends_with_one_line(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch finds none here")
 def test_instruments_of_the_gpu():
+    require("cuda")
     x = torch.randn(1 << 20, device="cuda")
     own = Instruments(ROUGH, lambda: 1.0)
     timings = own.time({"add": lambda: x + 1, "sort": lambda: x.sort()})
