@@ -107,8 +107,9 @@ def main() -> int:
             for pattern in expected.get(stem, {}).keys() - patterns:
                 failures.append(f'{stem}: "{pattern}" in expected_instructions.toml fits no kernel')
     failures += [f"{stem}: {name} does nothing on any GPU" for stem, name in sorted(idle - kernels)]
-    if len(kernels) >= MOST_KERNELS:
-        failures.append(f"{len(kernels)} kernels are compiled, and {MOST_KERNELS} are too many")
+    shipped = [kernel for kernel in kernels if kernel[0] in {path.stem for path in sass.HEADERS.glob("*/*.cu")}]
+    if len(shipped) >= MOST_KERNELS:
+        failures.append(f"{len(shipped)} kernels are shipped, and {MOST_KERNELS} are too many")
 
     print("\n".join(failures) if failures else "nothing spills, nothing is slowed down")
     print(f"{len(kernels)} kernels, nvcc {sass.compiler()}, {len(failures)} failures")

@@ -18,9 +18,17 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-HEADERS = Path(__file__).resolve().parents[1] / "csrc"
+HERE = Path(__file__).resolve().parent
+HEADERS = HERE.parent / "csrc"
 GPUS = {"sm_80": "compute_80", "sm_90a": "compute_90a"}  # CMakeLists.txt ships these; its PTX is that of sm_80
-OPTIONS = ["-std=c++17", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", f"-I{HEADERS}"]  # and compiles with these
+OPTIONS = [
+    "-std=c++17",
+    "-O3",
+    "-DNDEBUG",
+    "--expt-relaxed-constexpr",
+    f"-I{HEADERS}",
+    f"-I{HERE}",
+]  # with these options
 FORMAT = 1  # of the kept .json
 
 # ptxas -v, a paragraph a function, kernels and what they call

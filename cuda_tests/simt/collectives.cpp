@@ -24,8 +24,18 @@ void order_all(const std::vector<ThreadState*>& threads) {
 
 void release_barrier(Block& block) {
   order_all(block.at_barrier);
-  for (ThreadState* thread : block.at_barrier) make_ready(*thread);
+  make_ready(block.at_barrier);
   block.at_barrier.clear();
+}
+
+// The one that some of these lanes are on their way into, or a free one.
+Meeting& meeting_of(Warp& warp, uint32_t mask) {
+  Meeting* free = nullptr;
+  for (const auto& meeting : warp.meetings) {
+    if (meeting->mask & mask) return *meeting;
+    if (meeting->mask == 0) free = meeting.get();
+  }
+  return free ? *free : *warp.meetings.emplace_back(std::make_unique<Meeting>());
 }
 
 constexpr char kWarpBarrier[] = "__syncwarp", kShuffle[] = "a shuffle", kVote[] = "a vote",
@@ -42,13 +52,14 @@ void meet(const char* what, uint32_t mask, void* argument, const Where& where, v
   if (mask & warp.returned)
     fail(where, std::string(what) + ": the mask " + hex(mask) + " names lanes that have returned");
 
-  auto found = warp.meetings.begin();
-  while (found != warp.meetings.end() && !((*found)->mask & mask)) ++found;
-  if (found == warp.meetings.end()) {
-    warp.meetings.push_back(std::make_unique<Meeting>(Meeting{mask, 0, what, where, {}, {}}));
-    found = warp.meetings.end() - 1;
+  Meeting& meeting = meeting_of(warp, mask);
+  if (meeting.mask == 0) {
+    meeting.mask = mask;
+    meeting.arrived = 0;
+    meeting.what = what;
+    meeting.where = where;
+    std::fill(meeting.thread, meeting.thread + 32, nullptr);
   }
-  Meeting& meeting = **found;
   if (meeting.mask != mask)
     fail(where, std::string(what) + ": the mask " + hex(mask) + " overlaps the mask " + hex(meeting.mask) +
                     " that other lanes wait with at " + line_text(meeting.where));
@@ -60,11 +71,9 @@ void meet(const char* what, uint32_t mask, void* argument, const Where& where, v
   meeting.thread[self.id.lane] = &self;
   if (meeting.arrived != mask) return wait_here(what, where);
 
-  const std::unique_ptr<Meeting> complete = std::move(*found);
-  warp.meetings.erase(found);
-  work(*complete);
-  for (int lane = 0; lane < 32; ++lane)
-    if (mask >> lane & 1) make_ready(*complete->thread[lane]);
+  work(meeting);
+  meeting.mask = 0;
+  make_ready(meeting.thread);
   wait_here(what, where);  // the last to come is not always the first to go on
 }
 
@@ -103,10 +112,8 @@ void named_barrier(unsigned id, unsigned threads, bool waits, const Where& where
   publish(self, barrier.clock);
   if (waits) barrier.waiting.push_back(&self);
   if (++barrier.arrived == barrier.expected) {
-    for (ThreadState* thread : barrier.waiting) {
-      observe(*thread, barrier.clock);
-      make_ready(*thread);
-    }
+    for (ThreadState* thread : barrier.waiting) observe(*thread, barrier.clock);
+    make_ready(barrier.waiting);
     barrier = {};
   }
   if (waits) wait_here("a named barrier", where);

@@ -21,7 +21,7 @@ void end_phase_if_complete(MemoryBarrier& barrier, const Where& where) {
   if (barrier.ended.size() < barrier.arriving.size()) barrier.ended.resize(barrier.arriving.size());
   for (size_t i = 0; i < barrier.arriving.size(); ++i)
     barrier.ended[i] = std::max(barrier.ended[i], barrier.arriving[i]);
-  for (ThreadState* thread : barrier.waiting) make_ready(*thread);
+  make_ready(barrier.waiting);
   barrier.waiting.clear();
 }
 

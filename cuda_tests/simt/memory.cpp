@@ -15,10 +15,7 @@
 namespace simt {
 
 // ---- shared: one arena, in which the arrays of a block lie apart from each other
-unsigned char* arena() {
-  alignas(1024) static unsigned char bytes[kArenaBytes];
-  return bytes;
-}
+unsigned char arena_bytes[kArenaBytes];
 
 namespace {
 
