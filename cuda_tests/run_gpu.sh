@@ -37,7 +37,7 @@ build() {
 # Instructions of the GPU against those of the emulator: one program, two compilers, the same bytes.
 conformance() {
   local nvcc at=$GPU_BUILD/cuda_tests bytes
-  nvcc=$(sed -n 's/^CMAKE_CUDA_COMPILER:[A-Z]*=//p' "$GPU_BUILD/CMakeCache.txt")
+  nvcc=$(sed -n 's/^set(CMAKE_CUDA_COMPILER "\(.*\)")/\1/p' "$GPU_BUILD"/CMakeFiles/*/CMakeCUDACompiler.cmake)
   "$nvcc" -std=c++17 -O3 --expt-relaxed-constexpr --threads 4 -Icsrc -Icuda_tests \
     -gencode=arch=compute_80,code={sm_80,compute_80} -gencode=arch=compute_90a,code=sm_90a \
     cuda_tests/conformance.cu -o "$at/conformance_gpu"
