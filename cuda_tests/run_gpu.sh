@@ -116,7 +116,7 @@ mkdir -p "$folder"
 : > "$folder/gpu.log"
 failed=0
 stage build 200 || exit 1 # nothing can be said of the rest
-stage conformance 60
+stage conformance 90
 stage operators 120
 stage cuda_graphs 30
 stage same_bits 60
