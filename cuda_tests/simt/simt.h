@@ -4,9 +4,9 @@
 // warp collectives), in an order that the test chooses; blocks run one after another. Kernels are the shipped
 // .cu files compiled as C++20 with STATECORE_EMULATED; language.h is the part of CUDA C++ that they use.
 //
-// What it finds always: deadlock, barriers and collectives that diverge, lanes missing from a mask, accesses
-// outside buffers of alloc_global(), misaligned vector accesses, results that depend on the order of threads
-// (tests compare them) and use of unset shared memory (it is filled with NaN).
+// What it finds always: deadlock, threads that spin for ever, barriers and collectives that diverge, lanes
+// missing from a mask, accesses outside buffers of alloc_global(), misaligned vector accesses, results that
+// depend on the order of threads (tests compare them) and use of unset shared memory (it is filled with NaN).
 // Instructions beyond CUDA C++ (matrix products, copies in the background) are in instructions.h.
 //
 // What it finds in addition where race_check.cpp is linked and the kernel is compiled with -fsanitize=thread:
@@ -42,6 +42,9 @@ struct Schedule {
   Order order = Order::kForward;  // in which threads that could run do run
   uint64_t seed = 1;              // of kRandom
   Async async = Async::kLate;
+  // CPU seconds without a barrier passed or a thread done, after which the running thread is said to wait for
+  // something that will not come.
+  double patience = 30;
 };
 Schedule& schedule();
 
