@@ -60,6 +60,8 @@ constexpr uint32_t kSharedBytes = 227 * 1024;  // of a block at most, as on sm_9
 void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared_bytes,
             const std::function<void()>& thread);
 
+void note_launch(const void* kernel, dim3 block, size_t dynamic_shared_bytes);  // see launches.cpp
+
 // What kernels have done since it was last asked.
 struct Counters {
   uint64_t mma = 0, ldmatrix = 0, wgmma = 0;
