@@ -12,7 +12,8 @@
 // What it finds in addition where race_check.cpp is linked and the kernel is compiled with -fsanitize=thread:
 // data races, accesses outside shared arrays, reads of unset shared memory, accesses to what an asynchronous
 // copy is still writing, and blocks that touch what another block writes. What it cannot show: registers,
-// occupancy, time, and the rounding of approximate instructions.
+// occupancy, time, and the rounding of approximate instructions. What it does not run: clusters, and blocks
+// that wait for one another.
 #pragma once
 
 #include <cstddef>
