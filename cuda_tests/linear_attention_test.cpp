@@ -34,17 +34,18 @@ void expect(bool right, const std::string& what) {
   if (!right && ++failures <= 20) std::printf("FAILED: %s\n", what.c_str());
 }
 
-constexpr int kSmallGpu = 1, kLargeGpu = 132;  // SMs: few are filled by whole sequences, many by segments only
+constexpr int kSmallGpu = 1,
+              kLargeGpu = 132;  // SMs: few are filled by whole sequences, many by segments only
 
 struct Case {
   const char* name;
   DType dtype;
   int64_t batch, tokens, query_heads, key_heads, value_heads, key_width, value_width;
-  double decay = 0;                   // mean of -log_decay, 0: not given
-  std::vector<int32_t> lengths{};     // of packed sequences
-  std::vector<int32_t> step_ids{};    // [tokens], the same in every row; empty: no steps
+  double decay = 0;                 // mean of -log_decay, 0: not given
+  std::vector<int32_t> lengths{};   // of packed sequences
+  std::vector<int32_t> step_ids{};  // [tokens], the same in every row; empty: no steps
   bool initial = true, gate = false;
-  double magnitude = 1;               // of k and v
+  double magnitude = 1;  // of k and v
   double scale = 0.3;
 };
 
@@ -64,7 +65,8 @@ struct Values {
   }
   // Of results: not set.
   Values(const char* name, DType dtype, int64_t count)
-      : dtype(dtype), memory(simt::alloc_global(std::max<int64_t>(count, 1) * element_bytes(dtype), name)),
+      : dtype(dtype),
+        memory(simt::alloc_global(std::max<int64_t>(count, 1) * element_bytes(dtype), name)),
         exact(count) {}
   Values(const Values&) = delete;
   ~Values() { simt::free_global(memory); }

@@ -130,8 +130,8 @@ __device__ __forceinline__ void named_barrier_arrive(unsigned number, unsigned t
 #endif
 }
 
-// x, of which the compiler no longer knows where it comes from: what is computed from it is computed here, and
-// not before the loop to wait there in registers.
+// x, of which the compiler no longer knows where it comes from: what is computed from it is computed here,
+// and not before the loop to wait there in registers.
 __device__ __forceinline__ int64_t here(int64_t x) {
 #if !defined(STATECORE_EMULATED)
   asm volatile("" : "+l"(x));

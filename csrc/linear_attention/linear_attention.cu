@@ -202,8 +202,8 @@ void launch_scan(const StateScan& p, void* stream) {
 
 // ---- GVA: sums over the value heads of a group, rounded
 template <class T>
-__global__ void __launch_bounds__(256) sum_groups(const float* parts, T* sums, int64_t rows, int group,
-                                                  int width) {
+__global__ void __launch_bounds__(256)
+    sum_groups(const float* parts, T* sums, int64_t rows, int group, int width) {
   const int64_t i = (int64_t(blockIdx.x) * 256 + threadIdx.x) * 4;
   if (i >= rows * width) return;
   const float* from = parts + i / width * group * width + i % width;
@@ -264,7 +264,7 @@ __device__ double scan_later(double x, double* memory, double* groups, double& a
 }
 
 // One block a sequence and value head, from the last token to the first.
-__global__ void __launch_bounds__(kDecayThreads) decay_gradient(DecayGradient p) {
+__global__ void __launch_bounds__(kDecayThreads, 2) decay_gradient(DecayGradient p) {
   STATECORE_SHARED(double, memory, kDecayThreads);
   STATECORE_SHARED(double, groups, kDecayThreads / kDecayGroup);
   constexpr int kOwn = 8;  // tokens of a thread
@@ -328,8 +328,8 @@ class Arena {
   int64_t used_ = 0;
 };
 
-constexpr int64_t kBlocksOnSm = 2;     // of a sweep
-constexpr int64_t kShortestLog = 8;    // of a segment: 256 tokens, 4 chunks
+constexpr int64_t kBlocksOnSm = 2;   // of a sweep
+constexpr int64_t kShortestLog = 8;  // of a segment: 256 tokens, 4 chunks
 
 // `blocks` that a sequence has in schedule A.
 Plan plan_of(const LinearAttentionInputs& p, int64_t blocks, Arena& arena) {
@@ -402,9 +402,11 @@ Sweep sweep_for(Role role, const LinearAttentionInputs& p, const HeadsView& grad
   const SweepOperand q = operand(p.q, p.query_heads), k = operand(p.k, p.key_heads),
                      v = operand(p.v, p.value_heads), dout = operand(grad_out, out_heads(p));
   switch (role) {
-    case Role::kOut: case Role::kAdded: s.q = q, s.k = k, s.v = v; break;
+    case Role::kOut:
+    case Role::kAdded: s.q = q, s.k = k, s.v = v; break;
     case Role::kGradQ: s.q = dout, s.k = v, s.v = k, s.partner = q; break;
-    case Role::kGradV: case Role::kGradAdded: s.q = k, s.k = q, s.v = dout; break;
+    case Role::kGradV:
+    case Role::kGradAdded: s.q = k, s.k = q, s.v = dout; break;
     case Role::kGradK: s.q = v, s.k = dout, s.v = q, s.partner = k; break;
   }
   const bool transposed = role == Role::kGradQ || role == Role::kGradK;
@@ -504,10 +506,10 @@ Backward backward_of(const LinearAttentionBackwardParams& p, Arena& arena) {
     const bool transposed = sweep == &b.grad_k;
     if (cut && sweep != &b.grad_added)
       sweep->initial = states_of(p, b.between.states, s.slots, sweep->items, transposed, 1);
-    if (!cut) sweep->initial = states_of(p, p.grad_final_states, p.sequences, sweep->items, transposed, 1 / scale);
+    if (!cut)
+      sweep->initial = states_of(p, p.grad_final_states, p.sequences, sweep->items, transposed, 1 / scale);
   }
-  if (!cut)
-    b.grad_v.final = states_of(p, p.grad_initial_states, p.sequences, b.grad_v.items, false, scale);
+  if (!cut) b.grad_v.final = states_of(p, p.grad_initial_states, p.sequences, b.grad_v.items, false, scale);
 
   b.grad_v.out = p.grad_v;
   const int64_t rows = p.batch * p.tokens, heads = out_heads(p);
@@ -561,8 +563,7 @@ void linear_attention_backward_cuda(const LinearAttentionBackwardParams& p, void
   const int group = int(p.value_heads / p.key_heads);
   launch_plan(b.plan, stream);
 
-  if (s.length > 0)
-    find_states(b.added, p, b.between, p.initial_states, 1, b.final_states, 1, stream);
+  if (s.length > 0) find_states(b.added, p, b.between, p.initial_states, 1, b.final_states, 1, stream);
   launch_sweep(b.grad_q, stream);
   if (b.sums)
     launch_sum_groups(p.dtype, b.sums, p.grad_q, rows * p.key_heads, group, int(p.key_width), stream);

@@ -216,7 +216,7 @@ std::tuple<Tensor, Tensor> linear_attention(const Tensor& q, const Tensor& k, co
   auto inputs = checked_linear_inputs(q, k, v, log_decay, initial_state, cu_seqlens, scale, held);
   prepare_for<Backend>(inputs, q, k, v, held);
   return run_forward<Backend>(inputs, q,
-                     {inputs.sequences, inputs.value_heads, inputs.key_width, inputs.value_width});
+                              {inputs.sequences, inputs.value_heads, inputs.key_width, inputs.value_width});
 }
 
 template <class Backend>
@@ -230,7 +230,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_backward(
   const void* grad_final =
       checked_reals("grad_final_state", grad_final_state,
                     {inputs.sequences, inputs.value_heads, inputs.key_width, inputs.value_width}, q, held);
-  auto [gq, gk, gv, gd, gs] = run_backward<Backend>(inputs, grad_out, grad_final, q, log_decay, initial_state);
+  auto [gq, gk, gv, gd, gs] =
+      run_backward<Backend>(inputs, grad_out, grad_final, q, log_decay, initial_state);
   return {gq, gk, gv, gd, gs};
 }
 
@@ -243,10 +244,10 @@ std::tuple<Tensor, Tensor> step_linear_attention(const Tensor& q, const Tensor& 
                                                  std::optional<double> scale) {
   HeldTensors held;
   auto inputs = checked_step_linear_inputs({"q", "k", "v"}, q, k, v, step_ids, alpha, initial_states,
-                                                 initial_step, cu_seqlens, scale, held);
+                                           initial_step, cu_seqlens, scale, held);
   prepare_for<Backend>(inputs, q, k, v, held);
-  return run_forward<Backend>(inputs, q,
-                     {3, inputs.sequences, inputs.value_heads, inputs.key_width, inputs.value_width});
+  return run_forward<Backend>(
+      inputs, q, {3, inputs.sequences, inputs.value_heads, inputs.key_width, inputs.value_width});
 }
 
 template <class Backend>
@@ -256,7 +257,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> step_linear_attention_backward(
     std::optional<Tensor> initial_step, std::optional<Tensor> cu_seqlens, std::optional<double> scale) {
   HeldTensors held;
   auto inputs = checked_step_linear_inputs({"q", "k", "v"}, q, k, v, step_ids, alpha, initial_states,
-                                                 initial_step, cu_seqlens, scale, held);
+                                           initial_step, cu_seqlens, scale, held);
   prepare_for<Backend>(inputs, q, k, v, held);
   const void* grad_final =
       checked_reals("grad_states", grad_states,

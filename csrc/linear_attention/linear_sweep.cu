@@ -1,3 +1,47 @@
+// The sweep of linear_sweep.h: one kernel for the forward of linear attention and, with other operands, for
+// the gradients of q, k and v. State-stationary: S stays in registers from the first token to the last, so
+// that memory traffic is q, k, v and the results, each once.
+//
+// A block of 4 warps owns 64 values (columns) of one item's state in one segment, as S^T [64 x Dk] in float32
+// accumulators: a warp has 16 rows. It takes the segment in chunks of C = 64 tokens (32 in float32). With G_i
+// the sum of log_decay over the chunk's tokens up to i (in reverse, the weights are those of going back):
+//
+//   1. P = q k^T, a warp 16 rows of it; masked and weighted e^{G_i - G_j} in registers; to shared memory
+//   2. out^T  = S^T q^T, columns times e^{G_i}; S^T straight from the accumulators
+//   3. out^T += v^T P^T,  S^T = e^{G_last} S^T + (v^T weighted e^{G_last - G_j}) k,  sharing v^T's fragments
+//   4. out^T, times a factor, through shared memory into rows, 16 bytes a lane
+//
+// Precision. P, S and weighted v are float32 numbers that enter products of 16-bit operands: they are split
+// into a rounded part and the rest, and multiplied in two parts. What is left is the rounding of results. A
+// bfloat16 holds any such number; for float16, rows of S^T and P are multiplied by powers of two first.
+// Differences of G come from sums in two floats; masks come before exponentials; log_decay of -inf counts as
+// 2^-300, which is 0.
+//
+// Shared memory, in the order of the pointers: two stages of q [C x Dk], k [C x Dk] and v [C x 64], filled by
+// cp.async for the next chunk while this one is computed; the parts of P [C x C]; G and weights of two
+// chunks, made by warp 0 a chunk ahead. Two barriers a chunk:
+//
+//   A, at its start    the stage has landed, and nobody reads the other stage, P, or the older weights
+//   B, after 2.        P is complete; before it P is written, after it P is read
+//
+// The columns of v that a warp reads, 16 to each, are read by no other: after 3. they serve it as the place
+// where its results turn from columns into rows (and, for the gradient of log_decay, where the rows lie that
+// the results are multiplied by).
+//
+// Registers are what is scarce: 64 for S, 32 for out, 32 for P. here() keeps the compiler from holding
+// addresses and indices over the loop as well.
+//
+// Calculated for an H200 (4.3 TB/s, 790 TFLOP/s; nothing here has run on a GPU), 16-bit elements, Dk = Dv =
+// 128, no decay:
+//
+//   registers, shared memory:   255, nothing spilled; 99 KiB (float32 86 KiB), with Dk <= 64 67 KiB (54 KiB)
+//   blocks an SM:               2, limited by both; 8 warps
+//   FLOPs a chunk and block:    0.66 M P (blocks of 16x16 that nobody sees are left out), 2.10 M S^T q^T,
+//                               0.66 M v^T P^T, 1.05 M v^T k (2.10 M with decay): 140 k a token and head
+//   bytes a token and head:     1024; q and k are read by two blocks, the second time from L2
+//   B 8, 16 heads, T 8192:      1.07 GB, 250 us; 146 GFLOP, 185 us; 256 blocks for 264 places
+//   B 1, 12/2 heads, T 32768:   235 MB, 55 us; 55 GFLOP, 70 us; 384 blocks, each a segment of 2048 tokens.
+//                               The sweep before it for what segments add: 34 MB, 8 us
 #include <algorithm>
 #include <stdexcept>
 #include <type_traits>
@@ -123,7 +167,8 @@ __global__ void __launch_bounds__(kThreads, 2) sweep(Sweep p) {
   });
   // start and prompt of this thread's elements
   const auto other_state = [&](int kind) {
-    return p.step_states + (int64_t(here(int(blockIdx.x))) * 2 + kind - 1) * (kSweepValues * kKeyWidth) + thread;
+    return p.step_states + (int64_t(here(int(blockIdx.x))) * 2 + kind - 1) * (kSweepValues * kKeyWidth) +
+           thread;
   };
   const auto own = [](int n, int i) { return (n * 4 + i) * kThreads; };
   if (p.states == 3)
@@ -177,9 +222,9 @@ __global__ void __launch_bounds__(kThreads, 2) sweep(Sweep p) {
       load_tile<T, kChunk, kKeyWidth, kThreads>(stage + S::kKeyBytes,
                                                 rows_of(p.k, head / p.k.shared, chunk.begin), here(p.k.time),
                                                 chunk.length, p.key_width);
-      load_tile<T, kChunk, kSweepValues, kThreads>(
-          stage + 2 * S::kKeyBytes, rows_of(p.v, head / p.v.shared, chunk.begin) + first_value, here(p.v.time),
-          p.adds_nothing ? 0 : chunk.length, values);
+      load_tile<T, kChunk, kSweepValues, kThreads>(stage + 2 * S::kKeyBytes,
+                                                   rows_of(p.v, head / p.v.shared, chunk.begin) + first_value,
+                                                   here(p.v.time), p.adds_nothing ? 0 : chunk.length, values);
     }
     cp_async_commit();
   };
@@ -187,7 +232,8 @@ __global__ void __launch_bounds__(kThreads, 2) sweep(Sweep p) {
   // ---- decay weights of a chunk, by one warp; lane l has tokens kOwn l, kOwn l + 1, ...
   constexpr int kOwn = kChunk / 32;
   const auto load_decays = [&](const SweptChunk& chunk, float (&log_decays)[kOwn]) {
-    const float* from = static_cast<const float*>(p.log_decay.data) + int64_t(here(span.row)) * p.log_decay.batch +
+    const float* from = static_cast<const float*>(p.log_decay.data) +
+                        int64_t(here(span.row)) * p.log_decay.batch +
                         here(item) / p.log_decay.shared * p.log_decay.head;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
@@ -211,8 +257,8 @@ __global__ void __launch_bounds__(kThreads, 2) sweep(Sweep p) {
     }
     const float2 last =
         make_float2(__shfl_sync(0xffffffffu, until.x, 31), __shfl_sync(0xffffffffu, until.y, 31));
-    float2 before = make_float2(__shfl_up_sync(0xffffffffu, until.x, 1),
-                                __shfl_up_sync(0xffffffffu, until.y, 1));
+    float2 before =
+        make_float2(__shfl_up_sync(0xffffffffu, until.x, 1), __shfl_up_sync(0xffffffffu, until.y, 1));
     if (lane == 0) before = make_float2(0, 0);
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
@@ -237,7 +283,7 @@ __global__ void __launch_bounds__(kThreads, 2) sweep(Sweep p) {
       store_decays(log_decays, decays[0]);
     }
   }
-  float out[kChunk / 8][4];  // rows are values, as in the state, columns are tokens
+  float out[kChunk / 8][4];       // rows are values, as in the state, columns are tokens
   int32_t ended = kNothingEnded;  // of the present chunk
   for (int c = 0, at = 0;; ++c, chunk = next) {
     const int32_t left = ended;
@@ -271,7 +317,8 @@ __global__ void __launch_bounds__(kThreads, 2) sweep(Sweep p) {
       float next_log_decays[kOwn];
       if (prepares_decay) load_decays(next, next_log_decays);
 
-      const int64_t first_token = int64_t(here(span.row)) * p.segments.tokens + chunk.begin;  // of [B * T, items, value_width]
+      const int64_t first_token =
+          int64_t(here(span.row)) * p.segments.tokens + chunk.begin;  // of [B * T, items, value_width]
       const auto at_out = [&](int token, int value) {
         return ((first_token + token) * p.items + item) * p.value_width + first_value + value;
       };
@@ -289,7 +336,8 @@ __global__ void __launch_bounds__(kThreads, 2) sweep(Sweep p) {
 
       if (has_out) {
         // ---- scores of the tokens that a token sees: those up to it, in reverse those from it on
-        const int score_row = warp % S::kWarpsDown * 16, score_column = warp / S::kWarpsDown * S::kScoreColumns;
+        const int score_row = warp % S::kWarpsDown * 16,
+                  score_column = warp / S::kWarpsDown * S::kScoreColumns;
         float score[S::kScoreColumns / 8][4] = {};
         const auto unseen = [&](int row, int column) {  // blocks of 16 rows and columns
           return p.reverse ? column < row : column > row;
@@ -402,8 +450,7 @@ __global__ void __launch_bounds__(kThreads, 2) sweep(Sweep p) {
 #pragma unroll
           for (int n = 0; n < kChunk / 8; ++n)
 #pragma unroll
-            for (int i = 0; i < 4; ++i)
-              out[n][i] *= into_range(score_exponents[8 * n + column_of(i)]);
+            for (int i = 0; i < 4; ++i) out[n][i] *= into_range(score_exponents[8 * n + column_of(i)]);
         }
       }
 
@@ -452,8 +499,7 @@ __global__ void __launch_bounds__(kThreads, 2) sweep(Sweep p) {
 #pragma unroll
         for (int n = 0; n < kChunk / 8; ++n)
 #pragma unroll
-          for (int i = 0; i < 4; ++i)
-            out[n][i] *= out_of_range(score_exponents[8 * n + column_of(i)]);
+          for (int i = 0; i < 4; ++i) out[n][i] *= out_of_range(score_exponents[8 * n + column_of(i)]);
       }
       if (!last_head) continue;
 
@@ -466,10 +512,10 @@ __global__ void __launch_bounds__(kThreads, 2) sweep(Sweep p) {
       // They turn from columns into rows in the columns of v that this warp alone has read. Lanes have 16
       // bytes of a row each.
       constexpr int kLanesOfRow = 16 * int(sizeof(T)) / 16, kRowsAtOnce = 32 / kLanesOfRow;
-      const int own_row = lane / kLanesOfRow, own_value = 16 * warp + lane % kLanesOfRow * (16 / int(sizeof(T)));
+      const int own_row = lane / kLanesOfRow,
+                own_value = 16 * warp + lane % kLanesOfRow * (16 / int(sizeof(T)));
       const auto at_v = [&](int n, int i) {
-        return reinterpret_cast<T*>(
-            v + Values::offset(8 * n + column_of(i), 16 * warp + row_of(i)));
+        return reinterpret_cast<T*>(v + Values::offset(8 * n + column_of(i), 16 * warp + row_of(i)));
       };
       __syncwarp();
       if (p.products && 16 * warp < values) {
@@ -524,8 +570,9 @@ __global__ void __launch_bounds__(kThreads, 2) sweep(Sweep p) {
         if (!p.gated_out) continue;
         const T* gate = rows_of(p.gate, item, chunk.begin + row) + first_value + own_value;
         const T* segment = static_cast<const T*>(p.segment_out) + to;
-        __stcs(reinterpret_cast<uint4*>(static_cast<T*>(p.gated_out) + to),
-               gated(T{}, x, *reinterpret_cast<const uint4*>(gate), *reinterpret_cast<const uint4*>(segment)));
+        __stcs(
+            reinterpret_cast<uint4*>(static_cast<T*>(p.gated_out) + to),
+            gated(T{}, x, *reinterpret_cast<const uint4*>(gate), *reinterpret_cast<const uint4*>(segment)));
       }
     }
   }

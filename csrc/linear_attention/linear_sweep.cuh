@@ -44,8 +44,8 @@ __device__ __forceinline__ int32_t warp_uniform(int32_t x) { return __shfl_sync(
 
 // Segment and chunks of a slot.
 struct Span {
-  int32_t sequence, row;   // sequence -1: there is nothing
-  int32_t begin, end;      // tokens of the row
+  int32_t sequence, row;        // sequence -1: there is nothing
+  int32_t begin, end;           // tokens of the row
   const PlannedChunk* planned;  // or null
   int32_t chunks;
 };

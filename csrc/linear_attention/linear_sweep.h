@@ -28,8 +28,8 @@ constexpr int32_t kNothingEnded = -1;
 constexpr int32_t kPaddingChunk = -2;  // tokens that are not there: results 0, the state is left alone
 
 struct PlannedSegment {
-  int32_t sequence;    // -1: this slot has no segment
-  int32_t begin, end;  // tokens of the row
+  int32_t sequence;                // -1: this slot has no segment
+  int32_t begin, end;              // tokens of the row
   int32_t first_chunk, end_chunk;  // of the sequence's, where steps end
 };
 
@@ -37,9 +37,9 @@ struct PlannedSegment {
 // the device is not known to the host; each has a slot, some slots have none.
 struct Segments {
   int64_t slots = 0, sequences = 0;
-  int64_t tokens = 0;                      // of a row of the batch
-  const int32_t* cu_seqlens = nullptr;     // null: sequence n is row n
-  int32_t length = 0;                      // 0: a sequence is one segment
+  int64_t tokens = 0;                       // of a row of the batch
+  const int32_t* cu_seqlens = nullptr;      // null: sequence n is row n
+  int32_t length = 0;                       // 0: a sequence is one segment
   const PlannedSegment* planned = nullptr;  // null: they follow from the rest
   const PlannedChunk* chunks = nullptr;     // null: none ends before its length. See first_chunk_of().
 };
@@ -71,7 +71,7 @@ struct Sweep {
   int32_t key_width = 0, value_width = 0;
 
   SweepOperand q, k, v;
-  SweepOperand log_decay;  // float32, or null
+  SweepOperand log_decay;     // float32, or null
   bool adds_nothing = false;  // v counts as 0
 
   SweepStates initial, final;  // null: zeros; not stored

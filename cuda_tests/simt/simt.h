@@ -12,7 +12,8 @@
 // What it finds in addition where race_check.cpp is linked and the kernel is compiled with -fsanitize=thread:
 // data races, accesses outside shared arrays, reads of unset shared memory, accesses to what an asynchronous
 // copy is still writing, and blocks that touch what another block writes. What it cannot show: registers,
-// occupancy, time, and the rounding of approximate instructions.
+// occupancy, time, and the rounding of approximate instructions. What it does not run: clusters, and blocks
+// that wait for one another.
 #pragma once
 
 #include <cstddef>
@@ -59,6 +60,8 @@ constexpr uint32_t kSharedBytes = 227 * 1024;  // of a block at most, as on sm_9
 // Runs thread() for every thread of every block.
 void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared_bytes,
             const std::function<void()>& thread);
+
+void note_launch(const void* kernel, dim3 block, size_t dynamic_shared_bytes);  // see launches.cpp
 
 // What kernels have done since it was last asked.
 struct Counters {
