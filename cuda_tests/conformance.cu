@@ -359,8 +359,7 @@ void test_copy_box(const std::string& type, bool swizzled) {
   }
   std::vector<T> values(size_t(elements), T{});
   for (int i = 0; i < elements; ++i) values[size_t(i)] = exact<T>(i % 251);
-  OnDevice<T> from(values), to(std::vector<T>(size_t(elements), exact<T>(-1))),
-      result(box_elements);
+  OnDevice<T> from(values), to(std::vector<T>(size_t(elements), exact<T>(-1))), result(box_elements);
   OnDevice<uint32_t> run_from(counted(kRunBytes / 4)), run_to(kRunBytes / 4);
   const uint32_t bytes = uint32_t(box_elements * sizeof(T));
   launch("copy_box", copy_box<T, kRank>, {dim3(1), dim3(32), bytes + kRunBytes}, nullptr,

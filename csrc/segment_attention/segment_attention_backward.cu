@@ -1,3 +1,33 @@
+// Backward, in five launches after the plan:
+//
+//   statistics   delta = sum of grad_out * out, less grad_lse, and lse in base 2, of every query and head
+//   pieces       how the keys' work is divided (segment_pieces.cuh)
+//   queries      grad_q: a block to a tile of 64 queries of a head, along the forward's way through the keys
+//   keys         grad_k and grad_v: a block to a piece of the work of a tile of 64 keys of a head
+//   add_pieces   sums of pieces, in order, for the tiles that were cut
+//
+// Both large kernels recompute weights from lse, P = 2^(scale q k^T - lse), and dS = P (grad_out v^T - delta);
+// then grad_q = scale dS k, and with keys as rows grad_k = scale dS^T q, grad_v = P^T grad_out. Computing P and
+// dS twice costs 2 products of 9, and nothing is added to by two blocks: no atomics, the same bits always.
+//
+// P is rounded to the element type; dS is not, which takes a second product for the rest of it (9 instead of
+// 7): rounded, it alone would add as much error as rounding results, and out in delta adds some already.
+//
+// A block keeps two tiles of 64 rows in shared memory (q and grad_out, or k and v), and two stages of 32 rows
+// (16 of float) of the other two, which cp.async fills one step ahead; one barrier a step. The statistics of a
+// stage's queries travel with it. Queries without anybody are zeros with lse +infinity, so their weights are
+// 0; masks are left to tiles that are not seen as a whole.
+//
+//   width, element   registers (queries, keys)   shared memory   blocks an SM of sm_80
+//   64, 16 bits      160, 172                    32 KiB          3, 2
+//   128, 16 bits     233, 246                    64 KiB          2, 2
+//   64, float        126, 182                    48 KiB          3, 2
+//   128, float       168, 182                    96 KiB          1, 1 (64 columns of the keys' gradients each)
+//
+// Expected on an H200, calculated as for the forward:
+//
+//   12 query heads, 2 of k and v:   433 GFLOP, 548 us; 0.85 GB, 0.20 ms
+//   28 and 4:                      1010 GFLOP, 1.28 ms; 1.9 GB, 0.45 ms
 #include <algorithm>
 #include <stdexcept>
 

@@ -138,6 +138,7 @@ struct Block {
   size_t alive;
   std::vector<ThreadState*> at_barrier;
   std::vector<SharedArray> shared;
+  size_t last_used = 0;  // of them, by an instruction
   uint32_t dynamic_begin = 0;
   std::map<unsigned, NamedBarrier> named_barriers;
   std::map<uint32_t, MemoryBarrier> memory_barriers;  // by address
@@ -151,6 +152,7 @@ constexpr uint32_t kArenaBytes = 256 * 1024;  // the shared memory of a block, w
 struct Running {
   Block* block;         // null outside of launch()
   ThreadState* thread;  // null in the scheduler
+  uint64_t progress;    // barriers passed and threads done
 };
 extern Running running;
 inline Block* running_block() { return running.block; }
@@ -168,6 +170,13 @@ void meet(const char* what, uint32_t mask, void* argument, const Where& where, v
 uint64_t toss();              // a random number of the schedule
 bool takes_effect_at_once();  // the next asynchronous operation, by the schedule
 Counters& counters();
+
+// While one of these lives, the running thread fails when `progress` has stood still for so long.
+class Watchdog {
+ public:
+  explicit Watchdog(double seconds);
+  ~Watchdog();
+};
 
 void wait_here(const char* what, const Where& where);    // until make_ready()
 void make_ready(std::span<ThreadState* const> threads);  // null: nobody

@@ -23,6 +23,7 @@ void order_all(const std::vector<ThreadState*>& threads) {
 }
 
 void release_barrier(Block& block) {
+  ++running.progress;
   order_all(block.at_barrier);
   make_ready(block.at_barrier);
   block.at_barrier.clear();
@@ -93,6 +94,7 @@ void leave_block(ThreadState& thread) {
   Block& block = *running_block();
   Warp& warp = block.warps[thread.id.warp];
   --block.alive;
+  ++running.progress;
   warp.returned |= 1u << thread.id.lane;
   for (const auto& meeting : warp.meetings)
     if (meeting->mask >> thread.id.lane & 1)
@@ -114,6 +116,7 @@ void named_barrier(unsigned id, unsigned threads, bool waits, const Where& where
   if (++barrier.arrived == barrier.expected) {
     for (ThreadState* thread : barrier.waiting) observe(*thread, barrier.clock);
     make_ready(barrier.waiting);
+    ++running.progress;
     barrier = {};
   }
   if (waits) wait_here("a named barrier", where);

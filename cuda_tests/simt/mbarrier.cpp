@@ -17,6 +17,7 @@ void end_phase_if_complete(MemoryBarrier& barrier, const Where& where) {
   if (barrier.missing_bytes < 0)
     fail(where, "mbarrier: more bytes have landed than were expected in the phase");
   ++barrier.phase;
+  ++running.progress;
   barrier.missing_arrivals = barrier.arrivals;
   if (barrier.ended.size() < barrier.arriving.size()) barrier.ended.resize(barrier.arriving.size());
   for (size_t i = 0; i < barrier.arriving.size(); ++i)

@@ -161,6 +161,7 @@ void launch(const char* kernel, dim3 grid, dim3 size, size_t dynamic_shared_byte
   generator.seed(chosen.seed);
   counted.launches.emplace_back(kernel);
   thread_body = &thread;
+  const Watchdog watchdog(chosen.patience);
   for (uint64_t i = 0; i < blocks; ++i) run_block(kernel, grid, size, dynamic_shared_bytes, uint32_t(i));
 }
 

@@ -220,6 +220,7 @@ void wgmma_wait(int pending, const Where& where) {
       learn(thread->clock, group.agent, uint32_t(complete));
     }
     make_ready(group.waiting);
+    ++running.progress;
     group.waiting.clear();
   }
   wait_here(kWait, where);
