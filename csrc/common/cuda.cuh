@@ -43,6 +43,14 @@ struct LaunchShape {
   size_t dynamic_shared_bytes = 0;
 };
 
+// So many blocks in a row, if that is a number of them.
+inline unsigned checked_blocks(const char* name, int64_t blocks) {
+  if (blocks > INT32_MAX)
+    throw std::runtime_error(std::string("statecore: ") + name +
+                             " has too many tokens and heads for one launch");
+  return unsigned(blocks);
+}
+
 // Queues kernel(args...) on `stream`, a cudaStream_t; throws where it cannot be launched. `name` is for
 // messages.
 template <class... Parameters, class... Arguments>

@@ -15,6 +15,7 @@
 #include <stdexcept>
 
 #include "common/cuda_device.h"
+#include "common/elements.cuh"
 #include "linear_attention/linear_sweep.cuh"
 
 namespace statecore {
@@ -156,8 +157,9 @@ __device__ __forceinline__ float4 plus_scaled(float4 sum, float factor, float4 x
                      fmaf(factor, x.w, sum.w));
 }
 
-template <int kStates>
+// Each thread has 4 elements of a state's kinds, and what kAhead segments add to them on the way at once.
 __global__ void __launch_bounds__(kStateThreads) scan_segments(StateScan p) {
+  constexpr int kKinds = 3, kAhead = 4;
   const int64_t parts = p.size / (4 * kStateThreads);
   const int64_t item = blockIdx.x / parts;
   const int64_t n = item / p.heads, head = item % p.heads;
@@ -170,60 +172,68 @@ __global__ void __launch_bounds__(kStateThreads) scan_segments(StateScan p) {
   };
   const auto slot = [&](int i) { return first + (p.reverse ? count - 1 - i : i); };
 
-  float4 x[kStates], added[kStates];
-  for (int s = 0; s < kStates; ++s) {
-    x[s] = make_float4(0, 0, 0, 0);
-    if (p.initial)
-      x[s] = scaled(p.initial_factor, *state(const_cast<float*>(p.initial), p.segments.sequences, s, n));
-    if (count > 0) added[s] = *state(p.added, p.segments.slots, s, slot(0));
-  }
-  for (int i = 0; i < count; ++i) {
-    float4 next[kStates] = {}, sum[kStates];
-    const float* m = p.transition + (slot(i) * p.heads + head) * 9;
-    for (int s = 0; s < kStates; ++s) {
-      if (i + 1 < count) next[s] = *state(p.added, p.segments.slots, s, slot(i + 1));
-      *state(p.added, p.segments.slots, s, slot(i)) = x[s];
-      sum[s] = added[s];
-      for (int from = 0; from < kStates; ++from) sum[s] = plus_scaled(sum[s], m[3 * s + from], x[from]);
+  float4 x[kKinds] = {};
+  if (p.initial)
+#pragma unroll
+    for (int kind = 0; kind < kKinds; ++kind)
+      if (kind < p.states)
+        x[kind] =
+            scaled(p.initial_factor, *state(const_cast<float*>(p.initial), p.segments.sequences, kind, n));
+  for (int i = 0; i < count; i += kAhead) {
+    float4 sum[kAhead][kKinds] = {};
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a)
+#pragma unroll
+      for (int kind = 0; kind < kKinds; ++kind)
+        if (i + a < count && kind < p.states)
+          sum[a][kind] = *state(p.added, p.segments.slots, kind, slot(i + a));
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a) {
+      if (i + a >= count) break;
+      const float* m = p.transition + (slot(i + a) * p.heads + head) * 9;
+#pragma unroll
+      for (int kind = 0; kind < kKinds; ++kind) {
+        if (kind >= p.states) break;
+        *state(p.added, p.segments.slots, kind, slot(i + a)) = x[kind];
+#pragma unroll
+        for (int from = 0; from < kKinds; ++from)
+          if (from < p.states) sum[a][kind] = plus_scaled(sum[a][kind], m[3 * kind + from], x[from]);
+      }
+#pragma unroll
+      for (int kind = 0; kind < kKinds; ++kind) x[kind] = sum[a][kind];
     }
-    for (int s = 0; s < kStates; ++s) x[s] = sum[s], added[s] = next[s];
   }
   if (p.final)
-    for (int s = 0; s < kStates; ++s)
-      *state(p.final, p.segments.sequences, s, n) = scaled(p.final_factor, x[s]);
+#pragma unroll
+    for (int kind = 0; kind < kKinds; ++kind)
+      if (kind < p.states) *state(p.final, p.segments.sequences, kind, n) = scaled(p.final_factor, x[kind]);
 }
 
 void launch_scan(const StateScan& p, void* stream) {
   const int64_t blocks = p.segments.sequences * p.heads * (p.size / (4 * kStateThreads));
   if (blocks == 0) return;
-  launch("scan_segments", p.states == 3 ? scan_segments<3> : scan_segments<1>,
-         {dim3(unsigned(blocks)), dim3(kStateThreads)}, stream, p);
+  launch("scan_segments", scan_segments,
+         {dim3(checked_blocks("linear attention", blocks)), dim3(kStateThreads)}, stream, p);
 }
 
 // ---- GVA: sums over the value heads of a group, rounded
-template <class T>
 __global__ void __launch_bounds__(256)
-    sum_groups(const float* parts, T* sums, int64_t rows, int group, int width) {
+    sum_groups(DType dtype, const float* parts, void* sums, int64_t rows, int group, int width) {
   const int64_t i = (int64_t(blockIdx.x) * 256 + threadIdx.x) * 4;
   if (i >= rows * width) return;
   const float* from = parts + i / width * group * width + i % width;
   float4 sum = make_float4(0, 0, 0, 0);
   for (int g = 0; g < group; ++g)
     sum = plus_scaled(sum, 1, *reinterpret_cast<const float4*>(from + int64_t(g) * width));
-  set(sums[i], sum.x), set(sums[i + 1], sum.y), set(sums[i + 2], sum.z), set(sums[i + 3], sum.w);
+  store_four(dtype, sums, i, sum);
 }
 
 void launch_sum_groups(DType dtype, const float* parts, void* sums, int64_t rows, int group, int width,
                        void* stream) {
   const int64_t blocks = (rows * width / 4 + 255) / 256;
   if (blocks == 0) return;
-  const auto go = [&](auto* to) {
-    launch("sum_groups", sum_groups<std::remove_pointer_t<decltype(to)>>, {dim3(unsigned(blocks)), dim3(256)},
-           stream, parts, to, rows, group, width);
-  };
-  if (dtype == DType::kFloat32) go(static_cast<float*>(sums));
-  if (dtype == DType::kBFloat16) go(static_cast<__nv_bfloat16*>(sums));
-  if (dtype == DType::kFloat16) go(static_cast<__half*>(sums));
+  launch("sum_groups", sum_groups, {dim3(checked_blocks("linear attention", blocks)), dim3(256)}, stream,
+         dtype, parts, sums, rows, group, width);
 }
 
 // ---- the gradient of log_decay
@@ -579,7 +589,8 @@ void linear_attention_backward_cuda(const LinearAttentionBackwardParams& p, void
   if (p.grad_log_decay && p.sequences > 0) {
     const int32_t parts = int32_t(p.key_width / 16);
     launch("decay_gradient", decay_gradient,
-           {dim3(unsigned(p.sequences * p.value_heads)), dim3(kDecayThreads)}, stream,
+           {dim3(checked_blocks("linear attention", p.sequences * p.value_heads)), dim3(kDecayThreads)},
+           stream,
            DecayGradient{s, p.batch, int32_t(p.value_heads), int32_t(out_heads(p) / p.value_heads),
                          b.grad_q.products, b.grad_k.products, parts, b.final_states,
                          static_cast<const float*>(p.grad_final_states), state_size(p),

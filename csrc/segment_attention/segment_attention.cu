@@ -1,13 +1,13 @@
-// Forward: a block computes a tile of 64 queries of one head, 16 to each of its 4 warps, and walks the tiles of
-// keys that the plan lists for it, 64 keys at a time (32 of float), with an online softmax in base 2:
+// Forward: a block computes a tile of 64 queries of one head, 16 to each of its 4 warps, and walks the tiles
+// of keys that the plan lists for it, 64 keys at a time (32 of float), with an online softmax in base 2:
 //
 //   scores = q k^T in registers, masked where tiles are not seen as a whole; weights = 2^(scores - row
 //   maximum), which become the left operand of out += weights v without leaving registers, rounded to the
 //   element type (float: split in two tf32 numbers, see mma.cuh).
 //
-// Shared memory holds q, whose place the rounded results take at the end, and two stages of k and v: while one
-// is multiplied by, cp.async fills the other. One barrier a step does both, says that a stage has landed for
-// everybody and that the other is free. 16-bit operands of q stay in registers for the whole walk.
+// Shared memory holds q, whose place the rounded results take at the end, and two stages of k and v: while
+// one is multiplied by, cp.async fills the other. One barrier a step does both, says that a stage has landed
+// for everybody and that the other is free. 16-bit operands of q stay in registers for the whole walk.
 //
 // Rows of k and v that nobody in the tile sees are zeros whatever they hold, since weight 0 times NaN is NaN.
 // Only tiles with such rows look at visible_end on loading, and only tiles that are not seen as a whole do so
@@ -19,7 +19,6 @@
 //   width, element         registers   shared memory   blocks an SM of sm_80
 //   64, 16 bits            168         40 KiB          3
 //   128, 16 bits           254         80 KiB          2
-//   64, float              134         48 KiB          3
 //   128, float             192         96 KiB          1
 //
 // Expected on an H200, calculated from 790 TFLOP/s of bfloat16 and 4.3 TB/s (nothing here has run on a GPU),
@@ -187,16 +186,17 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<T, kWidth>)
 template <class T, int kWidth>
 void launch_forward(const SegmentAttentionParams& p, const DevicePlan& plan, void* stream) {
   const int64_t blocks = query_tiles(p, plan) * p.query_heads;
-  if (blocks > INT32_MAX)
-    throw std::runtime_error("statecore: segment_attention has too many tokens and heads for one launch");
-  launch("segment_attention", segment_forward<T, kWidth>,
-         {dim3(unsigned(blocks)), dim3(kThreads), size_t(kForwardBytes<T, kWidth>)}, stream, p, plan);
+  launch(
+      "segment_attention", segment_forward<T, kWidth>,
+      {dim3(checked_blocks("segment_attention", blocks)), dim3(kThreads), size_t(kForwardBytes<T, kWidth>)},
+      stream, p, plan);
 }
 
 template <class T>
 void launch_forward(const SegmentAttentionParams& p, const DevicePlan& plan, void* stream) {
-  p.key_width > 64 || p.value_width > 64 ? launch_forward<T, 128>(p, plan, stream)
-                                         : launch_forward<T, 64>(p, plan, stream);
+  if constexpr (kHasNarrowKernels<T>)
+    if (is_narrow(p)) return launch_forward<T, 64>(p, plan, stream);
+  launch_forward<T, 128>(p, plan, stream);
 }
 
 }  // namespace

@@ -6,31 +6,33 @@
 //   keys         grad_k and grad_v: a block to a piece of the work of a tile of 64 keys of a head
 //   add_pieces   sums of pieces, in order, for the tiles that were cut
 //
-// Both large kernels recompute weights from lse, P = 2^(scale q k^T - lse), and dS = P (grad_out v^T - delta);
-// then grad_q = scale dS k, and with keys as rows grad_k = scale dS^T q, grad_v = P^T grad_out. Computing P and
-// dS twice costs 2 products of 9, and nothing is added to by two blocks: no atomics, the same bits always.
+// Both large kernels recompute weights from lse, P = 2^(scale q k^T - lse), and dS = P (grad_out v^T -
+// delta); then grad_q = scale dS k, and with keys as rows grad_k = scale dS^T q, grad_v = P^T grad_out.
+// Computing P and dS twice costs 2 products of 10, and nothing is added to by two blocks: no atomics, the
+// same bits always.
 //
-// P is rounded to the element type; dS is not, which takes a second product for the rest of it (9 instead of
-// 7): rounded, it alone would add as much error as rounding results, and out in delta adds some already.
+// P and dS are not rounded to 16 bits, which takes a second product for the rest of each (10 instead of 7):
+// rounded, they would add as much error as rounding results does, and out in delta adds some already.
 //
 // A block keeps two tiles of 64 rows in shared memory (q and grad_out, or k and v), and two stages of 32 rows
-// (16 of float) of the other two, which cp.async fills one step ahead; one barrier a step. The statistics of a
-// stage's queries travel with it. Queries without anybody are zeros with lse +infinity, so their weights are
-// 0; masks are left to tiles that are not seen as a whole.
+// (16 of float) of the other two, which cp.async fills one step ahead; one barrier a step. The statistics of
+// a stage's queries travel with it. Queries without anybody are zeros with lse +infinity, so their weights
+// are 0; masks are left to tiles that are not seen as a whole.
 //
 //   width, element   registers (queries, keys)   shared memory   blocks an SM of sm_80
 //   64, 16 bits      160, 172                    32 KiB          3, 2
 //   128, 16 bits     233, 246                    64 KiB          2, 2
-//   64, float        126, 182                    48 KiB          3, 2
-//   128, float       168, 182                    96 KiB          1, 1 (64 columns of the keys' gradients each)
+//   128, float       168, 182                    96 KiB          1, 1 (64 columns of the keys' gradients
+//   each)
 //
 // Expected on an H200, calculated as for the forward:
 //
-//   12 query heads, 2 of k and v:   433 GFLOP, 548 us; 0.85 GB, 0.20 ms
-//   28 and 4:                      1010 GFLOP, 1.28 ms; 1.9 GB, 0.45 ms
+//   12 query heads, 2 of k and v:   481 GFLOP, 609 us; 0.85 GB, 0.20 ms
+//   28 and 4:                      1122 GFLOP, 1.42 ms; 1.9 GB, 0.45 ms
 #include <algorithm>
 #include <stdexcept>
 
+#include "common/elements.cuh"
 #include "segment_attention/segment_pieces.cuh"
 #include "segment_attention/segment_tiles.cuh"
 
@@ -68,17 +70,6 @@ struct Backward {
 };
 
 // ---- statistics: a block to a tile of queries and a head, a warp to a row, four columns to a lane
-__device__ __forceinline__ float4 load_four(const float* from) {
-  return *reinterpret_cast<const float4*>(from);
-}
-template <class T>
-__device__ __forceinline__ float4 load_four(const T* from) {
-  const uint2 pairs = *reinterpret_cast<const uint2*>(from);
-  const float2 x = unpack<T>(pairs.x), y = unpack<T>(pairs.y);
-  return make_float4(x.x, x.y, y.x, y.y);
-}
-
-template <class T>
 __global__ void __launch_bounds__(kThreads) segment_statistics(Backward b) {
   const SegmentAttentionParams& p = b.p.forward;
   const int head = int(blockIdx.x % p.query_heads), lane = lane_index();
@@ -92,12 +83,12 @@ __global__ void __launch_bounds__(kThreads) segment_statistics(Backward b) {
     if (there(row)) {
       const int64_t query = queries.begin + row - b.plan.first_query;
       const int64_t at = (int64_t(queries.row) * p.queries + query) * p.query_heads + head;
-      const T* out = static_cast<const T*>(p.out) + at * p.value_width;
-      const T* grad_out = static_cast<const T*>(b.p.grad_out) + queries.row * b.p.grad_out_batch +
-                          query * b.p.grad_out_time + head * b.p.grad_out_head;
+      const int64_t grad_at =
+          queries.row * b.p.grad_out_batch + query * b.p.grad_out_time + head * b.p.grad_out_head;
       float sum = 0;
       if (4 * lane < p.value_width) {
-        const float4 x = load_four(out + 4 * lane), y = load_four(grad_out + 4 * lane);
+        const float4 x = load_four(p.dtype, p.out, at * p.value_width + 4 * lane);
+        const float4 y = load_four(p.dtype, b.p.grad_out, grad_at + 4 * lane);
         sum = x.x * y.x + x.y * y.y + (x.z * y.z + x.w * y.w);
       }
 #pragma unroll
@@ -319,7 +310,7 @@ __global__ void __launch_bounds__(kThreads, 2) segment_backward_keys(Backward b)
           x = visible ? exp2_approx(x * scale - lse) : 0;
         }
       }
-    add_weighted_rows<OperandA<T>, T, kWidth, kQueries>(grad_v, weight, grad_tile, column);
+    add_weighted_rows<SplitA<T>, T, kWidth, kQueries>(grad_v, weight, grad_tile, column);
     v_operands.template multiply<kQueries>(grad, grad_tile);
 #pragma unroll
     for (int n = 0; n < kQueries / 8; ++n)
@@ -357,7 +348,6 @@ __global__ void __launch_bounds__(kThreads, 2) segment_backward_keys(Backward b)
 // ---- the sums of the pieces of a tile, in order: a block to some rows of it
 constexpr int kReducedRows = 8;
 
-template <class T>
 __global__ void __launch_bounds__(kThreads) segment_add_pieces(Backward b) {
   constexpr int kParts = kTileTokens / kReducedRows;
   const SegmentAttentionParams& p = b.p.forward;
@@ -379,19 +369,15 @@ __global__ void __launch_bounds__(kThreads) segment_add_pieces(Backward b) {
       sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
     }
     const int64_t head = (int64_t(keys.row) * b.plan.keys + keys.begin + row) * p.kv_heads + kv_head;
-    T* to = column < dk ? static_cast<T*>(b.p.grad_k) + head * dk + column
-                        : static_cast<T*>(b.p.grad_v) + head * dv + column - dk;
-    set(to[0], sum.x), set(to[1], sum.y), set(to[2], sum.z), set(to[3], sum.w);
+    if (column < dk)
+      store_four(p.dtype, b.p.grad_k, head * dk + column, sum);
+    else
+      store_four(p.dtype, b.p.grad_v, head * dv + column - dk, sum);
   }
 }
 
 // ---- launches
-unsigned checked_blocks(int64_t blocks) {
-  if (blocks > INT32_MAX)
-    throw std::runtime_error(
-        "statecore: segment_attention_backward has too many tokens and heads for one launch");
-  return unsigned(blocks);
-}
+unsigned backward_blocks(int64_t blocks) { return checked_blocks("segment_attention_backward", blocks); }
 
 template <class T, int kWidth>
 void launch_products(const Backward& b, void* stream) {
@@ -400,26 +386,18 @@ void launch_products(const Backward& b, void* stream) {
   const size_t bytes = kTileBytes<T, kWidth>;
   if (tiles > 0)
     launch("segment_backward_queries", segment_backward_queries<T, kWidth>,
-           {dim3(checked_blocks(tiles * p.query_heads)), dim3(kThreads), bytes}, stream, b);
+           {dim3(backward_blocks(tiles * p.query_heads)), dim3(kThreads), bytes}, stream, b);
   launch("segment_backward_keys", segment_backward_keys<T, kWidth>,
-         {dim3(checked_blocks(b.pieces.max_pieces * p.kv_heads), kWidth / kGradColumns<T, kWidth>),
+         {dim3(backward_blocks(b.pieces.max_pieces * p.kv_heads), kWidth / kGradColumns<T, kWidth>),
           dim3(kThreads), bytes + 2 * kStepRows<T> * sizeof(RowStatistics)},
          stream, b);
 }
 
 template <class T>
-void launch_backward(const Backward& b, void* stream) {
-  const SegmentAttentionParams& p = b.p.forward;
-  if (const int64_t tiles = query_tiles(p, b.plan); tiles > 0)
-    launch("segment_statistics", segment_statistics<T>,
-           {dim3(checked_blocks(tiles * p.query_heads)), dim3(kThreads)}, stream, b);
-  p.key_width > 64 || p.value_width > 64 ? launch_products<T, 128>(b, stream)
-                                         : launch_products<T, 64>(b, stream);
-  if (b.pieces.max_cuts > 0)
-    launch(
-        "segment_add_pieces", segment_add_pieces<T>,
-        {dim3(checked_blocks(b.pieces.max_cuts * p.kv_heads * (kTileTokens / kReducedRows))), dim3(kThreads)},
-        stream, b);
+void launch_products(const Backward& b, void* stream) {
+  if constexpr (kHasNarrowKernels<T>)
+    if (is_narrow(b.p.forward)) return launch_products<T, 64>(b, stream);
+  launch_products<T, 128>(b, stream);
 }
 
 Backward in_scratch(const SegmentAttentionBackwardParams& params, ScratchParts& scratch) {
@@ -448,12 +426,21 @@ void segment_attention_backward_cuda(const SegmentAttentionBackwardParams& param
   if (b.plan.tiles == 0) return;
   make_plan(b.plan, stream);
   make_pieces(b.plan, b.pieces, stream);
-  switch (params.forward.dtype) {
-    case DType::kFloat32: return launch_backward<float>(b, stream);
-    case DType::kBFloat16: return launch_backward<__nv_bfloat16>(b, stream);
-    case DType::kFloat16: return launch_backward<__half>(b, stream);
+  const SegmentAttentionParams& p = params.forward;
+  if (const int64_t tiles = query_tiles(p, b.plan); tiles > 0)
+    launch("segment_statistics", segment_statistics,
+           {dim3(backward_blocks(tiles * p.query_heads)), dim3(kThreads)}, stream, b);
+  switch (p.dtype) {
+    case DType::kFloat32: launch_products<float>(b, stream); break;
+    case DType::kBFloat16: launch_products<__nv_bfloat16>(b, stream); break;
+    case DType::kFloat16: launch_products<__half>(b, stream); break;
     case DType::kFloat64: throw std::runtime_error("statecore: segment_attention on CUDA takes no float64");
   }
+  if (b.pieces.max_cuts > 0)
+    launch("segment_add_pieces", segment_add_pieces,
+           {dim3(backward_blocks(b.pieces.max_cuts * p.kv_heads * (kTileTokens / kReducedRows))),
+            dim3(kThreads)},
+           stream, b);
 }
 
 }  // namespace statecore

@@ -10,6 +10,12 @@ constexpr int kWarps = 4, kThreads = 32 * kWarps;  // of a block: 16 rows of a t
 constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
 constexpr float kInfinity = __builtin_inff();
 
+// Kernels exist for widths padded to 128 and, of 16-bit elements, whose speed counts, to 64.
+template <class T>
+constexpr bool kHasNarrowKernels = sizeof(T) == 2;
+
+inline bool is_narrow(const SegmentAttentionParams& p) { return p.key_width <= 64 && p.value_width <= 64; }
+
 // Where the rows of a [B, T, H, D] tensor lie for one row of the batch and one head.
 template <class T>
 struct Rows {

@@ -203,10 +203,8 @@ __global__ void __launch_bounds__(Tile<kColumns>::kThreads, kThreadsOnSm / Tile<
 template <int kColumns>
 void launch_update(const StateUpdateParams& p, void* stream) {
   const int64_t blocks = p.rows * p.value_heads * (p.value_width / kColumns);
-  if (blocks > INT32_MAX)
-    throw std::runtime_error("statecore: state_update has too many rows and heads for one launch");
-  launch("state_update", update<kColumns>, {dim3(unsigned(blocks)), dim3(Tile<kColumns>::kThreads)}, stream,
-         p);
+  launch("state_update", update<kColumns>,
+         {dim3(checked_blocks("state_update", blocks)), dim3(Tile<kColumns>::kThreads)}, stream, p);
 }
 
 }  // namespace
