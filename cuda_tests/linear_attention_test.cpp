@@ -99,16 +99,23 @@ class Call {
     for (int64_t b = 0; b < c.batch; ++b) ids_.insert(ids_.end(), c.step_ids.begin(), c.step_ids.end());
     const auto normal = [&](double size) { return [this, size] { return size * normal_(random_); }; };
     const int64_t states = kinds_ * sequences_ * c.value_heads * c.key_width * c.value_width;
-    // A gap after each token, which a kernel that takes tensors for dense would read.
-    const auto gap = [](int64_t width) { return width + 16; };
-    add("q", c.dtype, rows_ * gap(c.query_heads * c.key_width), normal(1));
-    add("k", c.dtype, rows_ * gap(c.key_heads * c.key_width), normal(c.magnitude));
-    add("v", c.dtype, rows_ * gap(c.value_heads * c.value_width), normal(c.magnitude));
+    // No numbers where nobody may look: in padding, and in a gap after each token, which a kernel that takes
+    // tensors for dense would read.
+    const auto add_tokens = [&](const char* name, int64_t width, int64_t gap, double size) {
+      add(name, c.dtype, rows_ * (width + gap), [&, i = int64_t(0)]() mutable {
+        const int64_t token = i / (width + gap), column = i++ % (width + gap);
+        const bool there = column < width && (ids_.empty() || ids_[token] >= 0);
+        return there ? size * normal_(random_) : std::numeric_limits<double>::quiet_NaN();
+      });
+    };
+    add_tokens("q", c.query_heads * c.key_width, 16, 1);
+    add_tokens("k", c.key_heads * c.key_width, 16, c.magnitude);
+    add_tokens("v", c.value_heads * c.value_width, 16, c.magnitude);
     add("log_decay", DType::kFloat32, rows_ * c.value_heads, [this] { return decay(); });
     add("initial", DType::kFloat32, states, normal(c.magnitude * c.magnitude));
     add("gate", c.dtype, rows_ * out_heads_ * c.value_width, normal(1));
     add("segment_out", c.dtype, rows_ * out_heads_ * c.value_width, normal(1));
-    add("grad_out", c.dtype, rows_ * out_heads_ * c.value_width, normal(1));
+    add_tokens("grad_out", out_heads_ * c.value_width, 0, 1);
     add("grad_final", DType::kFloat32, states, normal(1));
     result("out", c.dtype, rows_ * out_heads_ * c.value_width);
     result("final", DType::kFloat32, states);
