@@ -1,6 +1,7 @@
 // The sweep of linear_sweep.h: one kernel for the forward of linear attention and, with other operands, for
 // the gradients of q, k and v. State-stationary: S stays in registers from the first token to the last, so
-// that memory traffic is q, k, v and the results, each once.
+// that memory traffic is q, k, v and the results, each once. 16-bit elements on an H200 are swept by
+// linear_sweep_sm90.cu; what both do around their products is in linear_sweep_block.cuh.
 //
 // A block of 4 warps owns 64 values (columns) of one item's state in one segment, as S^T [64 x Dk] in float32
 // accumulators: a warp has 16 rows. It takes the segment in chunks of C = 64 tokens (32 in float32). With G_i
