@@ -60,4 +60,14 @@ void segment_attention_cpu(const SegmentAttentionParams& params);
 // where sequences and heads are many, about 16 in all where they are few.
 void segment_attention_backward_cpu(const SegmentAttentionBackwardParams& params);
 
+// On a GPU, or its emulator: float32, bfloat16 or float16, widths that are multiples of 16 up to 128; q, k, v
+// and grad_out begin at multiples of 16 bytes and so do their rows. `scratch` has as many bytes as _scratch
+// says, from shapes alone, and belongs to the call until the stream has passed it.
+int64_t segment_attention_cuda_scratch(const SegmentAttentionParams& params);
+void segment_attention_cuda(const SegmentAttentionParams& params, void* scratch, void* stream);
+
+int64_t segment_attention_backward_cuda_scratch(const SegmentAttentionBackwardParams& params);
+void segment_attention_backward_cuda(const SegmentAttentionBackwardParams& params, void* scratch,
+                                     void* stream);
+
 }  // namespace statecore

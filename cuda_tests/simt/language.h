@@ -118,6 +118,8 @@ inline float __uint_as_float(uint32_t x) { return std::bit_cast<float>(x); }
 inline int __popc(uint32_t x) { return std::popcount(x); }
 inline int __clz(int x) { return std::countl_zero(uint32_t(x)); }
 inline int __ffs(int x) { return x ? std::countr_zero(uint32_t(x)) + 1 : 0; }
+inline int __clzll(long long x) { return std::countl_zero(uint64_t(x)); }
+inline int __ffsll(long long x) { return x ? std::countr_zero(uint64_t(x)) + 1 : 0; }
 
 // ---- 16-bit floats
 struct __nv_bfloat16 {

@@ -1,0 +1,497 @@
+// The CUDA kernels of segment_attention under the emulator: their plan against its definition, results against
+// the CPU backend in float64. Built twice, with the plain emulator and with the one that checks accesses, which
+// runs the smaller cases.
+
+#include "segment_attention/segment_attention.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "common/parallel.h"
+#include "common/tile_kernels.h"
+#include "segment_attention/segment_plan.cuh"
+#include "segment_attention/segment_plan.h"
+#include "simt/simt.h"
+
+namespace statecore {
+// The CPU backend on one thread: torch's threads are not here.
+void parallel_ranges(int64_t n, ParallelBody body, void* context) { body(0, n, context); }
+int64_t parallel_threads() { return 1; }
+}  // namespace statecore
+
+using namespace statecore;
+
+namespace {
+
+int failures = 0;
+
+void expect(bool right, const std::string& what) {
+  if (!right && ++failures <= 30) std::printf("FAILED: %s\n", what.c_str());
+}
+
+// Global memory of the emulator that lives as long as this.
+class Buffer {
+ public:
+  Buffer(const char* name, int64_t bytes) : data_(simt::alloc_global(bytes, name)), bytes_(bytes) {}
+  Buffer(const Buffer&) = delete;
+  ~Buffer() { simt::free_global(data_); }
+  char* data() const { return static_cast<char*>(data_); }
+  int64_t bytes() const { return bytes_; }
+  std::string copy() const { return {data(), size_t(bytes_)}; }
+  void reset() const { std::memset(data_, 0xff, bytes_); }
+
+ private:
+  void* data_;
+  int64_t bytes_;
+};
+
+// ---- ids
+using Ids = std::vector<int32_t>;
+
+// A prompt of lengths[0] tokens (id `first`), then a step of each further length.
+Ids ids_of(const std::vector<int>& lengths, int32_t first = 0) {
+  Ids ids;
+  for (int length : lengths) ids.insert(ids.end(), length, first++);
+  return ids;
+}
+
+Ids random_ids(int length, int prompt, int longest, double holes, std::mt19937& random) {
+  Ids ids;
+  int32_t id = 0;
+  int left = prompt;
+  for (int i = 0; i < length; ++i) {
+    while (left == 0) ++id, left = int(random() % longest + (random() % 3 ? 1 : 0));
+    --left;
+    ids.push_back(id);
+  }
+  for (int32_t& x : ids)
+    if (random() % 1000 < holes * 1000) x = -1;
+  return ids;
+}
+
+void make_holes(Ids& ids, int begin, int end) { std::fill(ids.begin() + begin, ids.begin() + end, -1); }
+
+Ids joined(const std::vector<Ids>& parts) {
+  Ids ids;
+  for (const Ids& part : parts) ids.insert(ids.end(), part.begin(), part.end());
+  return ids;
+}
+
+// ---- the plan alone
+struct PlanProblem {
+  PlanProblem(int64_t batch, int64_t queries, const Ids& ids, const Ids& cu_seqlens, bool watched = true)
+      : ids_buffer("step_ids", ids.size() * 4), cu_buffer("cu_seqlens", cu_seqlens.size() * 4) {
+    p.batch = batch, p.queries = queries, p.keys = batch ? int64_t(ids.size()) / batch : 0;
+    p.query_heads = p.kv_heads = 1;
+    p.ids_batch = p.keys, p.sequences = batch;
+    std::memcpy(ids_buffer.data(), ids.data(), ids.size() * 4);
+    std::memcpy(cu_buffer.data(), cu_seqlens.data(), cu_seqlens.size() * 4);
+    p.step_ids = reinterpret_cast<const int32_t*>(ids_buffer.data());
+    if (!cu_seqlens.empty()) {
+      p.cu_seqlens = reinterpret_cast<const int32_t*>(cu_buffer.data());
+      p.sequences = int64_t(cu_seqlens.size()) - 1;
+    }
+    ScratchParts count(nullptr);
+    device_plan(p, count);
+    scratch = std::make_unique<Buffer>("scratch", count.bytes());
+    ScratchParts parts(scratch->data());
+    plan = device_plan(p, parts);
+    simt::forget_blocks();
+    if (watched) {
+      simt::watch_blocks(plan.visible_end, batch * p.keys * 4, "visible_end");
+      simt::watch_blocks(plan.tile, plan.tiles * sizeof(TokenTile), "tiles");
+    }
+    make_plan(plan, nullptr);
+  }
+
+  SegmentAttentionParams p{};
+  Buffer ids_buffer, cu_buffer;
+  std::unique_ptr<Buffer> scratch;
+  DevicePlan plan;
+};
+
+void test_plan(const std::string& name, int64_t batch, int64_t queries, const Ids& ids, const Ids& cu_seqlens) {
+  const PlanProblem problem(batch, queries, ids, cu_seqlens);
+  const SegmentAttentionParams& p = problem.p;
+  const DevicePlan& plan = problem.plan;
+  const SegmentPlan wanted = plan_segments(p);
+  std::vector<int> covered(batch * p.keys);
+  for (int64_t i = 0; i < batch * p.keys; ++i)
+    expect(plan.visible_end[i] == wanted.visible_end[i],
+           name + ": token " + std::to_string(i) + " is seen up to " + std::to_string(plan.visible_end[i]) +
+               ", not " + std::to_string(wanted.visible_end[i]));
+  std::vector<int> times(plan.tiles);
+  for (int64_t i = 0; i < query_tiles(p, plan); ++i) ++times.at(plan.query_tile(int(i)));
+  for (int number = 0; number < plan.tiles; ++number) {
+    const TokenTile& tile = plan.tile[number];
+    const int64_t row = int64_t(tile.row) * p.keys;
+    const std::string where = name + ": tile " + std::to_string(number);
+    expect(tile.begin >= 0 && tile.end - tile.begin <= kTileTokens && tile.end <= p.keys, where + " lies outside");
+    expect(times[number] == (tile.end > plan.first_query || (!cu_seqlens.empty() && queries > 0)),
+           where + " is computed " + std::to_string(times[number]) + " times");
+    if (tile.begin >= tile.end) continue;
+    int max_end = 0, min_end = INT32_MAX, there = -1;
+    for (int t = tile.begin; t < tile.end; ++t) {
+      ++covered[row + t];
+      max_end = std::max<int>(max_end, wanted.visible_end[row + t]);
+      min_end = std::min<int>(min_end, wanted.visible_end[row + t]);
+      if (wanted.visible_end[row + t] && there < 0) there = t;
+    }
+    expect(tile.max_end == max_end && tile.min_end == min_end, where + ": ends");
+    // Tiles of keys: those that somebody may see, each once, in order.
+    std::vector<int> visited;
+    for (int t = tile.prompt_begin; t < tile.prompt_end; ++t) visited.push_back(t);
+    for (int t = tile.own_begin; t <= number; ++t) visited.push_back(t);
+    expect(std::is_sorted(visited.begin(), visited.end(), std::less_equal<int>()), where + ": order");
+    std::vector<int> useful;
+    for (int other = 0; other <= number && there >= 0; ++other) {
+      const TokenTile& keys = plan.tile[other];
+      bool sees = false;
+      for (int j = keys.begin; j < keys.end && keys.row == tile.row; ++j)
+        for (int i = std::max(j, tile.begin); i < tile.end; ++i)
+          sees |= wanted.visible_end[row + i] != 0 && i < wanted.visible_end[row + j];
+      if (sees) useful.push_back(other);
+    }
+    expect(std::includes(visited.begin(), visited.end(), useful.begin(), useful.end()),
+           where + " does not visit all that it sees");
+    // More only where tiles without anybody, or steps between the first and the last of the tile, lie between.
+    expect(visited.empty() == useful.empty(), where + " visits for nothing");
+    if (!useful.empty() && !visited.empty())
+      expect(visited.front() == useful.front() && visited.back() == number, where + " visits too much");
+    size_t tokens_between = 0;
+    for (int other : visited)
+      if (!std::binary_search(useful.begin(), useful.end(), other))
+        for (int j = plan.tile[other].begin; j < plan.tile[other].end; ++j)
+          tokens_between += ids[row + j] >= 0;
+    expect(tokens_between == 0, where + " visits tokens that nobody sees");
+  }
+  expect(std::all_of(covered.begin(), covered.end(), [](int n) { return n == 1; }), name + ": tokens in tiles");
+}
+
+void test_plans() {
+  std::mt19937 random(3);
+  simt::schedule() = {};
+  test_plan("nothing", 0, 0, {}, {});
+  test_plan("no tokens", 3, 0, {}, {});
+  test_plan("no sequences", 1, 0, {}, {0});
+  test_plan("causal", 1, 1000, ids_of({0, 1000}), {});
+  test_plan("a prompt alone", 1, 130, ids_of({130}), {});
+  test_plan("nobody", 2, 100, Ids(200, -1), {});
+  test_plan("steps of a tile", 1, 640, ids_of({64, 64, 128, 64, 320}), {});
+  test_plan("far neighbours", 1, 12000, ids_of({5000, 7000}), {});
+  Ids gaps = ids_of({300, 9000, 12000});
+  make_holes(gaps, 100, 200), make_holes(gaps, 290, 9000), make_holes(gaps, 9500, 21000);
+  test_plan("empty tiles between", 1, 300, gaps, {});
+  for (int i = 0; i < (simt::checks_races() ? 15 : 200); ++i) {
+    const int length = int(random() % 700), batch = 1 + int(random() % 3);
+    const double holes = i % 4 == 0 ? 0.3 : i % 4 == 1 ? 0.97 : 0;
+    std::vector<Ids> rows;
+    const int prompt = int(random() % (i % 3 ? 50 : 400)), longest = int(random() % (i % 2 ? 5 : 200)) + 1;
+    for (int b = 0; b < batch; ++b) {
+      rows.push_back(random_ids(length, prompt, longest, holes, random));
+      if (i % 5 == 0 && length > 0) {
+        const int from = int(random() % length);
+        make_holes(rows.back(), from, from + int(random() % (length - from)));
+      }
+    }
+    const std::string name = "random ids " + std::to_string(i);
+    test_plan(name, batch, length ? int(random() % (length + 1)) : 0, joined(rows), {});
+    std::vector<Ids> pieces;
+    Ids cu_seqlens{0};
+    for (int n = int(random() % 12); n > 0; --n) {
+      pieces.push_back(random_ids(random() % 3 ? int(random() % 150) : 0, prompt % 30, longest, holes, random));
+      cu_seqlens.push_back(cu_seqlens.back() + int(pieces.back().size()));
+    }
+    const Ids packed = joined(pieces);
+    test_plan(name + ", packed", 1, packed.size(), packed, cu_seqlens);
+  }
+}
+
+// What is not looked at without STATECORE_CHECK=1 may give other results, but touches nothing outside.
+void test_wrong_contents() {
+  std::mt19937 random(8);
+  for (int i = 0; i < 40; ++i) {
+    const int tokens = int(random() % 400);
+    Ids ids(tokens), offsets(random() % 6 + 1);
+    for (int32_t& id : ids) id = int(random() % 7) - 3;
+    for (int32_t& offset : offsets) offset = int(random() % 1000) - 300;
+    for (const Ids& cu_seqlens : {Ids{}, offsets}) try {
+        const PlanProblem problem(1, tokens, ids, cu_seqlens, /*watched=*/false);  // sequences may overlap
+        for (int t = 0; t < problem.plan.tiles; ++t) {
+          const TokenTile& tile = problem.plan.tile[t];
+          expect(tile.row == 0 && 0 <= tile.begin && tile.begin <= tile.end && tile.end <= tokens &&
+                     tile.end - tile.begin <= kTileTokens && 0 <= tile.prompt_begin && tile.prompt_end <= t + 1 &&
+                     tile.own_begin >= tile.prompt_end && tile.max_end <= tokens,
+                 "wrong contents: a tile leads outside");
+        }
+      } catch (const simt::Error& error) {
+        expect(false, std::string("wrong contents: ") + error.what());
+      }
+  }
+}
+
+// ---- operators
+struct Case {
+  std::string name;
+  DType dtype;
+  int64_t query_heads, kv_heads, key_width, value_width;
+  int64_t batch, queries;
+  Ids ids;
+  Ids cu_seqlens{};
+  double scale = 0;  // 0: the usual one
+  double q_factor = 1;
+  bool poison = false;  // holes hold NaN and infinity
+  DType out_dtype = DType::kFloat64;  // kFloat64: dtype
+};
+
+void to_dtype(DType dtype, const std::vector<double>& from, void* to) {
+  std::vector<float> x(from.begin(), from.end());
+  x.resize(padded(int(x.size())));
+  tile_kernels<float>().store(dtype, to, 0, 1, int(from.size()), x.data(), 0);
+}
+
+std::vector<double> from_dtype(DType dtype, const void* from, int64_t count) {
+  if (dtype == DType::kFloat64)
+    return {static_cast<const double*>(from), static_cast<const double*>(from) + count};
+  std::vector<float> x(padded(int(count)));
+  tile_kernels<float>().load(dtype, from, 0, 1, int(count), x.data(), 0);
+  return {x.begin(), x.begin() + count};
+}
+
+std::vector<double> rounded(DType dtype, const std::vector<double>& x) {
+  std::vector<char> bytes(x.size() * 8 + 64);
+  to_dtype(dtype, x, bytes.data());
+  return from_dtype(dtype, bytes.data(), int64_t(x.size()));
+}
+
+double relative_error(const std::vector<double>& got, const std::vector<double>& wanted) {
+  double difference = 0, norm = 0;
+  for (size_t i = 0; i < wanted.size(); ++i) {
+    if (got[i] == wanted[i]) continue;  // infinities too
+    difference += (got[i] - wanted[i]) * (got[i] - wanted[i]);
+  }
+  for (double x : wanted)
+    if (std::isfinite(x)) norm += x * x;
+  return difference == 0 ? 0 : std::sqrt(difference / norm);  // NaN stays NaN
+}
+
+// Tensors of a case [B, T, H, D], in float64 for the CPU and in the case's type, with gaps between rows, for
+// the kernels. Values are those that the type can hold.
+class Input {
+ public:
+  Input(const char* name, DType dtype, int64_t batch, int64_t time, int64_t heads, int64_t width, double factor,
+        std::mt19937& random)
+      : batch_(batch), time_(time), heads_(heads), width_(width), dtype_(dtype), gap_(16 / element_bytes(dtype)),
+        exact(batch * time * heads * width),
+        buffer(name, batch * time * (heads * width + gap_) * element_bytes(dtype)) {
+    std::normal_distribution<double> normal;
+    for (double& x : exact) x = factor * normal(random);
+    exact = rounded(dtype, exact);
+    store();
+  }
+  void set_row(int64_t row_of_batch, int64_t t, double value) {
+    std::fill_n(exact.begin() + (row_of_batch * time_ + t) * heads_ * width_, heads_ * width_, value);
+    store();
+  }
+  int64_t time_stride() const { return heads_ * width_ + gap_; }
+
+ private:
+  int64_t batch_, time_, heads_, width_;
+  DType dtype_;
+  int64_t gap_;
+
+  void store() {
+    for (int64_t i = 0; i < batch_ * time_; ++i)
+      to_dtype(dtype_, {exact.begin() + i * heads_ * width_, exact.begin() + (i + 1) * heads_ * width_},
+               buffer.data() + i * time_stride() * element_bytes(dtype_));
+  }
+
+ public:
+  std::vector<double> exact;
+  Buffer buffer;
+};
+
+// Compares results of a run with float64: to 1e-5 (gradients 1e-4) for float32; for 16-bit results to 1.5
+// times the error of rounding the exact ones.
+void expect_close(const std::string& what, DType dtype, double limit, const std::vector<double>& got,
+                  const std::vector<double>& wanted) {
+  const double error = relative_error(got, wanted);
+  const double allowed = dtype == DType::kFloat32 || dtype == DType::kFloat64
+                             ? limit
+                             : 1.5 * relative_error(rounded(dtype, wanted), wanted) + 1e-6;
+  expect(error <= allowed, what + " differs by " + std::to_string(error * 1e6) + "e-6, allowed " +
+                               std::to_string(allowed * 1e6) + "e-6");
+}
+
+struct Run {
+  simt::Order order;
+  simt::Async async;
+};
+constexpr Run kRuns[] = {{simt::Order::kForward, simt::Async::kLate},
+                         {simt::Order::kReverse, simt::Async::kEarly},
+                         {simt::Order::kRandom, simt::Async::kRandom}};
+
+class Problem {
+ public:
+  Problem(const Case& c, std::mt19937& random)
+      : c_(c),
+        keys_(c.batch ? int64_t(c.ids.size()) / c.batch : 0),
+        q_("q", c.dtype, c.batch, c.queries, c.query_heads, c.key_width, c.q_factor, random),
+        k_("k", c.dtype, c.batch, keys_, c.kv_heads, c.key_width, 1, random),
+        v_("v", c.dtype, c.batch, keys_, c.kv_heads, c.value_width, 1, random),
+        ids_("step_ids", c.ids.size() * 4),
+        cu_("cu_seqlens", c.cu_seqlens.size() * 4),
+        out_dtype_(c.out_dtype == DType::kFloat64 ? c.dtype : c.out_dtype) {
+    std::memcpy(ids_.data(), c.ids.data(), c.ids.size() * 4);
+    std::memcpy(cu_.data(), c.cu_seqlens.data(), c.cu_seqlens.size() * 4);
+    if (c.poison) {
+      const double infinity = std::numeric_limits<double>::infinity(), nan = std::nan("");
+      for (int64_t b = 0; b < c.batch; ++b)
+        for (int64_t t = 0; t < keys_; ++t)
+          if (c.ids[b * keys_ + t] < 0) {
+            k_.set_row(b, t, nan);
+            v_.set_row(b, t, infinity);
+            if (t >= keys_ - c.queries) q_.set_row(b, t - (keys_ - c.queries), nan);
+          }
+    }
+    out_elements_ = c.batch * c.queries * c.query_heads * c.value_width;
+    lse_elements_ = c.batch * c.queries * c.query_heads;
+    exact_out_.resize(out_elements_), exact_lse_.resize(lse_elements_);
+    SegmentAttentionParams p = params(DType::kFloat64);
+    p.out = exact_out_.data(), p.lse = exact_lse_.data();
+    segment_attention_cpu(p);
+  }
+
+  void test_forward() {
+    Buffer out("out", out_elements_ * element_bytes(out_dtype_)), lse("lse", lse_elements_ * 4);
+    SegmentAttentionParams p = params(c_.dtype);
+    p.out = out.data(), p.lse = lse.data();
+    std::string first;
+    for (const Run& run : kRuns) {
+      simt::schedule() = {run.order, 7, run.async};
+      Buffer scratch("scratch", segment_attention_cuda_scratch(p));
+      out.reset(), lse.reset();
+      simt::forget_blocks();
+      simt::watch_blocks(out.data(), out.bytes(), "out");
+      simt::watch_blocks(lse.data(), lse.bytes(), "lse");
+      try {
+        segment_attention_cuda(p, scratch.data(), nullptr);
+      } catch (const simt::Error& error) {
+        expect(false, c_.name + ": " + error.what());
+      }
+      const std::string bits = out.copy() + lse.copy();
+      if (!first.empty()) expect(bits == first, c_.name + ": other bits in another order of threads");
+      first = bits;
+    }
+    expect_close(c_.name + ": out", out_dtype_ == c_.dtype ? c_.dtype : DType::kFloat32,
+                 c_.dtype == DType::kFloat32 ? 1e-5 : c_.dtype == DType::kBFloat16 ? 3e-3 : 3e-4,
+                 from_dtype(out_dtype_, out.data(), out_elements_), exact_out_);
+    expect_close(c_.name + ": lse", DType::kFloat32, 1e-5,
+                 from_dtype(DType::kFloat32, lse.data(), lse_elements_), exact_lse_);
+  }
+
+ private:
+  // Without results.
+  SegmentAttentionParams params(DType dtype) {
+    SegmentAttentionParams p{};
+    p.dtype = dtype, p.out_dtype = dtype == DType::kFloat64 ? dtype : out_dtype_;
+    p.batch = c_.batch, p.queries = c_.queries, p.keys = keys_;
+    p.query_heads = c_.query_heads, p.kv_heads = c_.kv_heads;
+    p.key_width = c_.key_width, p.value_width = c_.value_width;
+    p.scale = c_.scale != 0 ? c_.scale : 1 / std::sqrt(double(c_.key_width));
+    const bool exact = dtype == DType::kFloat64;
+    p.q = exact ? static_cast<const void*>(q_.exact.data()) : q_.buffer.data();
+    p.k = exact ? static_cast<const void*>(k_.exact.data()) : k_.buffer.data();
+    p.v = exact ? static_cast<const void*>(v_.exact.data()) : v_.buffer.data();
+    p.q_time = exact ? c_.query_heads * c_.key_width : q_.time_stride();
+    p.k_time = exact ? c_.kv_heads * c_.key_width : k_.time_stride();
+    p.v_time = exact ? c_.kv_heads * c_.value_width : v_.time_stride();
+    p.q_batch = c_.queries * p.q_time, p.k_batch = keys_ * p.k_time, p.v_batch = keys_ * p.v_time;
+    p.q_head = p.k_head = c_.key_width, p.v_head = c_.value_width;
+    p.step_ids = reinterpret_cast<const int32_t*>(ids_.data());
+    p.ids_batch = keys_, p.sequences = c_.batch;
+    if (!c_.cu_seqlens.empty()) {
+      p.cu_seqlens = reinterpret_cast<const int32_t*>(cu_.data());
+      p.sequences = int64_t(c_.cu_seqlens.size()) - 1;
+    }
+    return p;
+  }
+
+  Case c_;
+  int64_t keys_;
+  Input q_, k_, v_;
+  Buffer ids_, cu_;
+  DType out_dtype_;
+  int64_t out_elements_, lse_elements_;
+  std::vector<double> exact_out_, exact_lse_;
+};
+
+std::vector<Case> cases() {
+  using enum DType;
+  std::mt19937 random(9);
+  Ids holes = random_ids(150, 30, 40, 0.3, random);
+  Ids padded_row = ids_of({20, 30, 40, 10});
+  make_holes(padded_row, 0, 7), make_holes(padded_row, 90, 100);
+  std::vector<Case> all{
+      {"bfloat16 64", kBFloat16, 2, 1, 64, 64, 1, 150, ids_of({70, 50, 30})},
+      {"float16 128", kFloat16, 1, 1, 128, 128, 1, 100, ids_of({30, 70})},
+      {"float 64", kFloat32, 2, 1, 48, 64, 1, 130, ids_of({10, 60, 3, 57})},
+      {"holes", kFloat16, 2, 2, 32, 16, 1, 150, holes, {}, 0, 1, true},
+      {"a cache with holes", kBFloat16, 3, 1, 16, 64, 1, 40, holes, {}, 0, 1, true},
+      {"padding", kFloat32, 1, 1, 16, 16, 2, 100, joined({padded_row, ids_of({0, 100})}), {}, 0, 1, true},
+      {"packed", kBFloat16, 1, 1, 64, 32, 1, 150,
+       joined({ids_of({3, 20}), ids_of({0, 1}), ids_of({40, 80}), ids_of({0, 6})}), {0, 0, 23, 24, 24, 144, 150}},
+      {"one query", kFloat16, 2, 1, 64, 64, 2, 1, joined({ids_of({10, 60}), ids_of({70})})},
+      {"nobody", kBFloat16, 1, 1, 16, 16, 1, 70, Ids(70, -1), {}, 0, 1, true},
+      {"no queries", kBFloat16, 1, 1, 16, 16, 2, 0, Ids(140, 1)},
+      {"nothing", kBFloat16, 1, 1, 16, 16, 0, 0, {}},
+      {"large scores", kFloat32, 1, 1, 16, 16, 1, 80, ids_of({20, 60}), {}, 0, 300},
+      {"negative scale", kFloat16, 1, 1, 16, 16, 1, 80, ids_of({20, 60}), {}, -0.5},
+      {"float32 results", kBFloat16, 1, 1, 64, 48, 1, 80, ids_of({20, 60}), {}, 0, 1, false, kFloat32},
+  };
+  if (!simt::checks_races()) {
+    all.push_back({"bfloat16 128", kBFloat16, 2, 1, 128, 128, 1, 300, ids_of({100, 150, 50})});
+    all.push_back({"float 128", kFloat32, 1, 1, 128, 80, 1, 140, ids_of({30, 110})});
+    all.push_back({"float16 64", kFloat16, 4, 2, 64, 64, 2, 130, random_ids(260, 260, 1, 0, random)});
+    all.push_back({"tiny steps", kBFloat16, 1, 1, 16, 16, 1, 200, random_ids(200, 3, 3, 0, random)});
+    all.push_back({"causal", kBFloat16, 1, 1, 64, 64, 1, 400, ids_of({0, 400})});
+    all.push_back({"a long prompt", kFloat16, 1, 1, 64, 64, 1, 400, ids_of({330, 70})});
+    for (int64_t width = 16; width <= 128; width += 16) {
+      all.push_back({"key width " + std::to_string(width), kBFloat16, 1, 1, width, 32, 1, 70, ids_of({20, 50})});
+      all.push_back({"value width " + std::to_string(width), kFloat16, 1, 1, 32, width, 1, 70, ids_of({20, 50})});
+    }
+  }
+  return all;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const std::string only = argc > 1 ? argv[1] : "";
+  const auto time = [] { return std::chrono::steady_clock::now(); };
+  const auto told = [&](const std::string& what, auto since) {
+    if (!only.empty())
+      std::printf("%-24s %.2f s\n", what.c_str(), std::chrono::duration<double>(time() - since).count());
+  };
+  const auto start = time();
+  test_plans();
+  test_wrong_contents();
+  told("plans", start);
+  for (const Case& c : cases()) {
+    const auto since = time();
+    std::mt19937 random(4);
+    Problem problem(c, random);
+    problem.test_forward();
+    told(c.name, since);
+  }
+  std::printf("%s: %d failures\n", simt::checks_races() ? "checked" : "plain", failures);
+  return failures != 0;
+}
