@@ -1,0 +1,537 @@
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+
+#include "common/cuda_device.h"
+#include "common/hopper.cuh"
+#include "common/mma.cuh"
+#include "segment_attention/segment_attention_sm90.h"
+#include "segment_attention/segment_tiles.cuh"
+
+namespace statecore {
+namespace {
+
+constexpr int kGroups = 2;  // warpgroups that multiply; behind them comes that of the producer
+constexpr int kBlockThreads = 128 * (kGroups + 1);
+constexpr int kStages = 4;                      // tiles of keys and of values on their way or in use
+constexpr int kPanelBytes = kTileTokens * 128;  // 64 tokens x 64 columns
+constexpr int kNoTile = INT32_MAX;
+
+// ---- what the producer tells the others beside the tiles
+// Queries [begin, end) of a row of the batch for one head: the work of a warpgroup. None if begin == end.
+struct alignas(16) Unit {
+  int32_t row, begin, end, head;
+};
+enum : uint32_t { kVisited = 1, kMasked = 4, kMore = 16 };  // the first two shifted by the warpgroup
+struct alignas(16) KeyTile {
+  int32_t begin;    // position of its first key
+  uint32_t flags;   // who visits it, for whom it is not all visible, whether the unit has another one
+  uint64_t hidden;  // rows that nobody who visits it may see
+};
+
+// Shared memory. Tiles are panels of 64 columns, one behind the other.
+template <int kWidth>
+struct Shared {
+  static constexpr int kTileBytes = kWidth / 64 * kPanelBytes;
+  static constexpr int kBytes = (2 * kGroups + 2 * kStages) * kTileBytes;
+
+  unsigned char* tiles;
+  Unit* units;           // [kGroups]
+  int* first_more;       // [1] kMore if the units visit keys at all, kOver behind the last units
+  KeyTile* key_tiles;    // [kStages]
+  int32_t* visible_end;  // [kStages][64] of masked tiles
+  uint32_t barriers;
+
+  __device__ __forceinline__ unsigned char* queries(int group) const { return tiles + group * kTileBytes; }
+  __device__ __forceinline__ unsigned char* results(int group) const {
+    return tiles + (kGroups + group) * kTileBytes;
+  }
+  __device__ __forceinline__ unsigned char* keys(int stage) const {
+    return tiles + (2 * kGroups + 2 * stage) * kTileBytes;
+  }
+  __device__ __forceinline__ unsigned char* values(int stage) const { return keys(stage) + kTileBytes; }
+
+  __device__ __forceinline__ uint32_t queries_landed() const { return barriers; }
+  __device__ __forceinline__ uint32_t queries_read() const { return barriers + 8; }
+  __device__ __forceinline__ uint32_t keys_landed(int stage) const { return barriers + 16 + 32 * stage; }
+  __device__ __forceinline__ uint32_t values_landed(int stage) const { return keys_landed(stage) + 8; }
+  __device__ __forceinline__ uint32_t values_ready(int stage) const { return keys_landed(stage) + 16; }
+  __device__ __forceinline__ uint32_t stage_free(int stage) const { return keys_landed(stage) + 24; }
+};
+constexpr int kBarriers = 2 + 4 * kStages;
+constexpr int kOver = -1;
+
+// Whose turn it is among the stages, and the parity of its barriers' current phase.
+struct Turn {
+  int stage = 0;
+  unsigned parity = 0;
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) stage = 0, parity ^= 1;
+  }
+};
+
+
+// ---- which tiles
+// Query tiles come in pairs of neighbours, those that see most first. -1: the last pair of a row lacks one.
+__device__ __forceinline__ int tile_of_pair(const DevicePlan& plan, int pair, int which) {
+  if (plan.cu_seqlens) return plan.tiles - 1 - 2 * pair - which;
+  const int rows = plan.tiles / plan.row_tiles;
+  const int tile = plan.row_tiles - 1 - pair / rows * 2 - which;
+  return tile < plan.row_tiles - plan.query_row_tiles ? -1 : pair % rows * plan.row_tiles + tile;
+}
+
+int64_t pairs_of_tiles(const SegmentAttentionParams& p, const DevicePlan& plan) {
+  return p.cu_seqlens ? (plan.tiles + 1) / 2 : p.batch * ((plan.query_row_tiles + 1) / 2);
+}
+
+// The tiles of keys that a tile of queries visits.
+struct Visits {
+  int prompt_begin, prompt_end, own_begin, last;
+
+  // The first one from `tile` on.
+  __device__ __forceinline__ int from(int tile) const {
+    if (tile < prompt_end && prompt_begin < prompt_end) return max(tile, prompt_begin);
+    tile = max(tile, own_begin);
+    return tile <= last ? tile : kNoTile;
+  }
+};
+
+// ---- the producer: a warp that decides and copies
+template <int kWidth>
+__device__ __forceinline__ void load_tile(unsigned char* tile, const TensorMap& map, int head, int token,
+                                          int row, uint32_t barrier) {
+#pragma unroll
+  for (int panel = 0; panel < kWidth / 64; ++panel)
+    tma_load(shared_address(tile + panel * kPanelBytes), map, {64 * panel, head, token, row}, barrier);
+}
+
+template <int kWidth>
+__device__ __forceinline__ void produce(const Shared<kWidth>& shared, const TensorMap& q, const TensorMap& k,
+                                        const TensorMap& v, const SegmentAttentionParams& p,
+                                        const DevicePlan& plan, int items) {
+  constexpr int kTileBytes = Shared<kWidth>::kTileBytes;
+  const int lane = lane_index(), kv_heads = int(p.kv_heads), heads = int(p.query_heads) / kv_heads;
+  Turn turn;
+  unsigned parity = 1;
+  for (int item = int(blockIdx.x); item < items; item += int(gridDim.x)) {
+    // ---- an item is two of the 2 x heads units of a pair of tiles
+    const int kv_head = item % kv_heads, pair = item / kv_heads / heads, first = item / kv_heads % heads * 2;
+    TokenTile queries[kGroups];
+    Visits visits[kGroups];
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      const int number = tile_of_pair(plan, pair, (first + g) / heads);
+      queries[g] = number < 0 ? TokenTile{0, 0, 0, 0, 0, 0, 0, 1} : plan.tile[number];
+      visits[g] = {queries[g].prompt_begin, queries[g].prompt_end, queries[g].own_begin, max(number, 0)};
+    }
+    if (queries[0].begin == queries[0].end && queries[1].begin == queries[1].end) continue;
+    const auto visited_from = [&](int tile) { return min(visits[0].from(tile), visits[1].from(tile)); };
+
+    int tile = visited_from(0);
+    mbarrier_wait(shared.queries_read(), parity);
+    parity ^= 1;
+    if (lane == 0) {
+      *shared.first_more = tile == kNoTile ? 0 : kMore;
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g)
+        shared.units[g] = {queries[g].row, queries[g].begin, queries[g].end,
+                           kv_head * heads + (first + g) % heads};
+      mbarrier_arrive_expect(shared.queries_landed(), kGroups * kTileBytes);
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g)
+        load_tile<kWidth>(shared.queries(g), q, kv_head * heads + (first + g) % heads,
+                          queries[g].begin - plan.first_query, queries[g].row, shared.queries_landed());
+    }
+
+    while (tile != kNoTile) {
+      const TokenTile keys = plan.tile[tile];
+      uint32_t flags = 0;
+      int first_query = kNoTile;
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g)
+        if (visits[g].from(tile) == tile) {
+          flags |= kVisited << g | (all_visible(queries[g], keys) ? 0 : kMasked << g);
+          first_query = min(first_query, queries[g].begin);
+        }
+      tile = visited_from(tile + 1);
+      if (tile != kNoTile) flags |= kMore;
+      const bool masked = flags & (kMasked | kMasked << 1);
+      int ends[2] = {};
+      if (masked)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int key = keys.begin + lane + 32 * i;
+          if (key < keys.end) ends[i] = plan.visible_end[int64_t(keys.row) * plan.keys + key];
+        }
+
+      mbarrier_wait(shared.stage_free(turn.stage), turn.parity ^ 1);
+      if (lane == 0) {
+        mbarrier_expect(shared.keys_landed(turn.stage), kTileBytes);
+        load_tile<kWidth>(shared.keys(turn.stage), k, kv_head, keys.begin, keys.row,
+                          shared.keys_landed(turn.stage));
+        mbarrier_expect(shared.values_landed(turn.stage), kTileBytes);
+        load_tile<kWidth>(shared.values(turn.stage), v, kv_head, keys.begin, keys.row,
+                          shared.values_landed(turn.stage));
+      }
+      uint64_t hidden = 0;
+      if (masked) {
+        const uint32_t low = __ballot_sync(0xffffffffu, ends[0] <= first_query);
+        hidden = low | uint64_t(__ballot_sync(0xffffffffu, ends[1] <= first_query)) << 32;
+        shared.visible_end[turn.stage * kTileTokens + lane] = ends[0];
+        shared.visible_end[turn.stage * kTileTokens + lane + 32] = ends[1];
+      }
+      if (lane == 0) shared.key_tiles[turn.stage] = {keys.begin, flags, hidden};
+      __syncwarp();
+      if (lane == 0) {
+        mbarrier_arrive(shared.keys_landed(turn.stage));
+        mbarrier_arrive(shared.values_landed(turn.stage));
+      }
+      turn.advance();
+    }
+  }
+  mbarrier_wait(shared.queries_read(), parity);
+  if (lane == 0) {
+    *shared.first_more = kOver;
+    mbarrier_arrive(shared.queries_landed());
+  }
+}
+
+// ---- a warp that makes values good: a weight of 0 times NaN would be NaN
+template <int kWidth>
+__device__ __forceinline__ void hide_values(const Shared<kWidth>& shared) {
+  constexpr int kPieces = kWidth / 8;
+  const int lane = lane_index();
+  Turn turn;
+  for (unsigned parity = 0;; parity ^= 1) {
+    mbarrier_wait(shared.queries_landed(), parity);
+    const int first_more = *shared.first_more;
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(shared.queries_read());
+    if (first_more == kOver) return;
+    for (bool more = first_more; more; turn.advance()) {
+      mbarrier_wait(shared.values_landed(turn.stage), turn.parity);
+      const KeyTile keys = shared.key_tiles[turn.stage];
+      more = keys.flags & kMore;
+      if (keys.hidden) {
+        unsigned char* values = shared.values(turn.stage);
+#pragma unroll 4
+        for (int i = lane; i < kTileTokens * kPieces; i += 32) {
+          const int row = i / kPieces, piece = i % kPieces;
+          if (keys.hidden >> row & 1)
+            *reinterpret_cast<uint4*>(values + piece / 8 * kPanelBytes + row * 128 + piece % 8 * 16) =
+                make_uint4(0, 0, 0, 0);
+        }
+        fence_proxy_async();
+      }
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(shared.values_ready(turn.stage));
+    }
+  }
+}
+
+// ---- a warpgroup that multiplies
+__device__ __forceinline__ float row_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+__device__ __forceinline__ float row_sum(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+template <class T, int kWidth>
+__device__ __forceinline__ void attend(const Shared<kWidth>& shared, const SegmentAttentionParams& p,
+                                       const DevicePlan& plan) {
+  constexpr int kDepths = kWidth / 16, kScores = kTileTokens / 2, kColumns = kWidth / 2;
+  const int lane = lane_index(), group = int(threadIdx.x) / 128;
+  const int warp_row = int(threadIdx.x) % 128 / 32 * 16;
+  const float scale = float(p.scale * 1.4426950408889634);
+  const auto release = [&](int stage) {
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(shared.stage_free(stage));
+  };
+
+  Turn turn;
+  for (unsigned parity = 0;; parity ^= 1) {
+    // ---- who we are: queries to registers, where they stay
+    mbarrier_wait(shared.queries_landed(), parity);
+    const int first_more = *shared.first_more;
+    if (first_more == kOver) return;
+    const Unit unit = shared.units[group];
+    OperandA<T> q[kDepths];
+#pragma unroll
+    for (int d = 0; d < kDepths; ++d)
+      load<false>(q[d], Tile<T, 64>{}, shared.queries(group) + d / 4 * kPanelBytes, warp_row, d % 4 * 16);
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(shared.queries_read());
+
+    // ---- this lane's two rows
+    int token[2];
+    bool inside[2], there[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      token[i] = unit.begin + warp_row + accumulator_row(2 * i);
+      inside[i] = token[i] < unit.end && token[i] >= plan.first_query;
+      there[i] = inside[i] && plan.visible_end[int64_t(unit.row) * plan.keys + token[i]] > 0;
+    }
+    float top[2] = {-kInfinity, -kInfinity}, sum[2] = {0, 0};
+    float out[kColumns] = {}, score[kScores];
+    uint32_t weights[kTileTokens / 16][4];
+
+    // The next tile that this warpgroup visits: its keys are there. The others are released unseen.
+    bool more = first_more;
+    KeyTile keys;
+    const auto find = [&] {
+      while (more) {
+        mbarrier_wait(shared.keys_landed(turn.stage), turn.parity);
+        keys = shared.key_tiles[turn.stage];
+        more = keys.flags & kMore;
+        if (keys.flags & kVisited << group) return true;
+        release(turn.stage);
+        turn.advance();
+      }
+      return false;
+    };
+    const auto multiply_keys = [&] {
+      wgmma_settle(score);
+      wgmma_fence();
+#pragma unroll
+      for (int d = 0; d < kDepths; ++d)
+        wgmma<T, kTileTokens>(score, q[d].r,
+                              k_major(shared_address(shared.keys(turn.stage)), kPanelBytes, 0, 16 * d), d > 0);
+      wgmma_commit();
+    };
+    const auto multiply_values = [&](const Turn& of) {
+      mbarrier_wait(shared.values_ready(of.stage), of.parity);
+      wgmma_settle(out);
+      wgmma_fence();
+#pragma unroll
+      for (int d = 0; d < kTileTokens / 16; ++d)
+        wgmma<T, kWidth, Major::kMN>(
+            out, weights[d], mn_major(shared_address(shared.values(of.stage)), kPanelBytes, 0, 16 * d), true);
+      wgmma_commit();
+    };
+    // Scores, raw, to weights beside the highest score so far; what the sums so far are worth beside them.
+    const auto weigh = [&](float (&keeps)[2]) {
+      wgmma_settle(score);
+      if (keys.flags & kMasked << group) {
+        const int32_t* ends = shared.visible_end + turn.stage * kTileTokens;
+#pragma unroll
+        for (int n = 0; n < kTileTokens / 8; ++n) {
+          const int column = 8 * n + accumulator_column(0);
+          const int2 end = *reinterpret_cast<const int2*>(ends + column);
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            if (keys.begin + column + i % 2 > token[i / 2] || token[i / 2] >= (i % 2 ? end.y : end.x))
+              score[4 * n + i] = -kInfinity;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float highest = top[i];
+#pragma unroll
+        for (int n = 0; n < kTileTokens / 8; ++n)
+          highest = fmaxf(highest, fmaxf(score[4 * n + 2 * i], score[4 * n + 2 * i + 1]));
+        highest = row_max(highest);
+        const float shift = highest == -kInfinity ? 0 : highest * scale;  // who has seen nobody yet
+        keeps[i] = exp2_approx(top[i] * scale - shift);
+        top[i] = highest;
+        sum[i] *= keeps[i];
+#pragma unroll
+        for (int n = 0; n < kTileTokens / 8; ++n)
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            float& weight = score[4 * n + 2 * i + j];
+            weight = exp2_approx(weight * scale - shift);
+            sum[i] += weight;
+          }
+      }
+    };
+    const auto round_weights = [&] {
+#pragma unroll
+      for (int d = 0; d < kTileTokens / 16; ++d)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int at = 4 * (2 * d + i / 2) + i % 2 * 2;
+          weights[d][i] = pack<T>(score[at], score[at + 1]);
+        }
+    };
+
+    if (find()) {
+      float keeps[2];
+      multiply_keys();
+      wgmma_wait<0>();
+      weigh(keeps);
+      round_weights();
+      Turn values = turn;
+      turn.advance();
+      while (find()) {
+        multiply_keys();
+        multiply_values(values);
+        wgmma_wait<1>();
+        weigh(keeps);
+        wgmma_wait<0>();
+        wgmma_settle(out);
+        release(values.stage);
+        if (__ballot_sync(0xffffffffu, keeps[0] != 1 || keeps[1] != 1))
+#pragma unroll
+          for (int i = 0; i < kColumns; ++i) out[i] *= keeps[i / 2 % 2];
+        round_weights();
+        values = turn;
+        turn.advance();
+      }
+      multiply_values(values);
+      wgmma_wait<0>();
+      wgmma_settle(out);
+      release(values.stage);
+    }
+
+    // ---- results: rows with nobody there are 0, whatever has been computed for them
+    if (unit.begin == unit.end) continue;
+    const int64_t row_elements = p.query_heads * p.value_width;
+    const int64_t first_row = int64_t(unit.row) * p.queries + unit.begin - plan.first_query;
+    const bool rounds = p.out_dtype == p.dtype;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float total = row_sum(sum[i]), factor = 1 / total;
+      if (inside[i] && lane % 4 == 0)
+        static_cast<float*>(p.lse)[(unit.row * p.query_heads + unit.head) * p.queries + token[i] -
+                                   plan.first_query] =
+            there[i] ? (top[i] * scale + log2f(total)) * kLn2 : -kInfinity;
+#pragma unroll
+      for (int n = 0; n < kColumns; n += 4)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          float& x = out[n + 2 * i + j];
+          x = there[i] ? x * factor : 0;
+        }
+      if (!rounds && inside[i]) {
+        float* to = static_cast<float*>(p.out) + (first_row + token[i] - unit.begin) * row_elements +
+                    unit.head * p.value_width + accumulator_column(0);
+#pragma unroll
+        for (int n = 0; n < kColumns / 4; ++n)
+          if (8 * n + accumulator_column(0) < p.value_width)
+            *reinterpret_cast<float2*>(to + 8 * n) = make_float2(out[4 * n + 2 * i], out[4 * n + 2 * i + 1]);
+      }
+    }
+    if (!rounds) continue;
+    unsigned char* results = shared.results(group);  // of which a warp has rows of its own
+    __syncwarp();
+#pragma unroll
+    for (int column = 0; column < kWidth; column += 16) {
+      uint32_t r[4];  // matrices: rows 0-7, rows 8-15, then the next 8 columns
+#pragma unroll
+      for (int i = 0; i < 4; ++i) r[i] = pack<T>(out[column / 2 + 2 * i], out[column / 2 + 2 * i + 1]);
+      stmatrix<false>(shared_address(results + column / 64 * kPanelBytes +
+                                     Tile<T, 64>::offset(warp_row + lane % 16, column % 64 + lane / 16 * 8)),
+                      r);
+    }
+    __syncwarp();
+    constexpr int kPieces = kWidth / 8;
+#pragma unroll
+    for (int i = 0; i < 16 * kPieces / 32; ++i) {
+      const int piece = i * 32 + lane, row = warp_row + piece / kPieces, column = piece % kPieces * 8;
+      const int at = unit.begin + row;
+      if (at >= unit.end || at < plan.first_query || column >= p.value_width) continue;
+      T* to = static_cast<T*>(p.out) + (first_row + row) * row_elements + unit.head * p.value_width + column;
+      *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(
+          results + column / 64 * kPanelBytes + Tile<T, 64>::offset(row, column % 64));
+    }
+  }
+}
+
+template <class T, int kWidth>
+__global__ void __launch_bounds__(kBlockThreads, 1)
+    segment_forward_sm90(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k,
+                         const __grid_constant__ TensorMap v,
+                         const __grid_constant__ SegmentAttentionParams p,
+                         const __grid_constant__ DevicePlan plan, int items) {
+#if defined(STATECORE_SM90A)
+  STATECORE_DYNAMIC_SHARED(tiles);
+  STATECORE_SHARED(uint64_t, barriers, kBarriers);
+  STATECORE_SHARED(Unit, units, kGroups);
+  STATECORE_SHARED(int, first_more, 1);
+  STATECORE_SHARED(KeyTile, key_tiles, kStages);
+  STATECORE_SHARED(int32_t, visible_end, kStages * kTileTokens);
+  const Shared<kWidth> shared{tiles, units, first_more, key_tiles, visible_end, shared_address(barriers)};
+  if (threadIdx.x == 0) {
+    mbarrier_init(shared.queries_landed(), 1);
+    mbarrier_init(shared.queries_read(), 4 * kGroups + 1);
+    for (int stage = 0; stage < kStages; ++stage) {
+      mbarrier_init(shared.keys_landed(stage), 1);
+      mbarrier_init(shared.values_landed(stage), 1);
+      mbarrier_init(shared.values_ready(stage), 1);
+      mbarrier_init(shared.stage_free(stage), 4 * kGroups);
+    }
+    mbarrier_init_fence();
+    prefetch_tensor_map(q), prefetch_tensor_map(k), prefetch_tensor_map(v);
+  }
+  __syncthreads();
+  if (threadIdx.x >= 128 * kGroups) {
+    lower_registers<56>();
+    const int warp = int(threadIdx.x) / 32 - 4 * kGroups;
+    if (warp == 0)
+      produce(shared, q, k, v, p, plan, items);
+    else if (warp == 1)
+      hide_values(shared);
+  } else {
+    raise_registers<224>();
+    attend<T>(shared, p, plan);
+  }
+#endif
+}
+
+// Dimensions of size 1 may have any stride; TMA wants to be told a possible one.
+bool addressable(const void* data, const int64_t (&sizes)[4], const int64_t (&strides)[3]) {
+  bool fits = reinterpret_cast<uintptr_t>(data) % 16 == 0;
+  for (int i = 0; i < 3; ++i)
+    fits &= sizes[i + 1] == 1 || (strides[i] > 0 && strides[i] % 8 == 0 && strides[i] < int64_t(1) << 39);
+  return fits;
+}
+
+template <class T>
+TensorMap map_of(const void* x, int64_t width, int64_t heads, int64_t tokens, int64_t batch,
+                 int64_t head_stride, int64_t token_stride, int64_t batch_stride) {
+  const int64_t any = (width + 7) / 8 * 8;
+  return make_tensor_map(
+      static_cast<const T*>(x), {width, heads, tokens, batch},
+      {heads == 1 ? any : head_stride, tokens == 1 ? any : token_stride, batch == 1 ? any : batch_stride},
+      {64, 1, kTileTokens, 1});
+}
+
+template <class T, int kWidth>
+void launch_forward(const SegmentAttentionParams& p, const DevicePlan& plan, void* stream) {
+  const int64_t items = pairs_of_tiles(p, plan) * p.query_heads;
+  if (items > INT32_MAX)
+    throw std::runtime_error("statecore: segment_attention has too many tokens and heads for one launch");
+  const int64_t blocks = std::min<int64_t>(items, current_cuda_device().multiprocessors);
+  launch(
+      "segment_attention_sm90", segment_forward_sm90<T, kWidth>,
+      {dim3(unsigned(blocks)), dim3(kBlockThreads), size_t(Shared<kWidth>::kBytes)}, stream,
+      map_of<T>(p.q, p.key_width, p.query_heads, p.queries, p.batch, p.q_head, p.q_time, p.q_batch),
+      map_of<T>(p.k, p.key_width, p.kv_heads, p.keys, p.batch, p.k_head, p.k_time, p.k_batch),
+      map_of<T>(p.v, p.value_width, p.kv_heads, p.keys, p.batch, p.v_head, p.v_time, p.v_batch), p, plan,
+      int(items));
+}
+
+template <class T>
+void launch_forward(const SegmentAttentionParams& p, const DevicePlan& plan, void* stream) {
+  p.key_width > 64 || p.value_width > 64 ? launch_forward<T, 128>(p, plan, stream)
+                                         : launch_forward<T, 64>(p, plan, stream);
+}
+
+}  // namespace
+
+bool segment_attention_sm90_takes(const SegmentAttentionParams& p) {
+  return (p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16) && p.scale > 0 &&
+         addressable(p.q, {p.key_width, p.query_heads, p.queries, p.batch}, {p.q_head, p.q_time, p.q_batch}) &&
+         addressable(p.k, {p.key_width, p.kv_heads, p.keys, p.batch}, {p.k_head, p.k_time, p.k_batch}) &&
+         addressable(p.v, {p.value_width, p.kv_heads, p.keys, p.batch}, {p.v_head, p.v_time, p.v_batch});
+}
+
+void segment_attention_sm90(const SegmentAttentionParams& p, const DevicePlan& plan, void* stream) {
+  p.dtype == DType::kBFloat16 ? launch_forward<__nv_bfloat16>(p, plan, stream)
+                              : launch_forward<__half>(p, plan, stream);
+}
+
+}  // namespace statecore
