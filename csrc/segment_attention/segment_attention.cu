@@ -1,6 +1,7 @@
 #include <cmath>
 #include <stdexcept>
 
+#include "segment_attention/segment_attention_sm90.h"
 #include "segment_attention/segment_tiles.cuh"
 
 namespace statecore {
@@ -218,6 +219,7 @@ void segment_attention_cuda(const SegmentAttentionParams& p, void* scratch, void
   ScratchParts parts(scratch);
   const DevicePlan plan = device_plan(p, parts);
   make_plan(plan, stream);
+  if (segment_attention_sm90_takes(p)) return segment_attention_sm90(p, plan, stream);
   switch (p.dtype) {
     case DType::kFloat32: return launch_forward<float>(p, plan, stream);
     case DType::kBFloat16: return launch_forward<__nv_bfloat16>(p, plan, stream);

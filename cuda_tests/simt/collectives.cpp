@@ -28,7 +28,8 @@ void release_barrier(Block& block) {
   block.at_barrier.clear();
 }
 
-constexpr char kWarpBarrier[] = "__syncwarp", kShuffle[] = "a shuffle", kVote[] = "a vote";
+constexpr char kWarpBarrier[] = "__syncwarp", kShuffle[] = "a shuffle", kVote[] = "a vote",
+               kElect[] = "elect_one";
 
 }  // namespace
 
@@ -136,6 +137,11 @@ uint32_t exchange(uint32_t mask, uint32_t value, int from_lane, const Where& whe
     }
   });
   return argument.out;
+}
+
+bool elect_one(const Where& where) {
+  meet(kElect, 0xffffffffu, nullptr, where, [](const Meeting&) {});
+  return running_thread()->id.lane == 0;
 }
 
 uint32_t vote(uint32_t mask, bool yes, const Where& where) {

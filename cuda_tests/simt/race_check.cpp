@@ -2,8 +2,8 @@
 //
 // Kernels are compiled with -fsanitize=thread and linked without its run-time library: the functions that the
 // compiler inserts before each access are the ones at the end of this file. An access to shared memory must
-// lie inside an array, find set bytes, and be ordered after whatever it conflicts with, by __syncthreads or
-// __syncwarp alone, whichever order the threads happen to run in. Blocks are not ordered at all.
+// lie inside an array, find set bytes, and be ordered after whatever it conflicts with by barriers and waits
+// alone, whichever order the threads happen to run in. Blocks are not ordered at all.
 
 #include <dlfcn.h>
 
@@ -29,6 +29,7 @@ struct Shadow {  // of two bytes
   Access write{};
   std::vector<Access> reads;   // since then, none of them ordered before another
   bool being_written = false;  // by an asynchronous copy, which `write` has issued
+  bool stored = false;         // by a thread, so that TMA and wgmma see it after a fence only
 };
 std::vector<Shadow> shadow;
 
@@ -58,38 +59,59 @@ std::string site_text(const Site& site) { return site.where ? line_text(*site.wh
 
 [[noreturn]] void report_race(const char* what, const Site& site, const Access& other) {
   const std::string line = other.code ? code_text(other.code) : line_text(other.where);
-  report(std::string("race: ") + what + " by thread " + std::to_string(other.thread) + " at " + line + ",",
+  const bool is_thread = other.thread < running_block()->threads.size();
+  report(std::string("race: ") + what + " by " +
+             (is_thread ? "thread " + std::to_string(other.thread) : "an asynchronous instruction issued") +
+             " at " + line + ",",
          site);
 }
 
-bool before_now(const Access& access, const ThreadState& thread) {
-  return access.time == 0 || access.thread == thread.id.index || access.time <= thread.clock[access.thread];
+uint32_t index_of(Agent& agent) {
+  if (agent.index == 0) agent.index = uint32_t(running_block()->threads.size()) + running_block()->agents++;
+  return agent.index;
 }
 
-void check_shared(const ThreadState& self, uint32_t begin, uint32_t end, bool write, const Site& code) {
+bool before(const Access& access, const Clock& clock) {
+  return access.time == 0 || (access.thread < clock.size() && access.time <= clock[access.thread]);
+}
+
+// An access, by whom `now` says, that is ordered after all that `clock` has seen.
+void check_shared(const Access& now, const Clock& clock, uint32_t begin, uint32_t end, bool write,
+                  const Site& site) {
   bool inside = false;
   for (const SharedArray& array : running_block()->shared) inside |= begin >= array.begin && end <= array.end;
-  if (!inside) report(write ? "shared write out of bounds" : "shared read out of bounds", code);
-  const Access now{self.id.index, self.clock[self.id.index], code.code, code.where ? *code.where : Where{}};
+  if (!inside) report(write ? "shared write out of bounds" : "shared read out of bounds", site);
   if (shadow.size() <= (end - 1) / 2) shadow.resize((end - 1) / 2 + 1);
   for (uint32_t i = begin / 2; i <= (end - 1) / 2; ++i) {
-    auto& [last_write, reads, being_written] = shadow[i];
-    if (being_written) report_race("an asynchronous copy is still writing this, issued", code, last_write);
-    if (!write && last_write.time == 0) report("read of uninitialised shared memory", code);
-    if (!before_now(last_write, self))
-      report_race(write ? "write not ordered after a write" : "read not ordered after a write", code,
+    auto& [last_write, reads, being_written, stored] = shadow[i];
+    if (being_written) report_race("an asynchronous copy is still writing this, issued", site, last_write);
+    if (!write && last_write.time == 0) report("read of uninitialised shared memory", site);
+    if (!before(last_write, clock))
+      report_race(write ? "write not ordered after a write" : "read not ordered after a write", site,
                   last_write);
     if (write) {
       for (const Access& read : reads)
-        if (!before_now(read, self)) report_race("write not ordered after a read", code, read);
+        if (!before(read, clock)) report_race("write not ordered after a read", site, read);
       last_write = now;
+      stored = true;
       reads.clear();
     } else {
       // What is ordered after this read is ordered after all reads that are before it.
-      std::erase_if(reads, [&](const Access& read) { return before_now(read, self); });
+      std::erase_if(reads,
+                    [&](const Access& read) { return read.thread == now.thread || before(read, clock); });
       reads.push_back(now);
     }
   }
+}
+
+void check_shared(const ThreadState& self, uint32_t begin, uint32_t end, bool write, const Site& site) {
+  const Access now{self.id.index, self.clock[self.id.index], site.code, site.where ? *site.where : Where{}};
+  check_shared(now, self.clock, begin, end, write, site);
+}
+
+void join(Clock& clock, const Clock& other) {
+  if (clock.size() < other.size()) clock.resize(other.size());
+  for (size_t i = 0; i < other.size(); ++i) clock[i] = std::max(clock[i], other[i]);
 }
 
 struct Watched {
@@ -99,7 +121,7 @@ struct Watched {
 };
 std::map<uintptr_t, Watched> watched;
 
-void check_global(uintptr_t begin, uintptr_t end, bool write, const void* code) {
+void check_blocks(uintptr_t begin, uintptr_t end, bool write, const Site& site) {
   auto found = watched.upper_bound(begin);
   if (found == watched.begin()) return;
   auto& [start, buffer] = *--found;
@@ -110,9 +132,9 @@ void check_global(uintptr_t begin, uintptr_t end, bool write, const void* code) 
     if (writer && writer != self)
       report(write ? "two blocks write one element of " + buffer.name
                    : "a block reads what another block writes in " + buffer.name,
-             Site{code});
+             site);
     if (write && reader && reader != self)
-      report("a block writes what another block reads in " + buffer.name, Site{code});
+      report("a block writes what another block reads in " + buffer.name, site);
     (write ? writer : reader) = self;
   }
 }
@@ -123,7 +145,7 @@ void check(const void* address, size_t bytes, bool write, const void* code) {
   if (begin - base < kArenaBytes)
     check_shared(*running_thread(), uint32_t(begin - base), uint32_t(begin - base + bytes), write, {code});
   else
-    check_global(begin, begin + bytes, write, code);
+    check_blocks(begin, begin + bytes, write, {code});
 }
 
 }  // namespace
@@ -137,14 +159,11 @@ void start_checks() {
 }
 
 void publish(ThreadState& thread, Clock& clock) {
-  clock.resize(thread.clock.size());
-  for (size_t i = 0; i < clock.size(); ++i) clock[i] = std::max(clock[i], thread.clock[i]);
+  join(clock, thread.clock);
   ++thread.clock[thread.id.index];
 }
 
-void observe(ThreadState& thread, const Clock& clock) {
-  for (size_t i = 0; i < clock.size(); ++i) thread.clock[i] = std::max(thread.clock[i], clock[i]);
-}
+void observe(ThreadState& thread, const Clock& clock) { join(thread.clock, clock); }
 
 void check_read(const ThreadState& thread, uint32_t address, uint32_t bytes, const Where& where) {
   check_shared(thread, address, address + bytes, false, {nullptr, &where});
@@ -166,6 +185,47 @@ void finish_writing(uint32_t address, uint32_t bytes) {
     shadow[i].being_written = false;
     shadow[i].write.time = self.clock[self.id.index];
   }
+}
+
+void finish_writing(Agent& agent, uint32_t address, uint32_t bytes) {
+  const uint32_t index = index_of(agent);
+  ++agent.time;
+  for (uint32_t i = address / 2; i < (address + bytes) / 2; ++i) {
+    shadow[i].being_written = shadow[i].stored = false;
+    shadow[i].write.thread = index;
+    shadow[i].write.time = agent.time;
+  }
+}
+
+void start_reading(Agent& agent, uint32_t time, const Clock& clock, uint32_t address, uint32_t bytes,
+                   const Where& where) {
+  check_shared({index_of(agent), time, nullptr, where}, clock, address, address + bytes, false,
+               {nullptr, &where});
+}
+
+void learn(Clock& clock, const Agent& agent, uint32_t time) {
+  if (agent.index == 0) return;
+  if (clock.size() <= agent.index) clock.resize(agent.index + 1);
+  clock[agent.index] = std::max(clock[agent.index], time);
+}
+
+void fence_stores(ThreadState& thread) { thread.proxy_fences.push_back(thread.clock[thread.id.index]++); }
+
+void check_fenced(const Clock& clock, uint32_t address, uint32_t bytes, const Where& where) {
+  for (uint32_t i = address / 2; i < (address + bytes) / 2 && i < shadow.size(); ++i) {
+    const Access& write = shadow[i].write;
+    if (write.time == 0 || !shadow[i].stored) continue;
+    const std::vector<uint32_t>& fences = running_block()->threads[write.thread].proxy_fences;
+    const auto fence = std::lower_bound(fences.begin(), fences.end(), write.time);
+    if (fence == fences.end() || !before({write.thread, *fence}, clock))
+      report_race("no fence_proxy_async between an asynchronous instruction and a store", {nullptr, &where},
+                  write);
+  }
+}
+
+void check_global(const void* begin, size_t bytes, bool write, const Where& where) {
+  const auto address = reinterpret_cast<uintptr_t>(begin);
+  check_blocks(address, address + bytes, write, {nullptr, &where});
 }
 
 void watch_blocks(const void* buffer, size_t bytes, const char* name) {

@@ -47,6 +47,11 @@ void switch_to(ThreadState* next) {  // null: the scheduler
 }
 
 ThreadState* next_ready() {
+  constexpr uint64_t kLandings = 8;  // one in so many steps of a random schedule
+  if (chosen.order == Order::kRandom && !block->bulk_loads.empty() && generator() % kLandings == 0)
+    land_bulk_load();
+  while (ready.empty() && land_bulk_load()) {
+  }
   if (ready.empty()) return nullptr;  // all done, or a deadlock
   if (chosen.order == Order::kRandom) std::swap(ready.front(), ready[generator() % ready.size()]);
   ThreadState* next = chosen.order == Order::kReverse ? ready.back() : ready.front();
@@ -60,6 +65,8 @@ void run_thread() {
   } catch (const std::exception& exception) {
     fail(std::string("exception: ") + exception.what());
   }
+  finish_stores(*current);
+  finish_products(*current);
   current->done = true;
   leave_block(*current);
   switch_to(next_ready());
@@ -69,10 +76,16 @@ void run_thread() {
 std::string waiting_threads() {
   std::ostringstream text;
   text << block->kernel << ": deadlock, " << block->alive << " threads wait:";
-  int shown = 0;
-  for (const ThreadState& t : block->threads)
-    if (!t.done && ++shown <= 4)
-      text << " [thread " << t.id.index << " in " << t.waits_in << ", " << line_text(t.where) << "]";
+  std::vector<const ThreadState*> shown;  // one for each line
+  for (const ThreadState& t : block->threads) {
+    const auto same = [&](const ThreadState* other) {
+      return other->where.line() == t.where.line() && other->waits_for == t.waits_for;
+    };
+    if (t.done || shown.size() == 4 || std::any_of(shown.begin(), shown.end(), same)) continue;
+    shown.push_back(&t);
+    text << " [thread " << t.id.index << " in " << t.waits_in << ", " << line_text(t.where)
+         << (t.waits_for ? ": " + missing_text(*t.waits_for) : "") << "]";
+  }
   return text.str();
 }
 

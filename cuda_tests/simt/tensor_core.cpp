@@ -22,11 +22,6 @@ const MmaArgument& argument_of(const Meeting& meeting, int lane) {
   return *static_cast<const MmaArgument*>(meeting.argument[lane]);
 }
 
-float widened(Half half, uint32_t pair, int which) {
-  const uint16_t bits = uint16_t(pair >> 16 * which);
-  return half == Half::kBFloat16 ? __bfloat162float({bits}) : __half2float({bits});
-}
-
 // d [16, 8] += a [16, depth] b [depth, 8], each lane's two rows and two columns of d.
 void accumulate(const Meeting& meeting, const float (*a)[16], const float (*b)[8], int depth) {
   ++counters().mma;
@@ -42,6 +37,11 @@ void accumulate(const Meeting& meeting, const float (*a)[16], const float (*b)[8
 }
 
 }  // namespace
+
+float widened(Half half, uint32_t pair, int which) {
+  const uint16_t bits = uint16_t(pair >> 16 * which);
+  return half == Half::kBFloat16 ? __bfloat162float({bits}) : __half2float({bits});
+}
 
 void mma_m16n8k16(Half half, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                   const Where& where) {
