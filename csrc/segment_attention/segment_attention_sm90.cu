@@ -37,7 +37,7 @@ struct Shared {
 
   unsigned char* tiles;
   Unit* units;           // [kGroups]
-  int* first_more;       // [1] kMore if the units visit keys at all, kOver behind the last units
+  int* first_more;       // [1] whether the units visit keys at all, or kOver behind the last units
   KeyTile* key_tiles;    // [kStages]
   int32_t* visible_end;  // [kStages][64] of masked tiles
   uint32_t barriers;
@@ -130,8 +130,9 @@ __device__ __forceinline__ void produce(const Shared<kWidth>& shared, const Tens
     int tile = visited_from(0);
     mbarrier_wait(shared.queries_read(), parity);
     parity ^= 1;
+    __syncwarp();
     if (lane == 0) {
-      *shared.first_more = tile == kNoTile ? 0 : kMore;
+      *shared.first_more = tile != kNoTile;
 #pragma unroll
       for (int g = 0; g < kGroups; ++g)
         shared.units[g] = {queries[g].row, queries[g].begin, queries[g].end,
@@ -165,6 +166,7 @@ __device__ __forceinline__ void produce(const Shared<kWidth>& shared, const Tens
         }
 
       mbarrier_wait(shared.stage_free(turn.stage), turn.parity ^ 1);
+      __syncwarp();  // no lane still waits when lane 0 starts the next phase
       if (lane == 0) {
         mbarrier_expect(shared.keys_landed(turn.stage), kTileBytes);
         load_tile<kWidth>(shared.keys(turn.stage), k, kv_head, keys.begin, keys.row,
@@ -523,7 +525,8 @@ void launch_forward(const SegmentAttentionParams& p, const DevicePlan& plan, voi
 }  // namespace
 
 bool segment_attention_sm90_takes(const SegmentAttentionParams& p) {
-  return (p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16) && p.scale > 0 &&
+  return current_cuda_device().arch == 90 && p.scale > 0 &&
+         (p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16) &&
          addressable(p.q, {p.key_width, p.query_heads, p.queries, p.batch}, {p.q_head, p.q_time, p.q_batch}) &&
          addressable(p.k, {p.key_width, p.kv_heads, p.keys, p.batch}, {p.k_head, p.k_time, p.k_batch}) &&
          addressable(p.v, {p.value_width, p.kv_heads, p.keys, p.batch}, {p.v_head, p.v_time, p.v_batch});

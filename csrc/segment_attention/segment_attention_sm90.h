@@ -5,7 +5,8 @@
 
 namespace statecore {
 
-// Whether it takes this problem: 16-bit elements, a positive scale, and tensors that TMA can address.
+// Whether it is for this GPU and this problem: 16-bit elements, a positive scale, and tensors that TMA can
+// address.
 bool segment_attention_sm90_takes(const SegmentAttentionParams& params);
 
 // After make_plan() on the same stream.
