@@ -128,6 +128,7 @@ __device__ __forceinline__ void produce(const Shared<kWidth>& shared, const Tens
     const auto visited_from = [&](int tile) { return min(visits[0].from(tile), visits[1].from(tile)); };
 
     int tile = visited_from(0);
+    TokenTile keys = plan.tile[min(tile, plan.tiles - 1)];
     mbarrier_wait(shared.queries_read(), parity);
     parity ^= 1;
     __syncwarp();
@@ -145,7 +146,6 @@ __device__ __forceinline__ void produce(const Shared<kWidth>& shared, const Tens
     }
 
     while (tile != kNoTile) {
-      const TokenTile keys = plan.tile[tile];
       uint32_t flags = 0;
       int first_query = kNoTile;
 #pragma unroll
@@ -156,6 +156,7 @@ __device__ __forceinline__ void produce(const Shared<kWidth>& shared, const Tens
         }
       tile = visited_from(tile + 1);
       if (tile != kNoTile) flags |= kMore;
+      const TokenTile next = plan.tile[min(tile, plan.tiles - 1)];
       const bool masked = flags & (kMasked | kMasked << 1);
       int ends[2] = {};
       if (masked)
@@ -184,6 +185,7 @@ __device__ __forceinline__ void produce(const Shared<kWidth>& shared, const Tens
       }
       if (lane == 0) shared.key_tiles[turn.stage] = {keys.begin, flags, hidden};
       __syncwarp();
+      keys = next;
       if (lane == 0) {
         mbarrier_arrive(shared.keys_landed(turn.stage));
         mbarrier_arrive(shared.values_landed(turn.stage));
@@ -313,6 +315,11 @@ __device__ __forceinline__ void attend(const Shared<kWidth>& shared, const Segme
             out, weights[d], mn_major(shared_address(shared.values(of.stage)), kPanelBytes, 0, 16 * d), true);
       wgmma_commit();
     };
+    const auto finish_values = [&](const Turn& of) {
+      wgmma_wait<0>();
+      wgmma_settle(out);
+      release(of.stage);
+    };
     // Scores, raw, to weights beside the highest score so far; what the sums so far are worth beside them.
     const auto weigh = [&](float (&keeps)[2]) {
       wgmma_settle(score);
@@ -348,6 +355,7 @@ __device__ __forceinline__ void attend(const Shared<kWidth>& shared, const Segme
             sum[i] += weight;
           }
       }
+      wgmma_settle(score);
     };
     const auto round_weights = [&] {
 #pragma unroll
@@ -372,20 +380,21 @@ __device__ __forceinline__ void attend(const Shared<kWidth>& shared, const Segme
         multiply_values(values);
         wgmma_wait<1>();
         weigh(keeps);
-        wgmma_wait<0>();
-        wgmma_settle(out);
-        release(values.stage);
-        if (__ballot_sync(0xffffffffu, keeps[0] != 1 || keeps[1] != 1))
+        // Before the wait there must be a branch: the compiler moves it up over anything else, and the
+        // product of values would no longer hide the exponentials.
+        if (__ballot_sync(0xffffffffu, keeps[0] != 1 || keeps[1] != 1)) {
+          finish_values(values);
 #pragma unroll
           for (int i = 0; i < kColumns; ++i) out[i] *= keeps[i / 2 % 2];
+        } else {
+          finish_values(values);
+        }
         round_weights();
         values = turn;
         turn.advance();
       }
       multiply_values(values);
-      wgmma_wait<0>();
-      wgmma_settle(out);
-      release(values.stage);
+      finish_values(values);
     }
 
     // ---- results: rows with nobody there are 0, whatever has been computed for them
