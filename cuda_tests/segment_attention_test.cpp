@@ -337,7 +337,10 @@ struct Run {
 };
 constexpr Run kRuns[] = {{simt::Order::kForward, simt::Async::kLate},
                          {simt::Order::kReverse, simt::Async::kEarly},
-                         {simt::Order::kRandom, simt::Async::kRandom}};
+                         {simt::Order::kRandom, simt::Async::kRandom},
+                         {simt::Order::kForward, simt::Async::kEarly},
+                         {simt::Order::kReverse, simt::Async::kLate},
+                         {simt::Order::kRandom, simt::Async::kLate}};
 
 class Problem {
  public:
@@ -457,9 +460,13 @@ std::vector<Case> cases() {
       {"large scores", kFloat32, 1, 1, 16, 16, 1, 80, ids_of({20, 60}), {}, 0, 300},
       {"negative scale", kFloat16, 1, 1, 16, 16, 1, 80, ids_of({20, 60}), {}, -0.5},
       {"float32 results", kBFloat16, 1, 1, 64, 48, 1, 80, ids_of({20, 60}), {}, 0, 1, false, kFloat32},
+      {"three heads", kFloat16, 3, 1, 32, 32, 2, 130, joined({holes, random_ids(150, 9, 30, 0.1, random)}), {}, 0, 1,
+       true},
   };
   if (!simt::checks_races()) {
     all.push_back({"bfloat16 128", kBFloat16, 2, 1, 128, 128, 1, 300, ids_of({100, 150, 50})});
+    all.push_back({"five tiles", kBFloat16, 2, 2, 16, 80, 3, 300, random_ids(900, 100, 90, 0, random)});
+    all.push_back({"seven heads", kFloat16, 7, 1, 16, 16, 1, 140, random_ids(140, 10, 30, 0, random)});
     all.push_back({"float 128", kFloat32, 1, 1, 128, 80, 1, 140, ids_of({30, 110})});
     all.push_back({"float16 64", kFloat16, 4, 2, 64, 64, 2, 130, random_ids(260, 260, 1, 0, random)});
     all.push_back({"tiny steps", kBFloat16, 1, 1, 16, 16, 1, 200, random_ids(200, 3, 3, 0, random)});
