@@ -248,7 +248,8 @@ struct Case {
   Ids cu_seqlens{};
   double scale = 0;  // 0: the usual one
   double q_factor = 1;
-  bool poison = false;  // holes hold NaN and infinity
+  bool poison = false;   // holes hold NaN and infinity
+  double tolerance = 1;  // more for scores so large that their last bits count
   DType out_dtype = DType::kFloat64;  // kFloat64: dtype
 };
 
@@ -350,6 +351,7 @@ class Problem {
         q_("q", c.dtype, c.batch, c.queries, c.query_heads, c.key_width, c.q_factor, random),
         k_("k", c.dtype, c.batch, keys_, c.kv_heads, c.key_width, 1, random),
         v_("v", c.dtype, c.batch, keys_, c.kv_heads, c.value_width, 1, random),
+        grad_out_("grad_out", c.dtype, c.batch, c.queries, c.query_heads, c.value_width, 1, random),
         ids_("step_ids", c.ids.size() * 4),
         cu_("cu_seqlens", c.cu_seqlens.size() * 4),
         out_dtype_(c.out_dtype == DType::kFloat64 ? c.dtype : c.out_dtype) {
@@ -362,7 +364,9 @@ class Problem {
           if (c.ids[b * keys_ + t] < 0) {
             k_.set_row(b, t, nan);
             v_.set_row(b, t, infinity);
-            if (t >= keys_ - c.queries) q_.set_row(b, t - (keys_ - c.queries), nan);
+            if (t < keys_ - c.queries) continue;
+            q_.set_row(b, t - (keys_ - c.queries), nan);
+            grad_out_.set_row(b, t - (keys_ - c.queries), nan);
           }
     }
     out_elements_ = c.batch * c.queries * c.query_heads * c.value_width;
@@ -371,9 +375,24 @@ class Problem {
     SegmentAttentionParams p = params(DType::kFloat64);
     p.out = exact_out_.data(), p.lse = exact_lse_.data();
     segment_attention_cpu(p);
+
+    std::normal_distribution<double> normal;
+    grad_lse_.resize(lse_elements_);
+    for (double& x : grad_lse_) x = float(normal(random));
+    exact_grad_q_.resize(c.batch * c.queries * c.query_heads * c.key_width);
+    exact_grad_k_.resize(c.batch * keys_ * c.kv_heads * c.key_width);
+    exact_grad_v_.resize(c.batch * keys_ * c.kv_heads * c.value_width);
+    SegmentAttentionBackwardParams b{};
+    b.forward = p;
+    b.grad_out = grad_out_.exact.data();
+    b.grad_out_head = c.value_width, b.grad_out_time = c.query_heads * c.value_width;
+    b.grad_out_batch = c.queries * b.grad_out_time;
+    b.grad_lse = grad_lse_.data();
+    b.grad_q = exact_grad_q_.data(), b.grad_k = exact_grad_k_.data(), b.grad_v = exact_grad_v_.data();
+    segment_attention_backward_cpu(b);
   }
 
-  void test_forward(const simt::Device& device) {
+  void test_forward(const simt::Device& device = {}) {
     simt::device() = device;
     Buffer out("out", out_elements_ * element_bytes(out_dtype_)), lse("lse", lse_elements_ * 4);
     SegmentAttentionParams p = params(c_.dtype);
@@ -400,6 +419,51 @@ class Problem {
                  from_dtype(out_dtype_, out.data(), out_elements_), exact_out_);
     expect_close(c_.name + ": lse", DType::kFloat32, 1e-5,
                  from_dtype(DType::kFloat32, lse.data(), lse_elements_), exact_lse_);
+  }
+
+  // From the exact results of the forward, rounded.
+  void test_backward() {
+    if (out_dtype_ != c_.dtype) return;
+    const int64_t bytes = element_bytes(c_.dtype);
+    Buffer out("out", out_elements_ * bytes), lse("lse", lse_elements_ * 4), grad_lse("grad_lse", lse.bytes());
+    Buffer grad_q("grad_q", exact_grad_q_.size() * bytes), grad_k("grad_k", exact_grad_k_.size() * bytes);
+    Buffer grad_v("grad_v", exact_grad_v_.size() * bytes);
+    to_dtype(c_.dtype, exact_out_, out.data());
+    to_dtype(DType::kFloat32, exact_lse_, lse.data());
+    to_dtype(DType::kFloat32, grad_lse_, grad_lse.data());
+    SegmentAttentionBackwardParams b{};
+    b.forward = params(c_.dtype);
+    b.forward.out = out.data(), b.forward.lse = lse.data();
+    b.grad_out = grad_out_.buffer.data();
+    b.grad_out_time = grad_out_.time_stride(), b.grad_out_head = c_.value_width;
+    b.grad_out_batch = c_.queries * b.grad_out_time;
+    b.grad_lse = grad_lse.data();
+    b.grad_q = grad_q.data(), b.grad_k = grad_k.data(), b.grad_v = grad_v.data();
+    std::string first;
+    for (const Run& run : kRuns) {
+      simt::schedule() = {run.order, 7, run.async};
+      Buffer scratch("scratch", segment_attention_backward_cuda_scratch(b));
+      simt::forget_blocks();
+      for (Buffer* x : {&grad_q, &grad_k, &grad_v}) {
+        x->reset();
+        simt::watch_blocks(x->data(), x->bytes(), "gradients");
+      }
+      try {
+        segment_attention_backward_cuda(b, scratch.data(), nullptr);
+      } catch (const simt::Error& error) {
+        expect(false, c_.name + ", backward: " + error.what());
+      }
+      const std::string bits = grad_q.copy() + grad_k.copy() + grad_v.copy();
+      if (!first.empty()) expect(bits == first, c_.name + ": gradients of other bits in another order of threads");
+      first = bits;
+    }
+    const auto compare = [&](const char* what, const Buffer& got, const std::vector<double>& wanted) {
+      expect_close(c_.name + ": " + what, c_.dtype, 1e-4 * c_.tolerance,
+                   from_dtype(c_.dtype, got.data(), int64_t(wanted.size())), wanted);
+    };
+    compare("grad_q", grad_q, exact_grad_q_);
+    compare("grad_k", grad_k, exact_grad_k_);
+    compare("grad_v", grad_v, exact_grad_v_);
   }
 
  private:
@@ -431,11 +495,11 @@ class Problem {
 
   Case c_;
   int64_t keys_;
-  Input q_, k_, v_;
+  Input q_, k_, v_, grad_out_;
   Buffer ids_, cu_;
   DType out_dtype_;
   int64_t out_elements_, lse_elements_;
-  std::vector<double> exact_out_, exact_lse_;
+  std::vector<double> exact_out_, exact_lse_, grad_lse_, exact_grad_q_, exact_grad_k_, exact_grad_v_;
 };
 
 std::vector<Case> cases() {
@@ -457,9 +521,9 @@ std::vector<Case> cases() {
       {"nobody", kBFloat16, 1, 1, 16, 16, 1, 70, Ids(70, -1), {}, 0, 1, true},
       {"no queries", kBFloat16, 1, 1, 16, 16, 2, 0, Ids(140, 1)},
       {"nothing", kBFloat16, 1, 1, 16, 16, 0, 0, {}},
-      {"large scores", kFloat32, 1, 1, 16, 16, 1, 80, ids_of({20, 60}), {}, 0, 300},
+      {"large scores", kFloat32, 1, 1, 16, 16, 1, 80, ids_of({20, 60}), {}, 0, 300, false, 10},
       {"negative scale", kFloat16, 1, 1, 16, 16, 1, 80, ids_of({20, 60}), {}, -0.5},
-      {"float32 results", kBFloat16, 1, 1, 64, 48, 1, 80, ids_of({20, 60}), {}, 0, 1, false, kFloat32},
+      {"float32 results", kBFloat16, 1, 1, 64, 48, 1, 80, ids_of({20, 60}), {}, 0, 1, false, 1, kFloat32},
       {"three heads", kFloat16, 3, 1, 32, 32, 2, 130, joined({holes, random_ids(150, 9, 30, 0.1, random)}), {}, 0, 1,
        true},
   };
@@ -497,7 +561,8 @@ int main(int argc, char** argv) {
     const auto since = time();
     std::mt19937 random(4);
     Problem problem(c, random);
-    problem.test_forward({.arch = 80});
+    problem.test_forward();
+    problem.test_backward();
     told(c.name, since);
     if (c.dtype == DType::kFloat32) continue;
     const auto since_sm90 = time();

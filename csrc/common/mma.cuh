@@ -39,7 +39,7 @@ struct Tile {
   // In bytes from the beginning of the tile.
   __device__ static __forceinline__ int offset(int row, int column) {
     const int byte = column * int(sizeof(T)), mask = kPieces == 4 ? row / 2 & 3 : row & 7;
-    return row * kRowBytes + ((byte / 16 ^ mask) * 16 + byte % 16);
+    return row * kRowBytes + (byte ^ mask * 16);
   }
 };
 

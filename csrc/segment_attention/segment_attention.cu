@@ -32,8 +32,7 @@ __device__ __forceinline__ float row_sum(float x) {
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kThreads, kForwardBlocks<T, kWidth>) segment_forward(SegmentAttentionParams p, DevicePlan plan) {
   using Tile = Tile<T, kWidth>;
-  constexpr int kDepth = kMmaDepth<T>, kDepths = kWidth / kDepth, kColumns = kWidth / 8;
-  constexpr int kKeys = kStepKeys<T>;
+  constexpr int kColumns = kWidth / 8, kKeys = kStepKeys<T>;
   constexpr bool kHoldsQ = sizeof(T) == 2;  // as operands, in registers
   STATECORE_DYNAMIC_SHARED(shared);
   unsigned char *q_tile = shared, *stages = q_tile + Tile::bytes(kTileTokens);
@@ -65,21 +64,17 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<T, kWidth>) segment_f
   float out[kColumns][4] = {};
 
   KeySteps<kKeys> step(plan, queries, number);
-  load_rows<kTileTokens, kWidth>(q_tile, q, queries.begin - plan.first_query, [&](int row) {
-    return queries.begin + row < queries.end && queries.begin + row >= plan.first_query;
-  });
+  load_rows<kTileTokens, kWidth>(q_tile, q, queries.begin - plan.first_query,
+                                 query_rows(plan, queries, queries.begin, visible_end));
   load_step(stages, step.keys, step.first_key());
-  OperandA<T> q_operand[kHoldsQ ? kDepths : 1];
-  if constexpr (kHoldsQ) {
-    cp_async_wait<0>();
-    __syncthreads();
-#pragma unroll
-    for (int d = 0; d < kDepths; ++d) load<false>(q_operand[d], Tile{}, q_tile, warp_row, d * kDepth);
-  }
+  RowOperands<T, kWidth, kHoldsQ> q_operands(q_tile, warp_row);
+  cp_async_wait<0>();
+  __syncthreads();
+  q_operands.hold();
 
   for (int parity = 0; !step.done(); parity ^= 1) {
-    const TokenTile keys = step.keys;
-    const int first_key = step.first_key();
+    const int first_key = step.first_key(), keys_end = step.keys.end;
+    const bool all = all_visible(queries, step.keys);
     step.advance(plan);
     unsigned char *k_tile = stages + parity * Tile::bytes(2 * kKeys), *v_tile = k_tile + Tile::bytes(kKeys);
     cp_async_wait<0>();
@@ -89,28 +84,18 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<T, kWidth>) segment_f
 
     // ---- scores, in units of ln 2
     float score[kKeys / 8][4] = {};
-#pragma unroll(kHoldsQ ? kDepths : 1)
-    for (int d = 0; d < kDepths; ++d) {
-      if constexpr (!kHoldsQ) load<false>(q_operand[0], Tile{}, q_tile, warp_row, d * kDepth);
-#pragma unroll
-      for (int n = 0; n < kKeys / 16; ++n) {
-        OperandB<T> b[2];
-        load<false>(b, Tile{}, k_tile, 16 * n, d * kDepth);
-        mma(score[2 * n], q_operand[kHoldsQ ? d : 0], b[0]);
-        mma(score[2 * n + 1], q_operand[kHoldsQ ? d : 0], b[1]);
-      }
-    }
+    q_operands.template multiply<kKeys>(score, k_tile);
 #pragma unroll
     for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) score[n][i] *= scale;
-    if (!all_visible(queries, keys))
+    if (!all)
 #pragma unroll
       for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           const int key = first_key + 8 * n + accumulator_column(j);
-          const int end = key < keys.end ? visible_end[key] : 0;
+          const int end = key < keys_end ? visible_end[key] : 0;
 #pragma unroll
           for (int i = 0; i < 2; ++i)
             if (key > token[i] || token[i] >= end) score[n][2 * i + j] = -kInfinity;
@@ -140,55 +125,32 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<T, kWidth>) segment_f
       for (int n = 0; n < kColumns; ++n) out[n][2 * i] *= keeps, out[n][2 * i + 1] *= keeps;
     }
 
-#pragma unroll
-    for (int d = 0; d < kKeys / kDepth; ++d) {
-      OperandA<T> weights;
-      from_accumulators<T>(weights, &score[d * kDepth / 8]);
-#pragma unroll
-      for (int n = 0; n < kColumns / 2; ++n) {
-        OperandB<T> b[2];
-        load<true>(b, Tile{}, v_tile, d * kDepth, 16 * n);
-        mma(out[2 * n], weights, b[0]);
-        mma(out[2 * n + 1], weights, b[1]);
-      }
-    }
+    add_weighted_rows<OperandA<T>, T, kWidth, kKeys>(out, score, v_tile);
   }
 
   // ---- results: rows with nobody there are 0, whatever has been computed for them
-  const int64_t row_elements = p.query_heads * p.value_width;
-  const int64_t first_row = int64_t(queries.row) * p.queries + queries.begin - plan.first_query;
-  const bool rounds = sizeof(T) == 2 && p.out_dtype == p.dtype;
-  __syncwarp();  // out takes the place of q, of which a warp has read its own rows alone
+  const auto inside = [&](int row) {
+    return queries.begin + row < queries.end && queries.begin + row >= plan.first_query;
+  };
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const bool inside = token[i] < queries.end && token[i] >= plan.first_query;
-    const bool there = inside && visible_end[token[i]] > 0;
+    const bool is_query = inside(token[i] - queries.begin), there = is_query && visible_end[token[i]] > 0;
     const float total = row_sum(sum[i]), factor = 1 / total;
-    if (inside && threadIdx.x % 4 == 0)
+    if (is_query && threadIdx.x % 4 == 0)
       static_cast<float*>(p.lse)[(queries.row * p.query_heads + head) * p.queries + token[i] -
                                  plan.first_query] = there ? (top[i] + log2f(total)) * kLn2 : -kInfinity;
-    const int row = token[i] - queries.begin;
-    float* to = static_cast<float*>(p.out) + (first_row + row) * row_elements + head * p.value_width;
 #pragma unroll
-    for (int n = 0; n < kColumns; ++n) {
-      const float x = there ? out[n][2 * i] * factor : 0, y = there ? out[n][2 * i + 1] * factor : 0;
-      const int column = 8 * n + accumulator_column(0);
-      if (rounds)
-        store_pair(Tile{}, q_tile, row, column, x, y);
-      else if (inside && column < p.value_width)
-        *reinterpret_cast<float2*>(to + column) = make_float2(x, y);
-    }
+    for (int n = 0; n < kColumns; ++n)
+#pragma unroll
+      for (int j = 2 * i; j < 2 * i + 2; ++j) out[n][j] = there ? out[n][j] * factor : 0;
   }
-  if (!rounds) return;
-  __syncwarp();
-  constexpr int kPerPiece = 16 / int(sizeof(T));
-  for (int piece = int(threadIdx.x) % 32; piece < 16 * Tile::kPieces; piece += 32) {
-    const int row = warp_row + piece / Tile::kPieces, column = piece % Tile::kPieces * kPerPiece;
-    const int at = queries.begin + row;
-    if (at >= queries.end || at < plan.first_query || column >= p.value_width) continue;
-    T* to = static_cast<T*>(p.out) + (first_row + row) * row_elements + head * p.value_width + column;
-    *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(q_tile + Tile::offset(row, column));
-  }
+  const int64_t stride = p.query_heads * p.value_width;
+  const int64_t first = (int64_t(queries.row) * p.queries + queries.begin - plan.first_query) * stride +
+                        head * p.value_width;
+  if (p.out_dtype == p.dtype)
+    store_rows<kWidth>(static_cast<T*>(p.out) + first, stride, int(p.value_width), warp_row, out, inside, q_tile);
+  else
+    store_rows<kWidth>(static_cast<float*>(p.out) + first, stride, int(p.value_width), warp_row, out, inside);
 }
 
 template <class T, int kWidth>

@@ -1,12 +1,11 @@
 #include <algorithm>
-#include <cmath>
 #include <stdexcept>
 
 #include "common/cuda_device.h"
 #include "common/hopper.cuh"
 #include "common/mma.cuh"
 #include "segment_attention/segment_attention_sm90.h"
-#include "segment_attention/segment_tiles.cuh"
+#include "segment_attention/segment_softmax.cuh"
 
 namespace statecore {
 namespace {
@@ -234,19 +233,16 @@ __device__ __forceinline__ void hide_values(const Shared<kWidth>& shared) {
 }
 
 // ---- a warpgroup that multiplies
-__device__ __forceinline__ float row_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-}
-__device__ __forceinline__ float row_sum(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+// Accumulators as wgmma takes them.
+template <int kTiles>
+__device__ __forceinline__ float (&flat(float (&x)[kTiles][4]))[4 * kTiles] {
+  return reinterpret_cast<float(&)[4 * kTiles]>(x);
 }
 
 template <class T, int kWidth>
 __device__ __forceinline__ void attend(const Shared<kWidth>& shared, const SegmentAttentionParams& p,
                                        const DevicePlan& plan) {
-  constexpr int kDepths = kWidth / 16, kScores = kTileTokens / 2, kColumns = kWidth / 2;
+  constexpr int kDepths = kWidth / 16;
   const int lane = lane_index(), group = int(threadIdx.x) / 128;
   const int warp_row = int(threadIdx.x) % 128 / 32 * 16;
   const float scale = float(p.scale * 1.4426950408889634);
@@ -271,16 +267,15 @@ __device__ __forceinline__ void attend(const Shared<kWidth>& shared, const Segme
 
     // ---- this lane's two rows
     int token[2];
-    bool inside[2], there[2];
+    bool there[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       token[i] = unit.begin + warp_row + accumulator_row(2 * i);
-      inside[i] = token[i] < unit.end && token[i] >= plan.first_query;
-      there[i] = inside[i] && plan.visible_end[int64_t(unit.row) * plan.keys + token[i]] > 0;
+      there[i] = token[i] < unit.end && plan.visible_end[int64_t(unit.row) * plan.keys + token[i]] > 0;
     }
-    float top[2] = {-kInfinity, -kInfinity}, sum[2] = {0, 0};
-    float out[kColumns] = {}, score[kScores];
-    uint32_t weights[kTileTokens / 16][4];
+    Softmax softmax(scale);
+    float out[kWidth / 8][4] = {}, score[kTileTokens / 8][4];
+    OperandA<T> weights[kTileTokens / 16];
 
     // The next tile that this warpgroup visits: its keys are there. The others are released unseen.
     bool more = first_more;
@@ -297,74 +292,41 @@ __device__ __forceinline__ void attend(const Shared<kWidth>& shared, const Segme
       return false;
     };
     const auto multiply_keys = [&] {
-      wgmma_settle(score);
+      wgmma_settle(flat(score));
       wgmma_fence();
 #pragma unroll
       for (int d = 0; d < kDepths; ++d)
-        wgmma<T, kTileTokens>(score, q[d].r,
+        wgmma<T, kTileTokens>(flat(score), q[d].r,
                               k_major(shared_address(shared.keys(turn.stage)), kPanelBytes, 0, 16 * d), d > 0);
       wgmma_commit();
     };
     const auto multiply_values = [&](const Turn& of) {
       mbarrier_wait(shared.values_ready(of.stage), of.parity);
-      wgmma_settle(out);
+      wgmma_settle(flat(out));
       wgmma_fence();
 #pragma unroll
       for (int d = 0; d < kTileTokens / 16; ++d)
         wgmma<T, kWidth, Major::kMN>(
-            out, weights[d], mn_major(shared_address(shared.values(of.stage)), kPanelBytes, 0, 16 * d), true);
+            flat(out), weights[d].r, mn_major(shared_address(shared.values(of.stage)), kPanelBytes, 0, 16 * d), true);
       wgmma_commit();
     };
     const auto finish_values = [&](const Turn& of) {
       wgmma_wait<0>();
-      wgmma_settle(out);
+      wgmma_settle(flat(out));
       release(of.stage);
     };
-    // Scores, raw, to weights beside the highest score so far; what the sums so far are worth beside them.
     const auto weigh = [&](float (&keeps)[2]) {
-      wgmma_settle(score);
-      if (keys.flags & kMasked << group) {
-        const int32_t* ends = shared.visible_end + turn.stage * kTileTokens;
-#pragma unroll
-        for (int n = 0; n < kTileTokens / 8; ++n) {
-          const int column = 8 * n + accumulator_column(0);
-          const int2 end = *reinterpret_cast<const int2*>(ends + column);
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-            if (keys.begin + column + i % 2 > token[i / 2] || token[i / 2] >= (i % 2 ? end.y : end.x))
-              score[4 * n + i] = -kInfinity;
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float highest = top[i];
-#pragma unroll
-        for (int n = 0; n < kTileTokens / 8; ++n)
-          highest = fmaxf(highest, fmaxf(score[4 * n + 2 * i], score[4 * n + 2 * i + 1]));
-        highest = row_max(highest);
-        const float shift = highest == -kInfinity ? 0 : highest * scale;  // who has seen nobody yet
-        keeps[i] = exp2_approx(top[i] * scale - shift);
-        top[i] = highest;
-        sum[i] *= keeps[i];
-#pragma unroll
-        for (int n = 0; n < kTileTokens / 8; ++n)
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            float& weight = score[4 * n + 2 * i + j];
-            weight = exp2_approx(weight * scale - shift);
-            sum[i] += weight;
-          }
-      }
-      wgmma_settle(score);
+      wgmma_settle(flat(score));
+      const int32_t* ends = shared.visible_end + turn.stage * kTileTokens;
+      if (keys.flags & kMasked << group)
+        hide_scores(score, keys.begin, token,
+                    [&](int column) { return *reinterpret_cast<const int2*>(ends + column); });
+      softmax.weigh(score, keeps);
+      wgmma_settle(flat(score));
     };
     const auto round_weights = [&] {
 #pragma unroll
-      for (int d = 0; d < kTileTokens / 16; ++d)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int at = 4 * (2 * d + i / 2) + i % 2 * 2;
-          weights[d][i] = pack<T>(score[at], score[at + 1]);
-        }
+      for (int d = 0; d < kTileTokens / 16; ++d) from_accumulators<T>(weights[d], &score[2 * d]);
     };
 
     if (find()) {
@@ -385,7 +347,9 @@ __device__ __forceinline__ void attend(const Shared<kWidth>& shared, const Segme
         if (__ballot_sync(0xffffffffu, keeps[0] != 1 || keeps[1] != 1)) {
           finish_values(values);
 #pragma unroll
-          for (int i = 0; i < kColumns; ++i) out[i] *= keeps[i / 2 % 2];
+          for (int n = 0; n < kWidth / 8; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) out[n][i] *= keeps[i / 2];
         } else {
           finish_values(values);
         }
@@ -398,56 +362,22 @@ __device__ __forceinline__ void attend(const Shared<kWidth>& shared, const Segme
     }
 
     // ---- results: rows with nobody there are 0, whatever has been computed for them
-    if (unit.begin == unit.end) continue;
-    const int64_t row_elements = p.query_heads * p.value_width;
-    const int64_t first_row = int64_t(unit.row) * p.queries + unit.begin - plan.first_query;
-    const bool rounds = p.out_dtype == p.dtype;
+    const auto inside = [&](int row) {
+      return unit.begin + row < unit.end && unit.begin + row >= plan.first_query;
+    };
+    float* const lse = static_cast<float*>(p.lse) + (unit.row * p.query_heads + unit.head) * p.queries;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float total = row_sum(sum[i]), factor = 1 / total;
-      if (inside[i] && lane % 4 == 0)
-        static_cast<float*>(p.lse)[(unit.row * p.query_heads + unit.head) * p.queries + token[i] -
-                                   plan.first_query] =
-            there[i] ? (top[i] * scale + log2f(total)) * kLn2 : -kInfinity;
-#pragma unroll
-      for (int n = 0; n < kColumns; n += 4)
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          float& x = out[n + 2 * i + j];
-          x = there[i] ? x * factor : 0;
-        }
-      if (!rounds && inside[i]) {
-        float* to = static_cast<float*>(p.out) + (first_row + token[i] - unit.begin) * row_elements +
-                    unit.head * p.value_width + accumulator_column(0);
-#pragma unroll
-        for (int n = 0; n < kColumns / 4; ++n)
-          if (8 * n + accumulator_column(0) < p.value_width)
-            *reinterpret_cast<float2*>(to + 8 * n) = make_float2(out[4 * n + 2 * i], out[4 * n + 2 * i + 1]);
-      }
+      const float row_lse = softmax.finish(i, there[i], out);
+      if (lane % 4 == 0 && inside(token[i] - unit.begin)) lse[token[i] - plan.first_query] = row_lse;
     }
-    if (!rounds) continue;
-    unsigned char* results = shared.results(group);  // of which a warp has rows of its own
-    __syncwarp();
-#pragma unroll
-    for (int column = 0; column < kWidth; column += 16) {
-      uint32_t r[4];  // matrices: rows 0-7, rows 8-15, then the next 8 columns
-#pragma unroll
-      for (int i = 0; i < 4; ++i) r[i] = pack<T>(out[column / 2 + 2 * i], out[column / 2 + 2 * i + 1]);
-      stmatrix<false>(shared_address(results + column / 64 * kPanelBytes +
-                                     Tile<T, 64>::offset(warp_row + lane % 16, column % 64 + lane / 16 * 8)),
-                      r);
-    }
-    __syncwarp();
-    constexpr int kPieces = kWidth / 8;
-#pragma unroll
-    for (int i = 0; i < 16 * kPieces / 32; ++i) {
-      const int piece = i * 32 + lane, row = warp_row + piece / kPieces, column = piece % kPieces * 8;
-      const int at = unit.begin + row;
-      if (at >= unit.end || at < plan.first_query || column >= p.value_width) continue;
-      T* to = static_cast<T*>(p.out) + (first_row + row) * row_elements + unit.head * p.value_width + column;
-      *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(
-          results + column / 64 * kPanelBytes + Tile<T, 64>::offset(row, column % 64));
-    }
+    const int64_t stride = p.query_heads * p.value_width, first_row = unit.begin - plan.first_query;
+    const int64_t first = (unit.row * p.queries + first_row) * stride + unit.head * p.value_width;
+    if (p.out_dtype == p.dtype)
+      store_rows<kWidth>(static_cast<T*>(p.out) + first, stride, int(p.value_width), warp_row, out, inside,
+                         shared.results(group));
+    else
+      store_rows<kWidth>(static_cast<float*>(p.out) + first, stride, int(p.value_width), warp_row, out, inside);
   }
 }
 

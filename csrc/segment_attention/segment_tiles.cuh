@@ -46,6 +46,117 @@ __device__ __forceinline__ void load_rows(unsigned char* tile, const Rows<T>& ro
   }
 }
 
+// Which rows of a tile are queries with somebody there.
+__device__ __forceinline__ auto query_rows(const DevicePlan& plan, const TokenTile& tile, int first,
+                                           const int32_t* visible_end) {
+  const bool all = tile.end - tile.begin == kTileTokens && tile.begin >= plan.first_query && tile.min_end > 0;
+  const int behind = tile.end, first_query = plan.first_query;
+  return [=](int i) {
+    return all || (first + i < behind && first + i >= first_query && visible_end[first + i] > 0);
+  };
+}
+
+// Operands of 16 rows of a tile, over its whole width: in registers if kHeld, or read again each time.
+template <class T, int kWidth, bool kHeld>
+class RowOperands {
+ public:
+  __device__ __forceinline__ RowOperands(const unsigned char* tile, int row) : tile_(tile), row_(row) {}
+  // Once the tile is there.
+  __device__ __forceinline__ void hold() {
+    if constexpr (kHeld) {
+#pragma unroll
+      for (int d = 0; d < kDepths; ++d) load<false>(held_[d], Tile<T, kWidth>{}, tile_, row_, d * kMmaDepth<T>);
+    }
+  }
+
+  // x[:, n] += rows other[n, :]^T, for kOthers rows of another tile.
+  template <int kOthers>
+  __device__ __forceinline__ void multiply(float (&x)[kOthers / 8][4], const unsigned char* other) const {
+#pragma unroll(kHeld ? kDepths : 1)
+    for (int d = 0; d < kDepths; ++d) {
+      OperandA<T> a;
+      if constexpr (kHeld)
+        a = held_[d];
+      else
+        load<false>(a, Tile<T, kWidth>{}, tile_, row_, d * kMmaDepth<T>);
+#pragma unroll
+      for (int n = 0; n < kOthers / 16; ++n) {
+        OperandB<T> b[2];
+        load<false>(b, Tile<T, kWidth>{}, other, 16 * n, d * kMmaDepth<T>);
+        mma(x[2 * n], a, b[0]);
+        mma(x[2 * n + 1], a, b[1]);
+      }
+    }
+  }
+
+ private:
+  static constexpr int kDepths = kWidth / kMmaDepth<T>;
+  const unsigned char* tile_;
+  int row_;
+  OperandA<T> held_[kHeld ? kDepths : 1];
+};
+
+// sums += weights rows, for kRows rows of a tile of T. As OperandA<T> weights are rounded, as SplitA<T> not,
+// for twice the products.
+template <class Weights, class T, int kWidth, int kRows>
+__device__ __forceinline__ void add_weighted_rows(float (&sums)[kWidth / 8][4], const float (&weights)[kRows / 8][4],
+                                                  const unsigned char* rows) {
+#pragma unroll
+  for (int d = 0; d < kRows / kMmaDepth<T>; ++d) {
+    Weights a;
+    from_accumulators<T>(a, &weights[d * kMmaDepth<T> / 8]);
+#pragma unroll
+    for (int n = 0; n < kWidth / 16; ++n) {
+      OperandB<T> b[2];
+      load<true>(b, Tile<T, kWidth>{}, rows, d * kMmaDepth<T>, 16 * n);
+      mma(sums[2 * n], a, b[0]);
+      mma(sums[2 * n + 1], a, b[1]);
+    }
+  }
+}
+
+// A warp's 16 rows of accumulators to rows of global memory, those that keep(row of the tile) names, as
+// float32 ...
+template <int kWidth, class Keep>
+__device__ __forceinline__ void store_rows(float* first_row, int64_t stride, int width, int warp_row,
+                                           const float (&x)[kWidth / 8][4], const Keep& keep) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = warp_row + accumulator_row(2 * i);
+    if (!keep(row)) continue;
+    float* to = first_row + row * stride + accumulator_column(0);
+#pragma unroll
+    for (int n = 0; n < kWidth / 8; ++n)
+      if (8 * n < width) *reinterpret_cast<float2*>(to + 8 * n) = make_float2(x[n][2 * i], x[n][2 * i + 1]);
+  }
+}
+
+// ... or rounded to T, by way of the same rows of a tile, which this warp alone uses.
+template <int kWidth, class T, class Keep>
+__device__ __forceinline__ void store_rows(T* first_row, int64_t stride, int width, int warp_row,
+                                           const float (&x)[kWidth / 8][4], const Keep& keep,
+                                           unsigned char* tile) {
+  if constexpr (sizeof(T) == 4) {
+    store_rows<kWidth>(first_row, stride, width, warp_row, x, keep);
+  } else {
+    using Tile = Tile<T, kWidth>;
+    __syncwarp();  // lanes may still read the operands that lay there
+#pragma unroll
+    for (int n = 0; n < kWidth / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        store_pair(Tile{}, tile, warp_row + accumulator_row(2 * i), 8 * n + accumulator_column(0), x[n][2 * i],
+                   x[n][2 * i + 1]);
+    __syncwarp();
+    for (int piece = lane_index(); piece < 16 * Tile::kPieces; piece += 32) {
+      const int row = warp_row + piece / Tile::kPieces, column = piece % Tile::kPieces * 8;
+      if (keep(row) && column < width)
+        *reinterpret_cast<uint4*>(first_row + row * stride + column) =
+            *reinterpret_cast<const uint4*>(tile + Tile::offset(row, column));
+    }
+  }
+}
+
 // The way of a tile of queries through the keys, kKeys at a time: tiles with the prompt, then those of its own
 // steps up to itself.
 template <int kKeys>
