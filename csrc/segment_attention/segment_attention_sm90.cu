@@ -1,3 +1,46 @@
+// The forward for GPUs with the instructions of sm_90a: TMA copies, wgmma multiplies, warpgroups have roles.
+//
+// Work. A unit is a tile of 64 queries and one head: the work of a warpgroup. Two multiply in a block and
+// share the tiles of 64 keys and values that come along; so the units of a pair of neighbouring tiles and of
+// the heads that read the same keys are counted, heads first, and taken two at a time. With an even number of
+// such heads both have the same tile of queries and visit the same keys. With an odd number this is so for
+// all but one item of each pair of tiles, where a warpgroup steps over keys that the other one alone visits.
+// There are as many blocks as SMs, and block b does items b, b + blocks, ...: the next queries and keys are
+// on their way while results are written. No item depends on another, whence the same bits on every run.
+//
+// Roles, of 384 threads:
+//   warps 0-3, 4-7  multiply, 224 registers a thread
+//   warp 8          the producer: walks the plan, starts all copies and tells the others what they are for;
+//                   56 registers, as have the next ones
+//   warp 9          hides values that no query of the item may see, which may be anything, NaN too: where
+//                   there are any, it sets them to 0 between their landing and their use
+//   warps 10, 11    return
+//
+// Shared memory for widths padded to 128 (64): 192 (96) KB and 2 KB of messages. Each line ends its life as
+// said, and is then filled anew.
+//   2 x 16 (8) KB  queries; until all warps have them in registers, at the beginning of the item
+//   2 x 16 (8) KB  results of a warpgroup, 16 rows a warp on their way to whole lines of global memory
+//   4 x 32 (16) KB stages: keys and values of a tile; until both warpgroups have multiplied with the values,
+//                  or stepped over
+//
+// A warpgroup keeps two products in flight:
+//   S = Q K_0^T; weights of S
+//   for the next tiles:   issue S = Q K_j^T, then O += weights V_{j-1}
+//                         wait for S; new weights, while the tensor cores are at O; wait for O
+//   O += weights V_last
+// Q and the weights are operands in registers: from shared memory Q alone would take the products of 64 keys
+// to the 128 bytes a clock that it delivers. O is rescaled only where a row's highest score has grown.
+//
+// Costs of a unit and a tile of keys, width 128: 2.1 MFLOP in 8 + 4 wgmma, which take the tensor cores 512
+// clocks, and 4096 exponentials, which take 256 beside them. So in 1024 clocks both warpgroups are through
+// with the 32 KB of a tile: 32 bytes a clock and SM from L2. What nothing of the same warpgroup hides is the
+// first softmax and the results of an item; the other warpgroup does, as far as they are apart.
+//
+// Calculated for an H200 (790 TFLOP/s, 4.3 TB/s), bfloat16, width 128, 32768 tokens, prompt 256, steps of
+// 384:
+//   12 heads on 2:  3072 items, 45,792 tiles:  96 GFLOP (90 of them visible), 122 us; 235 MB, 55 us
+//   28 heads on 4:  7168 items, 106,848 tiles: 224 GFLOP (209), 284 us; 537 MB, 125 us
+// No time has been measured.
 #include <algorithm>
 #include <stdexcept>
 
@@ -14,6 +57,7 @@ constexpr int kGroups = 2;  // warpgroups that multiply; behind them comes that 
 constexpr int kBlockThreads = 128 * (kGroups + 1);
 constexpr int kStages = 4;                      // tiles of keys and of values on their way or in use
 constexpr int kPanelBytes = kTileTokens * 128;  // 64 tokens x 64 columns
+constexpr int kVisibleEnds = kStages * kTileTokens;
 constexpr int kNoTile = INT32_MAX;
 
 // ---- what the producer tells the others beside the tiles
@@ -21,11 +65,16 @@ constexpr int kNoTile = INT32_MAX;
 struct alignas(16) Unit {
   int32_t row, begin, end, head;
 };
+enum class Keys : int32_t { kNone, kSome, kOver };  // kOver: there is no further item
+struct Item {
+  Unit unit[kGroups];
+  Keys keys;  // that its units visit
+};
 enum : uint32_t { kVisited = 1, kMasked = 4, kMore = 16 };  // the first two shifted by the warpgroup
 struct alignas(16) KeyTile {
   int32_t begin;    // position of its first key
-  uint32_t flags;   // who visits it, for whom it is not all visible, whether the unit has another one
-  uint64_t hidden;  // rows that nobody who visits it may see
+  uint32_t flags;   // who visits it, for whom some of it is hidden, whether the item has a next one
+  uint64_t hidden;  // rows that no visitor may see
 };
 
 // Shared memory. Tiles are panels of 64 columns, one behind the other.
@@ -35,10 +84,9 @@ struct Shared {
   static constexpr int kBytes = (2 * kGroups + 2 * kStages) * kTileBytes;
 
   unsigned char* tiles;
-  Unit* units;           // [kGroups]
-  int* first_more;       // [1] whether the units visit keys at all, or kOver behind the last units
+  Item* item;
   KeyTile* key_tiles;    // [kStages]
-  int32_t* visible_end;  // [kStages][64] of masked tiles
+  int32_t* visible_end;  // [kStages][64], of tiles that are masked for somebody
   uint32_t barriers;
 
   __device__ __forceinline__ unsigned char* queries(int group) const { return tiles + group * kTileBytes; }
@@ -58,7 +106,6 @@ struct Shared {
   __device__ __forceinline__ uint32_t stage_free(int stage) const { return keys_landed(stage) + 24; }
 };
 constexpr int kBarriers = 2 + 4 * kStages;
-constexpr int kOver = -1;
 
 // Whose turn it is among the stages, and the parity of its barriers' current phase.
 struct Turn {
@@ -68,7 +115,6 @@ struct Turn {
     if (++stage == kStages) stage = 0, parity ^= 1;
   }
 };
-
 
 // ---- which tiles
 // Query tiles come in pairs of neighbours, those that see most first. -1: the last pair of a row lacks one.
@@ -132,11 +178,11 @@ __device__ __forceinline__ void produce(const Shared<kWidth>& shared, const Tens
     parity ^= 1;
     __syncwarp();
     if (lane == 0) {
-      *shared.first_more = tile != kNoTile;
+      shared.item->keys = tile == kNoTile ? Keys::kNone : Keys::kSome;
 #pragma unroll
       for (int g = 0; g < kGroups; ++g)
-        shared.units[g] = {queries[g].row, queries[g].begin, queries[g].end,
-                           kv_head * heads + (first + g) % heads};
+        shared.item->unit[g] = {queries[g].row, queries[g].begin, queries[g].end,
+                                kv_head * heads + (first + g) % heads};
       mbarrier_arrive_expect(shared.queries_landed(), kGroups * kTileBytes);
 #pragma unroll
       for (int g = 0; g < kGroups; ++g)
@@ -194,7 +240,7 @@ __device__ __forceinline__ void produce(const Shared<kWidth>& shared, const Tens
   }
   mbarrier_wait(shared.queries_read(), parity);
   if (lane == 0) {
-    *shared.first_more = kOver;
+    shared.item->keys = Keys::kOver;
     mbarrier_arrive(shared.queries_landed());
   }
 }
@@ -207,11 +253,11 @@ __device__ __forceinline__ void hide_values(const Shared<kWidth>& shared) {
   Turn turn;
   for (unsigned parity = 0;; parity ^= 1) {
     mbarrier_wait(shared.queries_landed(), parity);
-    const int first_more = *shared.first_more;
+    const Keys item_keys = shared.item->keys;
     __syncwarp();
     if (lane == 0) mbarrier_arrive(shared.queries_read());
-    if (first_more == kOver) return;
-    for (bool more = first_more; more; turn.advance()) {
+    if (item_keys == Keys::kOver) return;
+    for (bool more = item_keys == Keys::kSome; more; turn.advance()) {
       mbarrier_wait(shared.values_landed(turn.stage), turn.parity);
       const KeyTile keys = shared.key_tiles[turn.stage];
       more = keys.flags & kMore;
@@ -236,7 +282,7 @@ __device__ __forceinline__ void hide_values(const Shared<kWidth>& shared) {
 // Accumulators as wgmma takes them.
 template <int kTiles>
 __device__ __forceinline__ float (&flat(float (&x)[kTiles][4]))[4 * kTiles] {
-  return reinterpret_cast<float(&)[4 * kTiles]>(x);
+  return reinterpret_cast<float (&)[4 * kTiles]>(x);
 }
 
 template <class T, int kWidth>
@@ -255,9 +301,9 @@ __device__ __forceinline__ void attend(const Shared<kWidth>& shared, const Segme
   for (unsigned parity = 0;; parity ^= 1) {
     // ---- who we are: queries to registers, where they stay
     mbarrier_wait(shared.queries_landed(), parity);
-    const int first_more = *shared.first_more;
-    if (first_more == kOver) return;
-    const Unit unit = shared.units[group];
+    const Keys item_keys = shared.item->keys;
+    if (item_keys == Keys::kOver) return;
+    const Unit unit = shared.item->unit[group];
     OperandA<T> q[kDepths];
 #pragma unroll
     for (int d = 0; d < kDepths; ++d)
@@ -278,7 +324,7 @@ __device__ __forceinline__ void attend(const Shared<kWidth>& shared, const Segme
     OperandA<T> weights[kTileTokens / 16];
 
     // The next tile that this warpgroup visits: its keys are there. The others are released unseen.
-    bool more = first_more;
+    bool more = item_keys == Keys::kSome;
     KeyTile keys;
     const auto find = [&] {
       while (more) {
@@ -297,7 +343,8 @@ __device__ __forceinline__ void attend(const Shared<kWidth>& shared, const Segme
 #pragma unroll
       for (int d = 0; d < kDepths; ++d)
         wgmma<T, kTileTokens>(flat(score), q[d].r,
-                              k_major(shared_address(shared.keys(turn.stage)), kPanelBytes, 0, 16 * d), d > 0);
+                              k_major(shared_address(shared.keys(turn.stage)), kPanelBytes, 0, 16 * d),
+                              d > 0);
       wgmma_commit();
     };
     const auto multiply_values = [&](const Turn& of) {
@@ -307,7 +354,8 @@ __device__ __forceinline__ void attend(const Shared<kWidth>& shared, const Segme
 #pragma unroll
       for (int d = 0; d < kTileTokens / 16; ++d)
         wgmma<T, kWidth, Major::kMN>(
-            flat(out), weights[d].r, mn_major(shared_address(shared.values(of.stage)), kPanelBytes, 0, 16 * d), true);
+            flat(out), weights[d].r,
+            mn_major(shared_address(shared.values(of.stage)), kPanelBytes, 0, 16 * d), true);
       wgmma_commit();
     };
     const auto finish_values = [&](const Turn& of) {
@@ -377,7 +425,8 @@ __device__ __forceinline__ void attend(const Shared<kWidth>& shared, const Segme
       store_rows<kWidth>(static_cast<T*>(p.out) + first, stride, int(p.value_width), warp_row, out, inside,
                          shared.results(group));
     else
-      store_rows<kWidth>(static_cast<float*>(p.out) + first, stride, int(p.value_width), warp_row, out, inside);
+      store_rows<kWidth>(static_cast<float*>(p.out) + first, stride, int(p.value_width), warp_row, out,
+                         inside);
   }
 }
 
@@ -390,11 +439,10 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
 #if defined(STATECORE_SM90A)
   STATECORE_DYNAMIC_SHARED(tiles);
   STATECORE_SHARED(uint64_t, barriers, kBarriers);
-  STATECORE_SHARED(Unit, units, kGroups);
-  STATECORE_SHARED(int, first_more, 1);
+  STATECORE_SHARED(Item, item, 1);
   STATECORE_SHARED(KeyTile, key_tiles, kStages);
-  STATECORE_SHARED(int32_t, visible_end, kStages * kTileTokens);
-  const Shared<kWidth> shared{tiles, units, first_more, key_tiles, visible_end, shared_address(barriers)};
+  STATECORE_SHARED(int32_t, visible_end, kVisibleEnds);
+  const Shared<kWidth> shared{tiles, item, key_tiles, visible_end, shared_address(barriers)};
   if (threadIdx.x == 0) {
     mbarrier_init(shared.queries_landed(), 1);
     mbarrier_init(shared.queries_read(), 4 * kGroups + 1);
@@ -446,13 +494,12 @@ void launch_forward(const SegmentAttentionParams& p, const DevicePlan& plan, voi
   if (items > INT32_MAX)
     throw std::runtime_error("statecore: segment_attention has too many tokens and heads for one launch");
   const int64_t blocks = std::min<int64_t>(items, current_cuda_device().multiprocessors);
-  launch(
-      "segment_attention_sm90", segment_forward_sm90<T, kWidth>,
-      {dim3(unsigned(blocks)), dim3(kBlockThreads), size_t(Shared<kWidth>::kBytes)}, stream,
-      map_of<T>(p.q, p.key_width, p.query_heads, p.queries, p.batch, p.q_head, p.q_time, p.q_batch),
-      map_of<T>(p.k, p.key_width, p.kv_heads, p.keys, p.batch, p.k_head, p.k_time, p.k_batch),
-      map_of<T>(p.v, p.value_width, p.kv_heads, p.keys, p.batch, p.v_head, p.v_time, p.v_batch), p, plan,
-      int(items));
+  launch("segment_attention_sm90", segment_forward_sm90<T, kWidth>,
+         {dim3(unsigned(blocks)), dim3(kBlockThreads), size_t(Shared<kWidth>::kBytes)}, stream,
+         map_of<T>(p.q, p.key_width, p.query_heads, p.queries, p.batch, p.q_head, p.q_time, p.q_batch),
+         map_of<T>(p.k, p.key_width, p.kv_heads, p.keys, p.batch, p.k_head, p.k_time, p.k_batch),
+         map_of<T>(p.v, p.value_width, p.kv_heads, p.keys, p.batch, p.v_head, p.v_time, p.v_batch), p, plan,
+         int(items));
 }
 
 template <class T>
@@ -466,7 +513,8 @@ void launch_forward(const SegmentAttentionParams& p, const DevicePlan& plan, voi
 bool segment_attention_sm90_takes(const SegmentAttentionParams& p) {
   return current_cuda_device().arch == 90 && p.scale > 0 &&
          (p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16) &&
-         addressable(p.q, {p.key_width, p.query_heads, p.queries, p.batch}, {p.q_head, p.q_time, p.q_batch}) &&
+         addressable(p.q, {p.key_width, p.query_heads, p.queries, p.batch},
+                     {p.q_head, p.q_time, p.q_batch}) &&
          addressable(p.k, {p.key_width, p.kv_heads, p.keys, p.batch}, {p.k_head, p.k_time, p.k_batch}) &&
          addressable(p.v, {p.value_width, p.kv_heads, p.keys, p.batch}, {p.v_head, p.v_time, p.v_batch});
 }

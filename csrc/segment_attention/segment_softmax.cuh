@@ -1,6 +1,6 @@
-// The softmax of rows of scores that come block by block, in the registers of a warp: what the forward kernels
-// share whatever multiplies. Scores, weights and sums of values are accumulators of 16 rows (mma.cuh), of
-// which a lane has two.
+// The softmax of rows of scores that come block by block, in the registers of a warp: what the forward
+// kernels share whatever multiplies. Scores, weights and sums of values are accumulators of 16 rows
+// (mma.cuh), of which a lane has two.
 #pragma once
 
 #include "common/mma.cuh"
