@@ -1,5 +1,6 @@
 """One operator against its peers in one direction: same inputs, same process, interleaved."""
 
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -13,6 +14,7 @@ from benchmarks.workload import Case
 FORWARD, BOTH, BACKWARD = "forward", "forward + backward", "backward"
 OURS = "ours"
 SAME = 0.03  # relative error beyond which two sides do not compute the same thing
+MESSAGE = 200  # characters of a reason
 Run = Callable[[], Tensor]
 
 
@@ -64,11 +66,8 @@ class Contest:
         )  # fmt: skip
 
     def directed(self, direction: str, runs: dict[tuple[str, str], Run]) -> dict[tuple[str, str], Callable]:
-        if direction == FORWARD:
-            return {key: without_gradients(run) for key, run in runs.items()}
-        gradient = torch.randn_like(self.ours())
-        through = both_ways if direction == BOTH else backward_alone
-        return {key: through(run, self.inputs, gradient) for key, run in runs.items()}
+        gradient = None if direction == FORWARD else torch.randn_like(self.ours())
+        return {key: directed(direction, run, self.inputs, gradient) for key, run in runs.items()}
 
     def check(self) -> None:
         """Every peer computes what ours does."""
@@ -80,6 +79,13 @@ class Contest:
                 error = (run().float() - expected).norm() / expected.norm()
                 if not error < SAME:
                     raise AssertionError(f"{self.operator} and {peer} {variant} differ by {error:.3f}, relatively")
+
+
+def directed(direction: str, run: Run, inputs: tuple[Tensor, ...], gradient: Tensor | None) -> Callable[[], object]:
+    """What is timed of a run in a direction; gradients are those of the inputs."""
+    if direction == FORWARD:
+        return without_gradients(run)
+    return (both_ways if direction == BOTH else backward_alone)(run, inputs, gradient)
 
 
 def without_gradients(run: Run) -> Run:
@@ -101,5 +107,11 @@ def attempt(run: Run) -> str:
         with torch.no_grad():
             run()
     except Exception as error:
-        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        return in_one_line(error)
     return ""
+
+
+def in_one_line(error: Exception) -> str:
+    """Its first line, or what of that fits a table."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {textwrap.shorten(first, MESSAGE, placeholder=' ...')}"

@@ -9,23 +9,18 @@ Written are cpu.json, cpu.md made of it, and the pictures, each whole or not at 
 """
 
 import argparse
-import json
-import os
-import tempfile
 import time
-from datetime import datetime, timezone
-from pathlib import Path
 
 import torch
 
-from benchmarks import pictures
+from benchmarks import pictures, record
 from benchmarks.machine import facts
 from benchmarks.page import page, question, tables, value, verdict
-from benchmarks.rows import Row, to_json
+from benchmarks.rows import Row
 from benchmarks.sections import SECTIONS
 from benchmarks.workload import QUICK, Plan
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = record.RESULTS
 NAME = "cpu"
 
 
@@ -39,12 +34,7 @@ def measure(names: list[str], plan: Plan, machine: dict[str, str]) -> dict[str, 
         for row in SECTIONS[name](plan):
             print(f"{name:8} {time.perf_counter() - start:6.1f} s  {line(row)}", flush=True)
             rows.append(row)
-        measured[name] = {
-            "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-            "seconds": time.perf_counter() - start,
-            "machine": machine,
-            "rows": [to_json(row) for row in rows],
-        }
+        measured[name] = record.section(rows, time.perf_counter() - start, machine)
         for table in tables(rows):
             print("", *table, "", sep="\n", flush=True)
     return measured
@@ -55,23 +45,8 @@ def line(row: Row) -> str:
     return f"{case}: {row.failure or value(row)} {verdict(row)}".rstrip()
 
 
-def stored() -> dict:
-    """The record on disk, empty where there is none of this form."""
-    path = RESULTS / f"{NAME}.json"
-    record = json.loads(path.read_text()) if path.exists() else {}
-    return record if "sections" in record else {"sections": {}}
-
-
-def write(record: dict) -> None:
-    """JSON, page and pictures: all are made before any takes its place."""
-    RESULTS.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=RESULTS) as folder:
-        made = Path(folder)
-        (made / f"{NAME}.json").write_text(json.dumps(record, indent=1) + "\n")
-        (made / f"{NAME}.md").write_text(page(record))
-        pictures.draw(record, made)
-        for path in made.iterdir():
-            os.replace(path, RESULTS / path.name)
+def write(found: dict) -> None:
+    record.write(found, RESULTS, NAME, page, pictures.draw)
 
 
 def main() -> None:
@@ -81,16 +56,16 @@ def main() -> None:
     what.add_argument("--page", action="store_true", help="the page anew from the JSON, nothing measured")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, metavar="SECTION", help=", ".join(SECTIONS))
     arguments = parser.parse_args()
-    record = stored()
+    found = record.stored(RESULTS, NAME)
     if not arguments.page:
         names = arguments.only or list(SECTIONS)
         measured = measure(names, QUICK if arguments.quick else Plan(), facts())
         if arguments.quick:
             return
-        record["sections"] |= measured
-    if not record["sections"]:
+        found["sections"] |= measured
+    if not found["sections"]:
         parser.error(f"{RESULTS / NAME}.json holds no measurements: run without --page first")
-    write(record)
+    write(found)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""What the figures depend on: processor, caches, memory, versions."""
+"""What the figures depend on: processor or GPU, caches, memory, versions."""
 
+import hashlib
 import platform
 import shutil
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -13,6 +14,8 @@ from benchmarks.timing import interleaved
 from benchmarks.workload import ALL_THREADS
 from statecore import ops
 
+SOURCES = Path(__file__).parents[1] / "csrc"
+GPU_PEERS = ("fla-core", "flash-attn", "flash-attn-3", "flash-attn-4")
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 COPIED = 256 << 20  # bytes: far more than any cache
 
@@ -33,10 +36,37 @@ def versions() -> dict[str, str]:
         "instruction set": str(ops.build_info()["cpu_isa"]),
         "statecore": _revision(),
         "torch": torch.__version__,
-        "transformers": version("transformers"),
+        "transformers": installed("transformers"),
         "compiler": _first_line("c++", "--version"),
         "python": platform.python_version(),
     }
+
+
+def gpu_facts() -> dict[str, str]:
+    """The same of the current GPU; its ceilings are rows of their own."""
+    gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "GPU": f"{gpu.name}, {gpu.multi_processor_count} SMs, compute capability {gpu.major}.{gpu.minor}, "
+        f"{gpu.total_memory / 1e9:.0f} GB, second-level cache {gpu.L2_cache_size >> 20} MiB",
+        "driver": _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "unknown",
+        "CUDA": str(torch.version.cuda),
+        "cuDNN": str(torch.backends.cudnn.version()),
+        "statecore": _revision(),
+        "statecore's kernels": str(ops.build_info()["cuda_architectures"]),
+        "torch": torch.__version__,
+        "triton": installed("triton"),
+        **{peer: installed(peer) for peer in GPU_PEERS},
+        "python": platform.python_version(),
+        "processor": _processor(),
+    }
+
+
+def installed(package: str) -> str:
+    """Its version."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def caches() -> dict[str, int]:
@@ -64,8 +94,13 @@ def _processor() -> str:
 
 
 def _revision() -> str:
+    """Where there is no repository, a hash of the C++ sources stands for the revision."""
     described = _first_line("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
-    return f"{version('statecore')}, revision {described}" if described else version("statecore")
+    if not described:
+        files = sorted(path for path in SOURCES.rglob("*") if path.is_file())
+        digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+        described = f"unknown, csrc/ has SHA-256 {digest[:12]}"
+    return f"{installed('statecore')}, revision {described}"
 
 
 def _first_line(command: str, *arguments: str) -> str:

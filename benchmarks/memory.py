@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 PROCESS = Path("/proc/self")
 
@@ -26,6 +27,17 @@ def peak_growth(run: Callable[[], object]) -> tuple[int | None, object]:
     before = _status("VmRSS")
     result = run()
     return _status("VmHWM") - before, result
+
+
+def gpu_extra(run: Callable[[], Tensor | tuple[Tensor | None, ...]]) -> int:
+    """Bytes that torch allocates on the GPU during the call at most, beyond those of its results."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    results = run()
+    peak = torch.cuda.max_memory_allocated()
+    results = (results,) if isinstance(results, Tensor) else results
+    return peak - before - sum(result.nbytes for result in results if result is not None)
 
 
 def copies(nbytes: int) -> dict[str, Callable[[], object]]:

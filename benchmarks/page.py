@@ -1,13 +1,16 @@
 """The page of results, made of the record alone: what was asked, what was found, which targets are reached."""
 
-from collections.abc import Callable
 from itertools import groupby
 
+from benchmarks.markdown import UNITS, Column, giga, mb, ms, percent, table, us
 from benchmarks.rows import (
     Bandwidth,
+    Ceiling,
     Comparison,
     Growth,
     HeadState,
+    Kernel,
+    Launches,
     LongSequence,
     Phase,
     Point,
@@ -18,13 +21,13 @@ from benchmarks.rows import (
 )
 from benchmarks.workload import CHUNK, chunked_flops
 
-Column = tuple[str, Callable]
 CASE: list[Column] = [
     ("dtype", lambda r: r.dtype),
+    ("B", lambda r: str(r.batch) if r.batch != 1 else ""),
     ("T", lambda r: str(r.time)),
     ("heads", lambda r: r.heads),
     ("D", lambda r: str(r.width)),
-    ("threads", lambda r: str(r.threads)),
+    ("threads", lambda r: str(r.threads or "")),
 ]
 ROWS_CASE = [("rows", column) if name == "T" else (name, column) for name, column in CASE]
 VERDICT: list[Column] = [("target", lambda r: target(r)), ("", lambda r: verdict(r))]
@@ -108,12 +111,12 @@ def page(record: dict) -> str:
     ]  # fmt: skip
     for number, (name, section) in enumerate(sections.items(), 1):
         lines += [f"## {number}. {TITLES[name]}", "", NOTES[name], ""]
-        if _lasting(section["machine"]) != _lasting(newest["machine"]):
+        if lasting(section["machine"]) != lasting(newest["machine"]):
             lines += [f"Measured apart: {section['date']}, {'; '.join(section['machine'].values())}.", ""]
         if name == "growth":
             lines += ["![time against length](cpu_lengths.png)", ""]
-        for table in tables(rows[name]):
-            lines += [*table, ""]
+        for found in tables(rows[name]):
+            lines += [*found, ""]
         if name == "linear":
             lines += bound_table(rows["linear"], [row for row in rows.get("peak", []) if isinstance(row, Share)])
     return "\n".join(lines)
@@ -155,7 +158,11 @@ def question(row: Row) -> str:
             return f"{row.operator}, a head-state, {row.pool}"
         case Growth():
             return f"{row.operator}, time({row.time}) / time({row.short})"
-        case Preparation():
+        case Kernel():
+            return f"{row.operator}, {row.direction}"
+        case Launches():
+            return f"{row.operator}, launches"
+        case Preparation() | Ceiling():
             return row.what
         case Point():
             return f"{row.operator}, {row.side}"
@@ -163,13 +170,13 @@ def question(row: Row) -> str:
 
 
 def value(row: Row) -> str:
-    return "" if row.failure else _shown(row, row.value)
+    return "" if row.failure else UNITS[row.unit](row.value)
 
 
 def target(row: Row) -> str:
     if row.target is None:
         return ""
-    return f"{'<=' if row.at_most else '>='} {_shown(row, row.target)}"
+    return f"{'<=' if row.at_most else '>='} {UNITS[row.unit](row.target)}"
 
 
 def verdict(row: Row) -> str:
@@ -195,15 +202,16 @@ def comparison_table(rows: list[Row]) -> list[str]:
     columns = [
         *([] if alone else naming),
         *(ROWS_CASE if rows[0].operator == "state_update" else CASE),
-        ("ms", lambda r: _ms(r.ours_s)),
-        ("spread", lambda r: _percent(r.ours_spread)),
-        ("its ms", lambda r: f"cannot run: {r.failure}" if r.failure else _ms(r.peer_s)),
-        ("its spread", lambda r: "" if r.failure else _percent(r.peer_spread)),
+        ("ms", lambda r: ms(r.ours_s)),
+        ("spread", lambda r: percent(r.ours_spread)),
+        ("its ms", lambda r: f"cannot run: {r.failure}" if r.failure else ms(r.peer_s)),
+        ("its spread", lambda r: "" if r.failure else percent(r.peer_spread)),
+        ("its ms of the CPU", lambda r: ms(r.peer_host) if r.peer_host else ""),
         ("its best form", lambda r: r.variant),
         ("ratio", lambda r: f"**{value(r)}**" if value(r) else ""),
         *VERDICT,
     ]
-    return [*title, *_table(rows, columns)]
+    return [*title, *table(rows, columns)]
 
 
 def bound_table(comparisons: list[Row], shares: list[Row]) -> list[str]:
@@ -222,8 +230,8 @@ def bound_table(comparisons: list[Row], shares: list[Row]) -> list[str]:
         work = sum(flops[part] for part in row.direction.split(" + "))
         least = work / peaks[case(row)]
         lines.append(
-            f"| {row.direction} | {row.dtype} | {row.heads} | {row.threads} | {work / 1e9:.2f} | {_ms(least)} | "
-            f"{_ms(row.ours_s)} | {_percent(least / row.ours_s)} | {value(row)} | {row.peer_s / least:.3g}x | "
+            f"| {row.direction} | {row.dtype} | {row.heads} | {row.threads} | {work / 1e9:.2f} | {ms(least)} | "
+            f"{ms(row.ours_s)} | {percent(least / row.ours_s)} | {value(row)} | {row.peer_s / least:.3g}x | "
             f"{target(row)} |"
         )
     if not lines:
@@ -243,33 +251,33 @@ def preparation_table(rows: list[Row]) -> list[str]:
     lines = []
     for what, time in kinds:
         seconds = [row.seconds for row in rows if (row.what, row.time) == (what, time)]
-        lines.append(f"- {what}: {_ms(min(seconds))} to {_ms(max(seconds))} ms at T = {time}")
+        lines.append(f"- {what}: {ms(min(seconds))} to {ms(max(seconds))} ms at T = {time}")
     return ["What the peers build beforehand, not counted above:", "", *lines]
 
 
 def long_sequence_table(rows: list[Row]) -> list[str]:
-    return _table(
+    return table(
         rows,
         [
             *CASE,
-            ("ms", lambda r: _ms(r.seconds)),
-            ("peak memory growth", lambda r: _mb(r.extra)),
-            ("of it results", lambda r: _mb(r.results)),
-            ("mask of SDPA (computed)", lambda r: _mb(r.peer_needs)),
+            ("ms", lambda r: ms(r.seconds)),
+            ("peak memory growth", lambda r: mb(r.extra)),
+            ("of it results", lambda r: mb(r.results)),
+            ("mask of SDPA (computed)", lambda r: mb(r.peer_needs)),
         ],
     )
 
 
 def share_table(rows: list[Row]) -> list[str]:
-    return _table(
+    return table(
         rows,
         [
             ("operator", lambda r: r.operator),
             *CASE,
-            ("GFLOP/s", lambda r: _giga(r.ours)),
-            ("spread", lambda r: _percent(r.spread)),
-            ("peak", lambda r: f"none: {r.failure}" if r.failure else _giga(r.peak)),
-            ("matmul", lambda r: _giga(r.matmul)),
+            ("GFLOP/s", lambda r: giga(r.ours)),
+            ("spread", lambda r: percent(r.spread)),
+            ("peak", lambda r: f"none: {r.failure}" if r.failure else giga(r.peak)),
+            ("matmul", lambda r: giga(r.matmul)),
             ("share of the peak", lambda r: f"**{value(r)}**" if value(r) else ""),
             *VERDICT,
         ],
@@ -277,13 +285,13 @@ def share_table(rows: list[Row]) -> list[str]:
 
 
 def bandwidth_table(rows: list[Row]) -> list[str]:
-    return _table(
+    return table(
         rows,
         [
             *ROWS_CASE,
-            ("pool", lambda r: _mb(r.pool)),
+            ("pool", lambda r: mb(r.pool)),
             ("GB/s", lambda r: f"{r.ours / 1e9:.1f}"),
-            ("spread", lambda r: _percent(r.spread)),
+            ("spread", lambda r: percent(r.spread)),
             ("copy GB/s", lambda r: f"{r.copy / 1e9:.1f}"),
             ("share", lambda r: f"**{value(r)}**"),
             *VERDICT,
@@ -292,15 +300,15 @@ def bandwidth_table(rows: list[Row]) -> list[str]:
 
 
 def head_state_table(rows: list[Row]) -> list[str]:
-    return _table(
+    return table(
         rows,
         [
             ("pool", lambda r: r.pool),
             *ROWS_CASE,
             ("head-states", lambda r: str(r.head_states)),
-            ("a call", lambda r: _us(r.seconds)),
-            ("spread", lambda r: _percent(r.spread)),
-            ("a call on tiny states", lambda r: _us(r.idle)),
+            ("a call", lambda r: us(r.seconds)),
+            ("spread", lambda r: percent(r.spread)),
+            ("a call on tiny states", lambda r: us(r.idle)),
             ("a head-state", lambda r: f"**{value(r)}**"),
             *VERDICT,
         ],
@@ -308,15 +316,15 @@ def head_state_table(rows: list[Row]) -> list[str]:
 
 
 def growth_table(rows: list[Row]) -> list[str]:
-    return _table(
+    return table(
         rows,
         [
             ("operator", lambda r: r.operator),
             *CASE,
-            ("ms", lambda r: _ms(r.long_s)),
-            ("spread", lambda r: _percent(r.spread)),
+            ("ms", lambda r: ms(r.long_s)),
+            ("spread", lambda r: percent(r.spread)),
             ("at T", lambda r: str(r.short)),
-            ("ms", lambda r: _ms(r.short_s)),
+            ("ms", lambda r: ms(r.short_s)),
             ("ratio", lambda r: f"**{value(r)}**"),
             *VERDICT,
         ],
@@ -334,11 +342,11 @@ def phase_table(rows: list[Row]) -> list[str]:
             ("stock sdpa", row.stock_s, row.stock_spread, row.stock_cache, row.stock_extra, ""),
         )
         for name, seconds, spread, cache, extra, ratio in sides:
-            shown = "" if spread is None else _percent(spread)
-            growth = "" if extra is None else _mb(extra)
+            shown = "" if spread is None else percent(spread)
+            growth = "" if extra is None else mb(extra)
             lines.append(
                 f"| {row.operator} | {row.time} | {name} | {seconds:.2f} | {row.time / seconds:.1f} | {shown} "
-                f"| {_mb(cache)} | {growth} | {ratio} |"
+                f"| {mb(cache)} | {growth} | {ratio} |"
             )
     return lines
 
@@ -355,49 +363,6 @@ TABLES = {
 }
 
 
-def _table(rows: list[Row], columns: list[Column]) -> list[str]:
-    """Columns where no row has anything to say are left out."""
-    columns = [(name, [cell(row) for row in rows]) for name, cell in columns]
-    columns = [(name, cells) for name, cells in columns if any(cells)]
-    header = "| " + " | ".join(name for name, _ in columns) + " |"
-    body = ["| " + " | ".join(line) + " |" for line in zip(*(cells for _, cells in columns), strict=True)]
-    return [header, "|" + "---|" * len(columns), *body]
-
-
-def _lasting(machine: dict[str, str]) -> dict[str, str]:
+def lasting(machine: dict[str, str]) -> dict[str, str]:
     """Without what is measured anew in every run."""
     return {name: fact for name, fact in machine.items() if name != "memory bandwidth"}
-
-
-def _shown(row: Row, number: float) -> str:
-    """A value or target of such a row."""
-    match row:
-        case Share() | Bandwidth():
-            return _percent(number)
-        case HeadState():
-            return _us(number)
-        case Preparation() | LongSequence() | Point():
-            return f"{_ms(number)} ms"
-    return f"{number:.3g}x" if number < 100 else f"{number:.0f}x"
-
-
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:.0f}"
-
-
-def _us(seconds: float) -> str:
-    return f"{seconds * 1e6:.3g} us"
-
-
-def _mb(nbytes: int | None) -> str:
-    if nbytes is None:
-        return "not measurable here"
-    return f"{nbytes / 1e6:,.0f} MB" if nbytes >= 1e7 else f"{nbytes / 1e6:.2g} MB"
-
-
-def _giga(rate: float) -> str:
-    return f"{rate / 1e9:.0f}"
-
-
-def _percent(share: float) -> str:
-    return f"{share:.0%}"

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+FLEX, CHUNKED, EAGER_UPDATE = "FlexAttention", "eager chunked", "eager outer product and read"
+
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """[B, T, H, D] softmax attention by torch's fused kernel: under a boolean mask [B, T, T], or causal."""
@@ -33,19 +35,20 @@ def block_mask(step_ids: Tensor) -> BlockMask:
     def sees(batch, head, i, j):
         return (j <= i) & ((ids[j] == 0) | (ids[j] == ids[i]))
 
-    return create_block_mask(sees, None, None, len(ids), len(ids), device="cpu")
+    return create_block_mask(sees, None, None, len(ids), len(ids), device=ids.device)
 
 
-def flex() -> Callable[[Tensor, Tensor, Tensor, BlockMask], Tensor]:
+def flex(gradients: bool = False) -> Callable[[Tensor, Tensor, Tensor, BlockMask], Tensor]:
     """A freshly compiled FlexAttention over [B, T, H, D]; compiles on its first call.
 
-    On the CPU it has no backward, and refuses inputs that want gradients even where none are recorded.
+    Without gradients for the CPU, where it has no backward and refuses inputs that want gradients even where none are
+    recorded.
     """
     torch.compiler.reset()
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
-        q, k, v = (x.detach().transpose(1, 2) for x in (q, k, v))
+        q, k, v = ((x if gradients else x.detach()).transpose(1, 2) for x in (q, k, v))
         return compiled(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 
     return run

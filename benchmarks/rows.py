@@ -9,17 +9,21 @@ from typing import ClassVar
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What every row says of its case. heads: "Hq/Hk". failure: why nothing could be measured, else empty."""
+    """What every row says of its case. heads: "Hq/Hk". threads: 0 on a GPU. failure: why nothing could be measured,
+    else empty. unit: of value and target, one of markdown.UNITS.
+    """
 
     operator: str
     dtype: str
     time: int
     heads: str
     width: int
-    threads: int
+    threads: int = 0
+    batch: int = 1
     target: float | None = None
     failure: str = ""
     at_most: ClassVar[bool] = False
+    unit: ClassVar[str] = "times"
 
     @property
     def value(self) -> float:
@@ -36,7 +40,8 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison(Row):
-    """Ours against a peer. variant: the peer's fastest form, of those in `tried` (seconds each).
+    """Ours against a peer. variant: the peer's fastest form, of those in `tried` (seconds each). peer_host: seconds of
+    the CPU to issue a call of it to a GPU.
 
     work: (our work) / (its work), where the two do not do the same.
     """
@@ -48,6 +53,7 @@ class Comparison(Row):
     ours_spread: float
     peer_s: float = 0.0
     peer_spread: float = 0.0
+    peer_host: float = 0.0
     work: float = 1.0
     tried: dict[str, float] = field(default_factory=dict)
 
@@ -62,6 +68,7 @@ class Preparation(Row):
 
     what: str
     seconds: float
+    unit = "ms"
 
     @property
     def value(self) -> float:
@@ -76,6 +83,7 @@ class LongSequence(Row):
     extra: int | None
     results: int
     peer_needs: int
+    unit = "ms"
 
     @property
     def value(self) -> float:
@@ -90,6 +98,7 @@ class Share(Row):
     spread: float
     peak: float
     matmul: float
+    unit = "percent"
 
     @property
     def value(self) -> float:
@@ -106,6 +115,7 @@ class Bandwidth(Row):
     ours: float
     spread: float
     copy: float
+    unit = "percent"
 
     @property
     def value(self) -> float:
@@ -122,6 +132,7 @@ class HeadState(Row):
     spread: float
     idle: float
     at_most = True
+    unit = "us"
 
     @property
     def value(self) -> float:
@@ -150,6 +161,7 @@ class Point(Row):
 
     side: str
     seconds: float
+    unit = "ms"
 
     @property
     def value(self) -> float:
@@ -175,10 +187,73 @@ class Phase(Row):
         return self.stock_s / self.ours_s
 
 
+@dataclass(frozen=True, kw_only=True)
+class Kernel(Row):
+    """Ours on a GPU. bound: seconds of its roofline with the ceilings of the same run; extra: bytes allocated beyond
+    inputs and results; host: seconds of the CPU to issue a call. judged: the unit of value and target.
+    """
+
+    direction: str
+    seconds: float = 0.0
+    spread: float = 0.0
+    host: float = 0.0
+    flops: float = 0.0
+    moved: float = 0.0
+    bound: float = 0.0
+    extra: int | None = None
+    judged: str = "ms"
+
+    @property
+    def unit(self) -> str:
+        return self.judged
+
+    @property
+    def at_most(self) -> bool:
+        return self.judged in ("ms", "us")
+
+    @property
+    def value(self) -> float:
+        return self.seconds if self.at_most else self.flops / self.seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launches(Row):
+    """Nodes of a CUDA graph for each call that was captured in it."""
+
+    launches: float
+    at_most = True
+    unit = "launches"
+
+    @property
+    def value(self) -> float:
+        return self.launches
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ceiling(Row):
+    """What the GPU itself does in the same run, a second."""
+
+    what: str
+    rate: float
+    spread: float
+    judged: str
+
+    @property
+    def unit(self) -> str:
+        return self.judged
+
+    @property
+    def value(self) -> float:
+        return self.rate
+
+
 KINDS = {
     kind.__name__: kind
-    for kind in (Comparison, Preparation, LongSequence, Share, Bandwidth, HeadState, Growth, Point, Phase)
-}
+    for kind in (
+        Bandwidth, Ceiling, Comparison, Growth, HeadState, Kernel, Launches, LongSequence, Phase, Point, Preparation,
+        Share,
+    )
+}  # fmt: skip
 
 
 def to_json(row: Row) -> dict:

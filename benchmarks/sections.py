@@ -11,6 +11,7 @@ from benchmarks.contest import BACKWARD, BOTH, FORWARD, Contest, attempt, withou
 from benchmarks.machine import last_level_cache
 from benchmarks.memory import copies, peak_growth
 from benchmarks.peak import NoPeak, peak
+from benchmarks.peers import CHUNKED, EAGER_UPDATE, FLEX
 from benchmarks.rows import (
     Bandwidth,
     Comparison,
@@ -24,6 +25,7 @@ from benchmarks.rows import (
 )
 from benchmarks.timing import interleaved, seconds_a_call
 from benchmarks.workload import (
+    ALPHA,
     Case,
     Plan,
     attention_flops,
@@ -34,10 +36,8 @@ from benchmarks.workload import (
 from statecore import ops
 from statecore.reference import segment_mask
 
-ALPHA = (torch.arange(64) / 40).clamp(max=0.4)  # correction strengths, as in the models
-MASKED, CAUSAL, FLEX = "SDPA with the mask", "SDPA causal, per visible FLOP", "FlexAttention"
-CHUNKED, COMPILED, SCAN = "eager chunked", "torch.compile of chunked", "Mamba-2's chunk scan in transformers"
-EAGER_UPDATE = "eager outer product and read"
+MASKED, CAUSAL = "SDPA with the mask", "SDPA causal, per visible FLOP"
+COMPILED, SCAN = "torch.compile of chunked", "Mamba-2's chunk scan in transformers"
 FASTER = {torch.float32: 12.0, torch.bfloat16: 20.0}  # times SDPA with the mask
 PER_FLOP = {torch.float32: 1.8, torch.bfloat16: 3.0}  # times SDPA causal, per visible FLOP
 BOTH_WAYS = 10.0  # times SDPA with the mask, forward + backward

@@ -9,30 +9,38 @@ import torch
 from torch import Tensor
 
 ALL_THREADS = torch.get_num_threads()  # before any case changes it
+ALPHA = (torch.arange(64) / 40).clamp(max=0.4)  # correction strengths, as in the models
 
 
 @dataclass(frozen=True)
 class Case:
-    """One shape on so many threads. heads: (Hq, Hk). prompt, step: tokens. Batch is 1."""
+    """One shape. heads: (Hq, Hk). prompt, step: tokens. threads: 0 on a GPU."""
 
     time: int
     dtype: torch.dtype
     heads: tuple[int, int]
     width: int
-    threads: int
     prompt: int
     step: int
+    threads: int = 0
+    batch: int = 1
+    device: str = "cpu"
 
     def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Random q [1, T, Hq, D], k and v [1, T, Hk, D] that want gradients."""
+        """Random q [B, T, Hq, D], k and v [B, T, Hk, D] that want gradients."""
         queries, keys = self.heads
-        shapes = [(1, self.time, heads, self.width) for heads in (queries, keys, keys)]
-        return tuple(torch.randn(shape).to(self.dtype).requires_grad_() for shape in shapes)
+        return tuple(self.random(heads, self.width) for heads in (queries, keys, keys))
+
+    def random(self, *shape: int) -> Tensor:
+        """[B, T, ...]; it wants gradients."""
+        x = torch.randn(self.batch, self.time, *shape, device=self.device)
+        return x.to(self.dtype).requires_grad_()
 
     def step_ids(self) -> Tensor:
-        """int32 [1, T]: 0 in the prompt, then 1, 2, ... for `step` tokens each."""
-        behind = torch.arange(self.time) - self.prompt
-        return (behind.div(self.step, rounding_mode="floor") + 1).clamp(min=0).int()[None]
+        """int32 [B, T]: 0 in the prompt, then 1, 2, ... for `step` tokens each."""
+        behind = torch.arange(self.time, device=self.device) - self.prompt
+        ids = (behind.div(self.step, rounding_mode="floor") + 1).clamp(min=0).int()
+        return ids.expand(self.batch, -1).contiguous()
 
     def labels(self) -> dict[str, object]:
         """The fields that every row of results has."""
@@ -42,6 +50,7 @@ class Case:
             "heads": "/".join(map(str, self.heads)),
             "width": self.width,
             "threads": self.threads,
+            "batch": self.batch,
         }
 
 
@@ -134,7 +143,7 @@ def causal_pairs(time: int) -> int:
 
 
 def attention_flops(pairs: int, case: Case) -> int:
-    """Both matrix products of softmax attention over so many pairs a head."""
+    """Both matrix products of softmax attention over so many pairs a head, in one sequence."""
     return 4 * case.width * pairs * case.heads[0]
 
 

@@ -1,39 +1,45 @@
-// The part of the test library that is not the shipped sources: what tests set of the emulator, as operators
-// beside those under test (schemas: csrc/library.cpp).
+// The part of the test library that is not the shipped sources: the emulator's controls and counters, as
+// operators beside those under test (whose schemas are in csrc/library.cpp).
 
 #include <torch/csrc/stable/library.h>
 
 #include <string>
+#include <tuple>
 
 #include "common/cuda_backend.h"
 #include "simt/simt.h"
 
 namespace {
 
-void set_schedule(std::string order, int64_t seed) {
-  using enum simt::Order;
-  if (order != "forward" && order != "reverse" && order != "random")
-    statecore::refuse("order must be forward, reverse or random, got ", order);
-  simt::schedule() = {order == "forward"   ? kForward
-                      : order == "reverse" ? kReverse
-                                           : kRandom,
-                      uint64_t(seed)};
+// order and async: 0, 1, 2 as simt.h lists them.
+void set_schedule(int64_t order, int64_t async, int64_t seed) {
+  simt::schedule() = {.order = simt::Order(order), .seed = uint64_t(seed), .async = simt::Async(async)};
 }
 
 void set_device(int64_t arch, int64_t multiprocessors) { simt::device() = {int(arch), int(multiprocessors)}; }
+
+// Names of the kernels launched since the last call, one a line, and their tensor-core products.
+std::tuple<std::string, int64_t> take_work() {
+  const simt::Counters counters = simt::take_counters();
+  std::string launches;
+  for (const std::string& name : counters.launches) launches += name + "\n";
+  return {launches, int64_t(counters.mma)};
+}
 
 bool checks_races() { return simt::checks_races(); }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(STATECORE_LIBRARY, m) {
-  m.def("set_schedule(str order, int seed) -> ()");
+  m.def("set_schedule(int order, int async, int seed) -> ()");
   m.def("set_device(int arch, int multiprocessors) -> ()");
+  m.def("take_work() -> (str launches, int mma)");
   m.def("checks_races() -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(STATECORE_LIBRARY, CompositeExplicitAutograd, m) {
   m.impl("set_schedule", TORCH_BOX(&set_schedule));
   m.impl("set_device", TORCH_BOX(&set_device));
+  m.impl("take_work", TORCH_BOX(&take_work));
   m.impl("checks_races", TORCH_BOX(&checks_races));
 }

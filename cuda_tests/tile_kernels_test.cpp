@@ -246,14 +246,15 @@ void test_elementwise() {
   const int64_t ld = tile_ld(cols);
   const auto x = random_tile<Real>(rows * ld), y = random_tile<Real>(rows * ld);
   const auto factor = random_tile<Real>(rows), delta = random_tile<Real>(padded(cols));
-  auto out = x;
+  auto out = x, gates = x;
   std::vector<Real> dots(rows);
-  tile_kernels<Real>().gated_add(rows, cols, out.data(), y.data(), x.data(), ld);
+  gates[0] = -1e30, gates[1] = -1000, gates[2] = -100, gates[3] = -88, gates[ld] = 100, gates[ld + 1] = 1e30;
+  tile_kernels<Real>().gated_add(rows, cols, out.data(), y.data(), gates.data(), ld);
   for (int i = 0; i < rows; ++i)
     for (int j = 0; j < cols; ++j) {
-      const double gate = double(x[i * ld + j]);
-      expect_near("gated_add", double(out[i * ld + j]), double(y[i * ld + j]) + gate / (1 + std::exp(-gate)),
-                  tolerance);
+      const int64_t at = i * ld + j;
+      expect_near("gated_add", double(out[at]),
+                  double(y[at]) + double(x[at]) / (1 + std::exp(-double(gates[at]))), tolerance);
     }
   out = x;
   tile_kernels<Real>().scale_rows(rows, cols, factor.data(), out.data(), ld);

@@ -5,21 +5,25 @@ import random
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from cases import Heads
 from torch import Tensor
 
 from statecore import ops
 
 # Test libraries: the shipped CUDA operators on the emulator, plain and with a check of every memory access.
 EMULATORS = {"emulated": "statecore_emulated", "checked": "statecore_checked"}
-OPERATORS = (
-    "linear_attention", "linear_attention_backward", "segment_attention", "segment_attention_backward",
-    "step_linear_attention", "step_linear_attention_backward", "mixed_attention_forward", "state_update",
-)  # fmt: skip
+
+
+def operators() -> list[str]:
+    """Names of those with a CPU backend."""
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("statecore::")]
+    return [name.partition("::")[2] for name in names if torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")]
 
 
 def require(name: str) -> None:
@@ -56,9 +60,16 @@ class Device(str):
         return self
 
     @property
-    def finest(self) -> torch.dtype:
-        """The dtype with the least error that is served."""
-        return torch.float32 if self.runs_cuda else torch.float64
+    def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        """Two that are served: the one with the least error, and one with more."""
+        return (torch.float32, torch.bfloat16) if self.runs_cuda else (torch.float64, torch.float32)
+
+    def served(self, heads: Heads) -> Heads:
+        """The same heads, with the next widths that are served."""
+        if not self.runs_cuda:
+            return heads
+        key_width, value_width = (min(-(-width // 16) * 16, 128) for width in (heads.key_width, heads.value_width))
+        return replace(heads, key_width=key_width, value_width=value_width)
 
     def length(self, time: int) -> int:
         """Tokens of a long case: fewer where thousands take minutes."""
@@ -78,9 +89,9 @@ class Device(str):
         elif self.name == "cuda":
             yield from (f"run {i}" for i in range(200))
         else:
-            for order, seed in (("forward", 0), ("reverse", 0), ("random", 1), ("random", 2)):
-                emulator(self.name).schedule(order, seed)
-                yield f"threads run in {order} order"
+            for order, asynchronous in (("forward", "late"), ("reverse", "early"), ("random", "random")):
+                emulator(self.name).schedule(order, asynchronous)
+                yield f"threads in {order} order, copies {asynchronous}"
 
 
 CPU = Device("cpu")
@@ -104,17 +115,18 @@ class Emulator:
     def serving(self) -> Iterator[None]:
         """They compute for CPU tensors meanwhile; gradients, fakes and autocast stay those of statecore.ops.
 
-        The controls start at their defaults, and memory that nobody has set is NaN.
+        Controls and counters start at their defaults, and memory that nobody has set is NaN.
         """
         self.schedule("forward")
         self.gpu()
+        self.take_work()
         deterministic = torch.are_deterministic_algorithms_enabled()
         registrations = torch.library.Library("statecore", "IMPL")
         try:
             torch.use_deterministic_algorithms(True)  # fills new tensors
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Warning only once for all operators")  # that this overrides
-                for name in OPERATORS:
+                for name in operators():
                     registrations.impl(name, self._kernel(name), "CPU")
             yield
         finally:
@@ -126,14 +138,21 @@ class Emulator:
             return getattr(self._ops, name).default
         return lambda *args, **kwargs: pytest.skip(f"{name} has no CUDA kernel")
 
-    # ---- controls
-    def schedule(self, order: str, seed: int = 1) -> None:
-        """In which `order` threads run that could: forward, reverse or random."""
-        self._ops.set_schedule(order, seed)
+    # ---- controls and counters
+    def schedule(self, order: str, asynchronous: str = "late", seed: int = 1) -> None:
+        """`order` in which threads run that could: forward, reverse, random; when asynchronous copies and products
+        take effect: late, early, random."""
+        orders, times = ("forward", "reverse", "random"), ("late", "early", "random")  # as in cuda_tests/simt/simt.h
+        self._ops.set_schedule(orders.index(order), times.index(asynchronous), seed)
 
     def gpu(self, arch: int = 80, multiprocessors: int = 132) -> None:
         """What host code finds when it chooses kernels: 80 is A100, 90 H200."""
         self._ops.set_device(arch, multiprocessors)
+
+    def take_work(self) -> tuple[list[str], int]:
+        """Names of the kernels launched since the last call, and how many tensor-core products they made."""
+        launches, products = self._ops.take_work()
+        return launches.splitlines(), products
 
 
 @cache

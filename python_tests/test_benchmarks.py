@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import relative_error
 
-from benchmarks import cpu, peers
+from benchmarks import cpu, peers, record
 from benchmarks.contest import attempt
 from benchmarks.page import page, target, verdict
 from benchmarks.rows import Comparison, Growth, from_json, to_json
@@ -143,15 +143,15 @@ def test_record_becomes_page_and_pictures(quick_record, tmp_path, monkeypatch):
         Comparison(**LABELS, direction="forward", peer="q", ours_s=1, ours_spread=0, failure="no g++"),
     ]
     segment = quick_record["sections"]["growth"] | {"rows": [to_json(row) for row in bars]}
-    record = {"sections": quick_record["sections"] | {"segment": segment}}
+    found = {"sections": quick_record["sections"] | {"segment": segment}}
     monkeypatch.setattr(cpu, "RESULTS", tmp_path / "results")
-    cpu.write(record)
+    cpu.write(found)
     assert sorted(path.name for path in (tmp_path / "results").iterdir()) == [
         "cpu.json", "cpu.md", "cpu_lengths.png", "cpu_ratios.png",
     ]  # fmt: skip
-    assert cpu.stored() == json.loads(json.dumps(record))
+    assert record.stored(tmp_path / "results", "cpu") == json.loads(json.dumps(found))
     text = (tmp_path / "results" / "cpu.md").read_text()
-    assert text == page(cpu.stored())
+    assert text == page(record.stored(tmp_path / "results", "cpu"))
     for expected in ("## 1. Segment attention", "targets reached", "cannot run: no g++", "A whole model", "| >= 12x |"):
         assert expected in text
 

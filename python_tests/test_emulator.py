@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import Heads
-from devices import require, using
+from devices import emulator, require, using
 
 from statecore import ops
 
@@ -16,6 +16,7 @@ def update(width: int) -> torch.Tensor:
 @pytest.mark.parametrize("device", ["emulated", "checked"], indirect=True)
 def test_cuda_kernels_serve_cpu_tensors(device):
     assert update(16).shape == (2, 1, 16)
+    assert emulator(device.name).take_work() == (["state_update"], 0)
     with pytest.raises(RuntimeError, match="multiple of 16 up to 128 on CUDA"):
         update(24)
     assert torch.empty(3, device=device).isnan().all()

@@ -16,10 +16,6 @@ WIDTHS, CUDA_WIDTHS = [1, 3, 8, 16, 17, 31, 40], [16, 32, 48, 64, 80, 112, 128]
 TIMES, CUDA_TIMES = [1, 2, 15, 31, 32, 33, 64, 129], [1, 2, 15, 63, 64, 65, 129, 200]
 
 
-def small_heads(device: Device) -> Heads:
-    return Heads(4, 2, 2, 16, 32) if device.runs_cuda else Heads(4, 2, 2, 8, 12)
-
-
 def random_case(seed: int, dtype: torch.dtype, device: Device = CPU):
     """Positional arguments of a random call: odd sizes, GQA or GVA, decay, initial state, packing and strides."""
     draw = random.Random(seed)
@@ -97,7 +93,7 @@ def test_float32_decay_and_state_beside_float64():
 @pytest.mark.parametrize("decays", [False, True])
 @pytest.mark.parametrize("cut", [0, 1, 50, 64, 100, 129])
 def test_split_anywhere_is_one_call(cut, decays, device):
-    dtype, heads = device.finest, small_heads(device)
+    dtype, heads = device.dtypes[0], device.served(Heads(4, 2, 2, 8, 20))
     tensors = [leaf(x) for x in on(device, *heads.qkv(2, 129, dtype))]
     decay = leaf(-torch.rand(2, 129, 2, dtype=dtype).to(device)) if decays else None
     state = leaf(torch.randn(2, 2, heads.key_width, heads.value_width, dtype=dtype).to(device))
@@ -119,7 +115,7 @@ def test_split_anywhere_is_one_call(cut, decays, device):
 
 def test_packed_is_one_by_one(device):
     """Bit for bit on the CPU; on CUDA how the work is split depends on how much there is."""
-    heads = small_heads(device)
+    heads = device.served(Heads(4, 2, 2, 8, 20))
     lengths = [5, 0, 64, 1, 70]
     cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
     decay, state = -torch.rand(1, sum(lengths), 2), torch.randn(len(lengths), 2, heads.key_width, heads.value_width)
@@ -142,7 +138,7 @@ def test_packed_is_one_by_one(device):
 
 @pytest.mark.parametrize(("batch", "time"), [(0, 5), (2, 0), (0, 0)])
 def test_nothing_to_do(batch, time, device):
-    heads = small_heads(device)
+    heads = device.served(Heads(4, 2, 2, 8, 20))
     tensors = [leaf(x) for x in on(device, *heads.qkv(batch, time, torch.float32))]
     state = leaf(torch.randn(batch, 2, heads.key_width, heads.value_width).to(device))
     (out, final), grads, (_, grad_final) = run(ops.linear_attention, (*tensors, None, state), {})
@@ -176,7 +172,7 @@ def test_bits_do_not_depend_on_threads_runs_or_strides(dtype, device):
 
 def test_gradient_without_strides(device):
     """That of a sum: one number, expanded."""
-    heads = small_heads(device)
+    heads = device.served(Heads(4, 2, 2, 8, 20))
     args = on(device, *heads.qkv(1, 70, torch.float32), None, None, None, None)
     out, state = ops.linear_attention(*args[:3])
     one = torch.ones((), device=device)
@@ -184,6 +180,20 @@ def test_gradient_without_strides(device):
     got = backward(one.expand_as(out), one.expand_as(state), *args)
     for x, y in zip(got, backward(torch.ones_like(out), torch.ones_like(state), *args), strict=True):
         assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("device", ["emulated", "cuda"], indirect=True)
+def test_refuses_on_cuda(device):
+    def attend(key_width: int, value_width: int, dtype=torch.float32):
+        ops.linear_attention(*on(device, *Heads(1, 1, 1, key_width, value_width).qkv(1, 3, dtype)))
+
+    attend(16, 128)
+    with pytest.raises(RuntimeError, match="q must be float32, bfloat16 or float16 on CUDA, got float64"):
+        attend(16, 16, torch.float64)
+    with pytest.raises(RuntimeError, match=r"q and k must have a width that is a multiple of 16 up to 128 .*, got 24"):
+        attend(24, 16)
+    with pytest.raises(RuntimeError, match="v must have a width that is a multiple of 16 up to 128 on CUDA, got 144"):
+        attend(16, 144)
 
 
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)
@@ -247,7 +257,7 @@ def test_rank_of_the_state():
 
 
 def test_decay_of_minus_infinity_forgets_everything(device):
-    heads = Heads(2, 1, 1, 16, 32) if device.runs_cuda else Heads(2, 1, 1, 4, 6)
+    heads = device.served(Heads(2, 1, 1, 4, 20))
     q, k, v, decay = on(device, *heads.qkv(1, 40, torch.float32), -torch.rand(1, 40, 1))
     decay[0, 17] = float("-inf")
     out, state = ops.linear_attention(q, k, v, decay, torch.randn(1, 1, heads.key_width, heads.value_width).to(device))

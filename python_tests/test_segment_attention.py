@@ -6,7 +6,8 @@ import resource
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import EXACT, GRADIENT, VALUE, Heads, random_step_ids, relative_error
+from cases import GRADIENT, VALUE, Heads, random_step_ids, relative_error
+from devices import CPU, Device, on
 
 from statecore import ops, reference
 
@@ -24,25 +25,29 @@ def ids_of(*lengths: int, first: int = 0) -> torch.Tensor:
     return torch.cat([torch.full((n,), first + i, dtype=torch.int32) for i, n in enumerate(lengths)])[None]
 
 
-def with_gradients(function, tensors, *args, generator_seed=5, **kwargs):
-    """Results, and the gradients of a fixed random combination of them (lse only where it is finite)."""
+def with_gradients(function, tensors, *args, generator_seed=5, dtype=torch.float64, **kwargs):
+    """Results, and the gradients of a fixed combination of them (lse only where it is finite), random in `dtype`."""
     leaves = [x.detach().requires_grad_() for x in tensors]
     out, lse = function(*leaves, *args, **kwargs)
     generator = torch.Generator().manual_seed(generator_seed)
-    weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in (out, lse)]
-    loss = (out * weights[0].to(out.dtype)).sum() + (lse.masked_fill(lse.isinf(), 0) * weights[1].to(lse.dtype)).sum()
+    weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(dtype).to(x) for x in (out, lse)]
+    loss = (out * weights[0]).sum() + (lse.masked_fill(lse.isinf(), 0) * weights[1]).sum()
     return out.detach(), lse.detach(), *torch.autograd.grad(loss, leaves)
 
 
-def assert_like_reference(tensors, step_ids, cu_seqlens=None, scale=None):
-    """float64 inputs: in float64 to the last bits, in float32 within the budget."""
-    wanted = with_gradients(reference.segment_attention, tensors, step_ids, cu_seqlens, scale=scale)
-    for dtype in (torch.float64, torch.float32):
-        inputs = [x.to(dtype) for x in tensors]
-        got = with_gradients(ops.segment_attention, inputs, step_ids, cu_seqlens, scale=scale)
+def assert_like_reference(tensors, step_ids, cu_seqlens=None, scale=None, device: Device = CPU):
+    """float64 inputs: in every dtype of the device within its budget, float64 to the last bits."""
+    step_ids, cu_seqlens = on(device, step_ids, cu_seqlens)
+    wanted = None
+    for dtype in device.dtypes:
+        inputs = [x.to(dtype) for x in on(device, *tensors)]
+        if wanted is None or dtype.itemsize == 2:  # rounded to more than float32's own error
+            exact = [x.double() for x in inputs]
+            wanted = with_gradients(reference.segment_attention, exact, step_ids, cu_seqlens, scale=scale, dtype=dtype)
+        got = with_gradients(ops.segment_attention, inputs, step_ids, cu_seqlens, scale=scale, dtype=dtype)
         limits = [VALUE[dtype]] * 2 + [GRADIENT[dtype]] * 3
         for name, x, y, limit in zip(("out", "lse", "grad_q", "grad_k", "grad_v"), got, wanted, limits, strict=True):
-            assert x.dtype == (torch.float32 if dtype == torch.float32 else torch.float64)
+            assert x.dtype == (torch.float32 if name == "lse" and dtype.itemsize == 2 else dtype)
             assert relative_error(x, y) <= limit, f"{name} in {dtype}"
 
 
@@ -52,44 +57,57 @@ def assert_like_reference(tensors, step_ids, cu_seqlens=None, scale=None):
 @pytest.mark.parametrize("heads", [MHA, GQA, MQA], ids=["mha", "gqa", "mqa"])
 @pytest.mark.parametrize("kind", [PROMPT_AND_STEPS, TINY_STEPS, LONG_PROMPT], ids=["steps", "tiny steps", "prompt"])
 @pytest.mark.parametrize("padding", [0, 40])
-def test_random_cases(heads, kind, padding):
+def test_random_cases(heads, kind, padding, device):
+    heads = device.served(heads)
     for batch, time in ((2, 150), (1, 301)):
-        assert_like_reference(heads.qkv(batch, time), random_step_ids(batch, time, padding=padding, **kind))
+        step_ids = random_step_ids(batch, time, padding=padding, **kind)
+        assert_like_reference(heads.qkv(batch, time), step_ids, device=device)
 
 
 @pytest.mark.parametrize("time", [1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 255, 257])
-def test_lengths_around_tile_edges(time):
-    heads = Heads(q=2, k=1, v=1, key_width=8, value_width=8)
+def test_lengths_around_tile_edges(time, device):
+    heads = device.served(Heads(q=2, k=1, v=1, key_width=8, value_width=8))
     for step_ids in (random_step_ids(1, time, prompt=time // 4, longest=70), ids_of(0, time), ids_of(time)):
-        assert_like_reference(heads.qkv(1, time), step_ids)
+        assert_like_reference(heads.qkv(1, time), step_ids, device=device)
 
 
 @pytest.mark.parametrize("edge", [63, 64, 65, 127, 129])
-def test_steps_that_begin_around_tile_edges(edge):
-    assert_like_reference(MHA.qkv(1, 3 * edge + 5), ids_of(edge, edge, 5, edge))
-    assert_like_reference(MHA.qkv(1, 2 * edge + 3), ids_of(edge, 3, edge, first=1))
+def test_steps_that_begin_around_tile_edges(edge, device):
+    assert_like_reference(MHA.qkv(1, 3 * edge + 5), ids_of(edge, edge, 5, edge), device=device)
+    assert_like_reference(MHA.qkv(1, 2 * edge + 3), ids_of(edge, 3, edge, first=1), device=device)
 
 
-@pytest.mark.parametrize(("key_width", "value_width"), [(1, 1), (3, 17), (16, 128), (100, 64), (129, 15)])
-def test_any_width(key_width, value_width):
-    heads = Heads(q=2, k=1, v=1, key_width=key_width, value_width=value_width)
-    assert_like_reference(heads.qkv(2, 70), random_step_ids(2, 70, padding=3))
+@pytest.mark.parametrize(("key_width", "value_width"), [(1, 1), (3, 17), (16, 128), (100, 64), (129, 15), (80, 112)])
+def test_any_width(key_width, value_width, device):
+    heads = device.served(Heads(q=2, k=1, v=1, key_width=key_width, value_width=value_width))
+    assert_like_reference(heads.qkv(2, 70), random_step_ids(2, 70, padding=3), device=device)
 
 
-def test_more_query_heads_than_rows_of_a_tile():
-    heads = Heads(q=300, k=1, v=1, key_width=4, value_width=4)
-    assert_like_reference(heads.qkv(1, 20), ids_of(5, 7, 8))
+def test_more_query_heads_than_rows_of_a_tile(device):
+    heads = device.served(Heads(q=300, k=1, v=1, key_width=4, value_width=4))
+    assert_like_reference(heads.qkv(1, 20), ids_of(5, 7, 8), device=device)
 
 
-def test_scale():
-    assert_like_reference(GQA.qkv(1, 40), ids_of(10, 30), scale=0.37)
-    assert_like_reference(GQA.qkv(1, 40), ids_of(10, 30), scale=0.0)
+def test_scale(device):
+    for scale in (0.37, 0.0):
+        assert_like_reference(device.served(GQA).qkv(1, 40), ids_of(10, 30), scale=scale, device=device)
 
 
-def test_large_scores_do_not_overflow():
-    q, k, v = MHA.qkv(1, 130, torch.float32)
-    out, lse = ops.segment_attention(300 * q, k, v, ids_of(50, 80))
-    wanted, wanted_lse = reference.segment_attention(300 * q.double(), k.double(), v.double(), ids_of(50, 80))
+@pytest.mark.parametrize("device", ["checked"], indirect=True)
+@pytest.mark.parametrize("widths", [(16, 32), (128, 128)], ids=str)
+def test_every_access_is_right(widths, device):
+    """Prompt and steps over some tiles, and queries at the end of a cache with holes."""
+    heads = Heads(2, 1, 1, *widths)
+    step_ids = random_step_ids(1, 140, prompt=20, longest=60, padding=9)
+    assert_like_reference(heads.qkv(1, 140), step_ids, torch.tensor([0, 140, 140], dtype=torch.int32), device=device)
+    step_ids[0, torch.rand(140) < 0.3] = -1
+    assert_like_reference(heads.qkv(1, 3, keys=140), step_ids, device=device)
+
+
+def test_large_scores_do_not_overflow(device):
+    q, k, v, ids = on(device, *MHA.qkv(1, 130, torch.float32), ids_of(50, 80))
+    out, lse = ops.segment_attention(300 * q, k, v, ids)
+    wanted, wanted_lse = reference.segment_attention(300 * q.double(), k.double(), v.double(), ids)
     assert relative_error(lse, wanted_lse) < 1e-6
     assert relative_error(out, wanted) < 1e-3  # scores of some 1000 carry an absolute error of 1e-4
 
@@ -105,49 +123,51 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(results, heads.qkv(2, 9, requires_grad=True))
 
 
-def test_one_step_without_prompt_is_causal_attention():
-    q, k, v = GQA.qkv(2, 200)
-    out, _ = ops.segment_attention(q, k, v, torch.full((2, 200), 4, dtype=torch.int32))
-    wanted = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, enable_gqa=True)
-    assert relative_error(out, wanted.transpose(1, 2)) < EXACT
+def test_one_step_without_prompt_is_causal_attention(device):
+    dtype = device.dtypes[0]
+    q, k, v = on(device, *device.served(GQA).qkv(2, 200, dtype))
+    out, _ = ops.segment_attention(q, k, v, torch.full((2, 200), 4, dtype=torch.int32, device=device))
+    heads_first = (x.double().transpose(1, 2) for x in (q, k, v))
+    wanted = F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True)
+    assert relative_error(out, wanted.transpose(1, 2)) < VALUE[dtype]
 
 
 # ---- how tokens may be laid out
 
 
 @pytest.mark.parametrize("lengths", [(70, 1, 0, 130, 3), (0, 0, 5), (64, 64), (0,), (200,)])
-def test_packed_is_one_by_one(lengths):
-    total = sum(lengths)
-    q, k, v = GQA.qkv(1, total)
+def test_packed_is_one_by_one(lengths, device):
+    dtype = device.dtypes[0]
+    tensors = on(device, *device.served(GQA).qkv(1, sum(lengths), dtype))
     pieces = [random_step_ids(1, n, prompt=10, longest=30, padding=2) for n in lengths]
     step_ids = torch.cat(pieces, dim=1)
     offsets = list(itertools.accumulate(lengths, initial=0))
-    cu_seqlens = torch.tensor(offsets, dtype=torch.int32)
-    got = with_gradients(ops.segment_attention, (q, k, v), step_ids, cu_seqlens)
-    assert_like_reference((q, k, v), step_ids, cu_seqlens)
-    for ids, begin, end in zip(pieces, offsets[:-1], offsets[1:], strict=True):
-        out, lse = ops.segment_attention(*(x[:, begin:end] for x in (q, k, v)), ids)
+    step_ids, cu_seqlens = on(device, step_ids, torch.tensor(offsets, dtype=torch.int32))
+    got = with_gradients(ops.segment_attention, tensors, step_ids, cu_seqlens)
+    assert_like_reference(tensors, step_ids, cu_seqlens, device=device)
+    for ids, begin, end in zip(on(device, *pieces), offsets[:-1], offsets[1:], strict=True):
+        out, lse = ops.segment_attention(*(x[:, begin:end] for x in tensors), ids)
         assert torch.equal(out, got[0][:, begin:end])
         assert torch.equal(lse, got[1][:, :, begin:end])
 
 
 @pytest.mark.parametrize("queries", [1, 2, 7, 64, 100, 180])
-def test_queries_are_the_last_tokens_of_a_cache_with_holes(queries):
+def test_queries_are_the_last_tokens_of_a_cache_with_holes(queries, device):
     keys = 180
-    q, k, v = GQA.qkv(3, queries, keys=keys)
+    q, k, v = device.served(GQA).qkv(3, queries, keys=keys)
     step_ids = random_step_ids(3, keys, prompt=30, longest=50)
     step_ids[0, torch.rand(keys) < 0.3] = -1
     step_ids[1, 64:128] = -1
     step_ids[2, : keys - 1] = -1
-    assert_like_reference((q, k, v), step_ids)
+    assert_like_reference((q, k, v), step_ids, device=device)
 
 
 @pytest.mark.parametrize("heads", [MHA, GQA], ids=["mha", "gqa"])
 @pytest.mark.parametrize("queries", [1, 100])
-def test_what_lies_in_holes_and_padding_does_not_matter(heads, queries):
-    q, k, v = heads.qkv(2, queries, keys=180)
+def test_what_lies_in_holes_and_padding_does_not_matter(heads, queries, device):
     step_ids = random_step_ids(2, 180, prompt=30, longest=50)
     step_ids[torch.rand(2, 180) < 0.3] = -1
+    q, k, v, step_ids = on(device, *device.served(heads).qkv(2, queries, device.dtypes[0], keys=180), step_ids)
     wanted = with_gradients(ops.segment_attention, (q, k, v), step_ids)
     hole = step_ids == -1
     padding = hole[:, 180 - queries :]
@@ -162,92 +182,101 @@ def test_what_lies_in_holes_and_padding_does_not_matter(heads, queries):
     assert (lse.transpose(1, 2)[padding] == -torch.inf).all()
 
 
-def test_padding_stays_zero_beside_infinite_values():
-    q, k, v = MHA.qkv(1, 40)
+def test_padding_stays_zero_beside_infinite_values(device):
+    q, k, v, ids = on(device, *MHA.qkv(1, 40, device.dtypes[0]), F.pad(ids_of(10, 20), (0, 10), value=-1))
     v[:, 3] = float("inf")
-    out, _ = ops.segment_attention(q, k, v, F.pad(ids_of(10, 20), (0, 10), value=-1))
+    out, _ = ops.segment_attention(q, k, v, ids)
     assert (out[:, 30:] == 0).all()
 
 
 @pytest.mark.parametrize("queries", [1, 2, 5, 40])
-def test_what_lies_beside_a_row_does_not_matter(queries):
-    heads = Heads(q=1, k=1, v=1, key_width=9, value_width=20)
-    plain = heads.qkv(1, queries, keys=130)
-    beside = [F.pad(x, (0, 7), value=float("nan"))[..., : x.shape[-1]] for x in plain]
-    got = ops.segment_attention(*beside, ids_of(50, 80))
-    for x, y in zip(got, ops.segment_attention(*plain, ids_of(50, 80)), strict=True):
+@pytest.mark.parametrize("beside", [7, 16])  # on CUDA: rows that are copied, and rows that are not
+def test_what_lies_beside_a_row_does_not_matter(queries, beside, device):
+    heads = device.served(Heads(q=1, k=1, v=1, key_width=9, value_width=20))
+    *plain, ids = on(device, *heads.qkv(1, queries, device.dtypes[0], keys=130), ids_of(50, 80))
+    among = [F.pad(x, (beside, beside), value=float("nan"))[..., beside : beside + x.shape[-1]] for x in plain]
+    got = ops.segment_attention(*among, ids)
+    for x, y in zip(got, ops.segment_attention(*plain, ids), strict=True):
         assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize("cuts", [(50,), (1, 2, 3), (64, 128), (33, 34, 150)])
-def test_chunked_prefill_is_one_call(cuts):
-    time = 170
-    q, k, v = GQA.qkv(2, time)
-    step_ids = random_step_ids(2, time, prompt=30, longest=40, padding=5)
+def test_chunked_prefill_is_one_call(cuts, device):
+    time, dtype = 170, device.dtypes[0]
+    tensors = device.served(GQA).qkv(2, time, dtype)
+    q, k, v, step_ids = on(device, *tensors, random_step_ids(2, time, prompt=30, longest=40, padding=5))
     out, lse = ops.segment_attention(q, k, v, step_ids)
     for begin, end in zip((0, *cuts), (*cuts, time), strict=True):
         part, part_lse = ops.segment_attention(q[:, begin:end], k[:, :end], v[:, :end], step_ids[:, :end])
-        assert relative_error(part, out[:, begin:end]) < EXACT
-        assert relative_error(part_lse, lse[:, :, begin:end]) < EXACT
+        assert relative_error(part, out[:, begin:end]) < VALUE[dtype]
+        assert relative_error(part_lse, lse[:, :, begin:end]) < VALUE[dtype]
 
 
-def test_padding_on_either_side_changes_nothing():
-    time = 90
-    q, k, v = GQA.qkv(1, time)
-    step_ids = random_step_ids(1, time, prompt=30, longest=40)
+def test_padding_on_either_side_changes_nothing(device):
+    time, dtype = 90, device.dtypes[0]
+    tensors = device.served(GQA).qkv(1, time, dtype)
+    q, k, v, step_ids = on(device, *tensors, random_step_ids(1, time, prompt=30, longest=40))
     wanted = with_gradients(ops.segment_attention, (q, k, v), step_ids, generator_seed=1)
     for left, right in ((70, 0), (0, 70), (3, 5)):
         pad = (0, 0, 0, 0, left, right)
         ids = F.pad(step_ids, (left, right), value=-1)
         out, lse = ops.segment_attention(*(F.pad(x, pad, value=7.0) for x in (q, k, v)), ids)
-        assert relative_error(out, F.pad(wanted[0], pad)) < EXACT
-        assert relative_error(lse, F.pad(wanted[1], (left, right), value=-torch.inf)) < EXACT
+        assert relative_error(out, F.pad(wanted[0], pad)) < VALUE[dtype]
+        assert relative_error(lse, F.pad(wanted[1], (left, right), value=-torch.inf)) < VALUE[dtype]
 
 
 @pytest.mark.parametrize(("batch", "queries", "keys"), [(0, 5, 5), (2, 0, 0), (2, 0, 7), (0, 0, 0)])
-def test_nothing_to_do(batch, queries, keys):
-    tensors = GQA.qkv(batch, queries, keys=keys)
+def test_nothing_to_do(batch, queries, keys, device):
+    heads = device.served(GQA)
+    tensors = on(device, *heads.qkv(batch, queries, device.dtypes[0], keys=keys))
     out, lse, grad_q, grad_k, grad_v = with_gradients(
-        ops.segment_attention, tensors, torch.zeros(batch, keys, dtype=torch.int32)
+        ops.segment_attention, tensors, torch.zeros(batch, keys, dtype=torch.int32, device=device)
     )
-    assert out.shape == (batch, queries, GQA.q, GQA.value_width)
+    assert out.shape == (batch, queries, GQA.q, heads.value_width)
     assert lse.shape == (batch, GQA.q, queries)
     assert grad_q.shape == tensors[0].shape
     assert (grad_k == 0).all()
     assert (grad_v == 0).all()
 
 
-def test_nobody_at_all():
-    tensors = GQA.qkv(2, 70)
-    out, lse, *grads = with_gradients(ops.segment_attention, tensors, torch.full((2, 70), -1, dtype=torch.int32))
+def test_nobody_at_all(device):
+    *tensors, ids = on(
+        device, *device.served(GQA).qkv(2, 70, device.dtypes[0]), torch.full((2, 70), -1, dtype=torch.int32)
+    )
+    out, lse, *grads = with_gradients(ops.segment_attention, tensors, ids)
     assert (out == 0).all()
     assert (lse == -torch.inf).all()
     assert all((grad == 0).all() for grad in grads)
 
 
-def test_strided_inputs():
+def test_strided_inputs(device):
     heads, width, time = 4, 16, 90
-    step_ids = random_step_ids(2, time, prompt=20, longest=30)
-    fused = torch.randn(2, time, (heads + 2) * width, dtype=torch.float64)
+    step_ids = random_step_ids(2, time, prompt=20, longest=30).to(device)
+
+    def randn(*shape):
+        return torch.randn(*shape, dtype=device.dtypes[0]).to(device)
+
+    fused = randn(2, time, (heads + 2) * width)
     split = fused.split([heads * width, width, width], dim=-1)
     sliced = [x.unflatten(-1, (-1, width)) for x in split]
-    heads_first = [torch.randn(2, h, time, width, dtype=torch.float64).transpose(1, 2) for h in (heads, 2, 2)]
-    every_other = [torch.randn(2, 2 * time, h, width, dtype=torch.float64)[:, ::2] for h in (heads, 2, 2)]
-    expanded = [torch.randn(1, time, 1, width, dtype=torch.float64).expand(2, time, h, width) for h in (heads, 2, 2)]
-    for tensors in (sliced, heads_first, every_other, expanded):
+    heads_first = [randn(2, h, time, width).transpose(1, 2) for h in (heads, 2, 2)]
+    every_other = [randn(2, 2 * time, h, width)[:, ::2] for h in (heads, 2, 2)]
+    expanded = [randn(1, time, 1, width).expand(2, time, h, width) for h in (heads, 2, 2)]
+    one_off = [randn(2 * time * h * width + 1)[1:].view(2, time, h, width) for h in (heads, 2, 2)]
+    for tensors in (sliced, heads_first, every_other, expanded, one_off):
         got = with_gradients(ops.segment_attention, tensors, step_ids)
-        dense = with_gradients(ops.segment_attention, [x.contiguous() for x in tensors], step_ids)
-        for x, y in zip(got, dense, strict=True):
+        copies = [x.clone(memory_format=torch.contiguous_format) for x in tensors]
+        for x, y in zip(got, with_gradients(ops.segment_attention, copies, step_ids), strict=True):
             assert torch.equal(x, y)
-    assert_like_reference(sliced, step_ids[:1].expand(2, time))
+    assert_like_reference(sliced, step_ids[:1].expand(2, time), device=device)
 
 
-def test_gradient_without_strides():
+def test_gradient_without_strides(device):
     """That of a sum: one number, expanded."""
-    q, k, v = GQA.qkv(1, 50)
-    step_ids = ids_of(10, 40)
+    dtype = device.dtypes[0]
+    q, k, v, step_ids = on(device, *device.served(GQA).qkv(1, 50, dtype), ids_of(10, 40))
     out, lse = ops.segment_attention(q, k, v, step_ids)
-    one = torch.ones((), dtype=q.dtype)
+    one = torch.ones((), dtype=dtype, device=device)
     arguments = q, k, v, out, lse, step_ids, None, None
     got = torch.ops.statecore.segment_attention_backward(one.expand_as(out), one.expand_as(lse), *arguments)
     dense = torch.ones_like(out), torch.ones_like(lse)
@@ -259,10 +288,12 @@ def test_gradient_without_strides():
 
 
 @pytest.mark.parametrize("lengths", [(256, *[256] * 15), (0, 4096), (2000, 96, *[40] * 50)], ids=str)
-def test_error_budget_at_4096_tokens(lengths):
-    heads = Heads(q=2, k=1, v=1, key_width=64, value_width=64)
-    exact, step_ids = heads.qkv(1, 4096), ids_of(*lengths)
-    wanted = with_gradients(ops.segment_attention, exact, step_ids)  # float64, held to the reference by other tests
+def test_error_budget_at_4096_tokens(lengths, device):
+    heads, time = Heads(q=2, k=1, v=1, key_width=64, value_width=64), device.length(4096)
+    *exact, step_ids = on(device, *heads.qkv(1, time), ids_of(*lengths)[:, :time])
+    # float64 on the CPU is held to the reference by other tests.
+    exactly = reference.segment_attention if device.runs_cuda else ops.segment_attention
+    wanted = with_gradients(exactly, exact, step_ids)
     got = with_gradients(ops.segment_attention, [x.float() for x in exact], step_ids)
     for x, y, limit in zip(got, wanted, (1e-5, 1e-5, 1e-4, 1e-4, 1e-4), strict=True):
         assert relative_error(x, y) <= limit
@@ -270,9 +301,8 @@ def test_error_budget_at_4096_tokens(lengths):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("lengths", [(64, *[64] * 9), (0, 640)], ids=str)
-def test_16_bit_error_against_eager_float32(dtype, lengths):
-    rounded = [x.to(dtype) for x in GQA.qkv(1, 640)]
-    step_ids = ids_of(*lengths)
+def test_16_bit_error_against_eager_float32(dtype, lengths, device):
+    *rounded, step_ids = on(device, *device.served(GQA).qkv(1, 640, dtype), ids_of(*lengths))
     got = with_gradients(ops.segment_attention, rounded, step_ids)
     eager = with_gradients(lambda *args: _round_out(reference.segment_attention(*args), dtype),
                            [x.float() for x in rounded], step_ids)  # fmt: skip
@@ -288,28 +318,75 @@ def _round_out(results, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_same_bits_on_every_run_and_with_every_number_of_threads(dtype):
+def test_same_bits_on_every_run_and_with_every_number_of_threads(dtype, device):
+    if device.runs_cuda and dtype == torch.float64:
+        return  # refused: test_refuses_on_cuda
+    gqa, mqa = device.served(GQA), device.served(MQA)
+    long, packed = min(900, device.length(900)), 700 if device.length(900) == 900 else 200
+    cuts = torch.tensor([0, 10, packed - 100, packed], dtype=torch.int32)
     cases = [
-        (MQA.qkv(1, 900, dtype), random_step_ids(1, 900, prompt=60, longest=200), None),
-        (MQA.qkv(1, 900, dtype), ids_of(0, 900), None),
-        (GQA.qkv(3, 130, dtype), random_step_ids(3, 130, padding=9), None),
-        (GQA.qkv(1, 700, dtype), ids_of(600, 100), torch.tensor([0, 10, 600, 700], dtype=torch.int32)),
+        (mqa.qkv(1, long, dtype), random_step_ids(1, long, prompt=60, longest=200), None),
+        (mqa.qkv(1, long, dtype), ids_of(0, long), None),
+        (gqa.qkv(3, 130, dtype), random_step_ids(3, 130, padding=9), None),
+        (gqa.qkv(1, packed, dtype), ids_of(packed - 100, 100), cuts),
     ]
     for tensors, step_ids, cu_seqlens in cases:
-        results = []
-        for threads in (1, 2, 1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(with_gradients(ops.segment_attention, tensors, step_ids, cu_seqlens))
-        for other in results[1:]:
-            for x, y in zip(results[0], other, strict=True):
-                assert torch.equal(x, y)
+        arguments = on(device, *tensors, step_ids, cu_seqlens)
+        results = None
+        for way in device.every_way():
+            again = with_gradients(ops.segment_attention, arguments[:3], *arguments[3:])
+            results = results or again
+            for x, y in zip(results, again, strict=True):
+                assert torch.equal(x, y), way
 
 
-def test_keys_of_other_steps_are_never_touched():
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+def test_graph_capture(device):
+    """Captured once, replayed on other contents: where sequences and steps begin is read when the kernels run."""
+    heads, time = Heads(4, 2, 2, 64, 128), 700
+    *tensors, step_ids = on(device, *heads.qkv(1, time, torch.bfloat16), ids_of(0, time))
+    cu_seqlens, grad_out, grad_lse = on(
+        device, int32(0, 0, 0, time), torch.randn(1, time, 4, 128).bfloat16(), torch.randn(1, 4, time)
+    )
+
+    def everything():
+        out, lse = ops.segment_attention(*tensors, step_ids, cu_seqlens)
+        args = (grad_out, grad_lse, *tensors, out, lse, step_ids, cu_seqlens, None)
+        return out, lse, *torch.ops.statecore.segment_attention_backward(*args)
+
+    everything()  # before capture: kernels are loaded
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = everything()
+    cu_seqlens.copy_(int32(0, 1, 300, time))
+    step_ids.copy_(torch.cat([random_step_ids(1, n, prompt=50, longest=90) for n in (1, 299, time - 300)], 1))
+    wanted = everything()
+    for _ in range(20):
+        graph.replay()
+        for x, y in zip(got, wanted, strict=True):
+            assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("device", ["emulated", "cuda"], indirect=True)
+def test_refuses_on_cuda(device):
+    def attend(key_width: int, value_width: int, dtype=torch.float32):
+        tensors = on(device, *Heads(1, 1, 1, key_width, value_width).qkv(1, 3, dtype), ids_of(3))
+        ops.segment_attention(*tensors)
+
+    attend(16, 128)
+    with pytest.raises(RuntimeError, match="q must be float32, bfloat16 or float16 on CUDA, got float64"):
+        attend(16, 16, torch.float64)
+    with pytest.raises(RuntimeError, match=r"q and k must have a width that is a multiple of 16 up to 128 .*, got 24"):
+        attend(24, 16)
+    with pytest.raises(RuntimeError, match="v must have a width that is a multiple of 16 up to 128 on CUDA, got 144"):
+        attend(16, 144)
+
+
+def test_keys_of_other_steps_are_never_touched(device):
     """NaN in one step would spread through any block of keys that is multiplied at all, even with weight 0."""
-    length = 1024
-    step_ids = ids_of(length, *[length] * 5)
-    tensors = Heads(q=1, k=1, v=1, key_width=4, value_width=4).qkv(1, 6 * length)
+    length = 1024 if device.length(6144) == 6144 else 128
+    heads = device.served(Heads(q=1, k=1, v=1, key_width=4, value_width=4))
+    *tensors, step_ids = on(device, *heads.qkv(1, 6 * length, device.dtypes[0]), ids_of(length, *[length] * 5))
     step = slice(2 * length, 3 * length)
     for x in tensors[1:]:
         x[:, step] = float("nan")

@@ -634,7 +634,9 @@ void gated_add(int rows, int cols, Real* out, const Real* base, const Real* gate
   for (int i = 0; i < rows; ++i)
     for (int j = 0; j < padded(cols); j += kLanes<Real>) {
       const int64_t at = i * ld + j;
-      const Vec<Real> sigmoid = 1 / (1 + exp_vec(-load_vec(gate + at)));
+      const Vec<Real> x = load_vec(gate + at);
+      const Vec<Real> e = exp_vec(x > 0 ? -x : x);  // exp(-x) would leave the range of exp_vec
+      const Vec<Real> sigmoid = (x > 0 ? Vec<Real>{} + 1 : e) / (1 + e);
       store_vec(out + at, load_vec(base + at) + sigmoid * load_vec(out + at));
     }
 }

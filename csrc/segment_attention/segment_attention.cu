@@ -148,9 +148,9 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<T, kWidth>) segment_f
   const int64_t first = (int64_t(queries.row) * p.queries + queries.begin - plan.first_query) * stride +
                         head * p.value_width;
   if (p.out_dtype == p.dtype)
-    store_rows<kWidth>(static_cast<T*>(p.out) + first, stride, int(p.value_width), warp_row, out, inside, q_tile);
+    store_rows(static_cast<T*>(p.out) + first, stride, int(p.value_width), warp_row, out, inside, q_tile);
   else
-    store_rows<kWidth>(static_cast<float*>(p.out) + first, stride, int(p.value_width), warp_row, out, inside);
+    store_rows(static_cast<float*>(p.out) + first, stride, int(p.value_width), warp_row, out, inside);
 }
 
 template <class T, int kWidth>

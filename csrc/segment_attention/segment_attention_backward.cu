@@ -21,6 +21,10 @@ struct alignas(8) RowStatistics {
   float delta;  // sum of grad_out * out, less grad_lse
 };
 
+// Columns of both gradients that a block of segment_backward_keys adds up: all, if registers hold them.
+template <class T, int kWidth>
+constexpr int kGradColumns = sizeof(T) == 4 ? 64 : kWidth;
+
 struct Backward {
   SegmentAttentionBackwardParams p;
   DevicePlan plan;
@@ -169,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 3 : 2) segment_backwa
   const int64_t stride = p.query_heads * p.key_width;
   T* to = static_cast<T*>(b.p.grad_q) + (int64_t(queries.row) * p.queries + first_query) * stride +
           head * p.key_width;
-  store_rows<kWidth>(to, stride, int(p.key_width), warp_row, grad_q, [&](int i) {
+  store_rows(to, stride, int(p.key_width), warp_row, grad_q, [&](int i) {
     return queries.begin + i < queries.end && queries.begin + i >= plan.first_query;
   }, q_tile);
 }
@@ -178,7 +182,7 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 3 : 2) segment_backwa
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kThreads, 2) segment_backward_keys(Backward b) {
   using Tile = Tile<T, kWidth>;
-  constexpr int kQueries = kStepRows<T>;
+  constexpr int kQueries = kStepRows<T>, kColumns = kGradColumns<T, kWidth> / 8;
   STATECORE_DYNAMIC_SHARED(shared);
   unsigned char *k_tile = shared, *v_tile = k_tile + Tile::bytes(kTileTokens),
                 *stages = v_tile + Tile::bytes(kTileTokens),
@@ -188,6 +192,7 @@ __global__ void __launch_bounds__(kThreads, 2) segment_backward_keys(Backward b)
   const SegmentAttentionParams& p = b.p.forward;
   const DevicePlan& plan = b.plan;
   const int kv_head = int(blockIdx.x % p.kv_heads), number = int(blockIdx.x / p.kv_heads);
+  const int column = int(blockIdx.y) * 8 * kColumns;
   if (number >= b.pieces.counts[0]) return;
   const Piece piece = b.pieces.piece[number];
   const TokenTile keys = plan.tile[piece.tile];
@@ -232,6 +237,7 @@ __global__ void __launch_bounds__(kThreads, 2) segment_backward_keys(Backward b)
       k_tile, rows_of<T>(p.k, p.k_batch, p.k_time, p.k_head, keys.row, kv_head, p.key_width), keys.begin, there);
   load_rows<kTileTokens, kWidth>(
       v_tile, rows_of<T>(p.v, p.v_batch, p.v_time, p.v_head, keys.row, kv_head, p.value_width), keys.begin, there);
+  cp_async_commit();
   Step step{piece.end - piece.begin, 0, 0, 0, keys};
   if (step.left > 0) {
     step.tile = seeing.x + piece.begin % (seeing.y - seeing.x);
@@ -242,14 +248,11 @@ __global__ void __launch_bounds__(kThreads, 2) segment_backward_keys(Backward b)
 
   // ---- this lane's two rows
   const int warp_row = int(threadIdx.x) / 32 * 16;
-  int key[2], end[2];
+  int key[2];
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    key[i] = keys.begin + warp_row + accumulator_row(2 * i);
-    end[i] = key[i] < keys.end ? visible_end[key[i]] : 0;
-  }
+  for (int i = 0; i < 2; ++i) key[i] = keys.begin + warp_row + accumulator_row(2 * i);
   const float scale = float(p.scale * 1.4426950408889634);
-  float grad_k[kWidth / 8][4] = {}, grad_v[kWidth / 8][4] = {};
+  float grad_k[kColumns][4] = {}, grad_v[kColumns][4] = {};
   const RowOperands<T, kWidth, false> k_operands(k_tile, warp_row), v_operands(v_tile, warp_row);
 
   for (int parity = 0; step.left > 0; parity ^= 1) {
@@ -266,45 +269,55 @@ __global__ void __launch_bounds__(kThreads, 2) segment_backward_keys(Backward b)
     // Keys are rows here and queries columns.
     float weight[kQueries / 8][4] = {}, grad[kQueries / 8][4] = {};
     k_operands.template multiply<kQueries>(weight, q_tile);
-    v_operands.template multiply<kQueries>(grad, grad_tile);
+    int end[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) end[i] = !all && key[i] < keys.end ? visible_end[key[i]] : 0;
 #pragma unroll
     for (int n = 0; n < kQueries / 8; ++n)
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const int column = 8 * n + accumulator_column(j), query = first_query + column;
-        const RowStatistics of_query = row[column];
+        const float lse = row[column].lse;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const bool visible = all || (key[i] <= query && query < end[i]);
           float& x = weight[n][2 * i + j];
-          x = visible ? exp2_approx(x * scale - of_query.lse) : 0;
-          grad[n][2 * i + j] = x * (grad[n][2 * i + j] - of_query.delta);
+          x = visible ? exp2_approx(x * scale - lse) : 0;
         }
       }
-    add_weighted_rows<OperandA<T>, T, kWidth, kQueries>(grad_v, weight, grad_tile);
-    add_weighted_rows<SplitA<T>, T, kWidth, kQueries>(grad_k, grad, q_tile);
+    add_weighted_rows<OperandA<T>, T, kWidth, kQueries>(grad_v, weight, grad_tile, column);
+    v_operands.template multiply<kQueries>(grad, grad_tile);
+#pragma unroll
+    for (int n = 0; n < kQueries / 8; ++n)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const float delta = row[8 * n + accumulator_column(j)].delta;
+#pragma unroll
+        for (int i = j; i < 4; i += 2) grad[n][i] = weight[n][i] * (grad[n][i] - delta);
+      }
+    add_weighted_rows<SplitA<T>, T, kWidth, kQueries>(grad_k, grad, q_tile, column);
   }
 
 #pragma unroll
-  for (int n = 0; n < kWidth / 8; ++n)
+  for (int n = 0; n < kColumns; ++n)
 #pragma unroll
     for (int i = 0; i < 4; ++i) grad_k[n][i] *= float(p.scale);
   const int dk = int(p.key_width), dv = int(p.value_width);
   if (piece.sums >= 0) {
-    float* to = b.sums + (int64_t(piece.sums) * p.kv_heads + kv_head) * kTileTokens * (dk + dv);
+    float* to = b.sums + (int64_t(piece.sums) * p.kv_heads + kv_head) * kTileTokens * (dk + dv) + column;
     const auto all = [](int) { return true; };
-    store_rows<kWidth>(to, dk + dv, dk, warp_row, grad_k, all);
-    store_rows<kWidth>(to + dk, dk + dv, dv, warp_row, grad_v, all);
+    store_rows(to, dk + dv, dk - column, warp_row, grad_k, all);
+    store_rows(to + dk, dk + dv, dv - column, warp_row, grad_v, all);
     return;
   }
   cp_async_wait<0>();
   __syncthreads();  // where there was no step, k and v may still be on their way to where the results go now
   const auto inside = [&](int row) { return keys.begin + row < keys.end; };
   const int64_t first = (int64_t(keys.row) * plan.keys + keys.begin) * p.kv_heads + kv_head;
-  store_rows<kWidth>(static_cast<T*>(b.p.grad_k) + first * dk, p.kv_heads * dk, dk, warp_row, grad_k, inside,
-                     k_tile);
-  store_rows<kWidth>(static_cast<T*>(b.p.grad_v) + first * dv, p.kv_heads * dv, dv, warp_row, grad_v, inside,
-                     v_tile);
+  store_rows(static_cast<T*>(b.p.grad_k) + first * dk + column, p.kv_heads * dk, dk - column, warp_row, grad_k,
+             inside, k_tile);
+  store_rows(static_cast<T*>(b.p.grad_v) + first * dv + column, p.kv_heads * dv, dv - column, warp_row, grad_v,
+             inside, v_tile);
 }
 
 // ---- the sums of the pieces of a tile, in order: a block to some rows of it
@@ -355,7 +368,7 @@ void launch_products(const Backward& b, void* stream) {
     launch("segment_backward_queries", segment_backward_queries<T, kWidth>,
            {dim3(checked_blocks(tiles * p.query_heads)), dim3(kThreads), bytes}, stream, b);
   launch("segment_backward_keys", segment_backward_keys<T, kWidth>,
-         {dim3(checked_blocks(b.pieces.max_pieces * p.kv_heads)), dim3(kThreads),
+         {dim3(checked_blocks(b.pieces.max_pieces * p.kv_heads), kWidth / kGradColumns<T, kWidth>), dim3(kThreads),
           bytes + 2 * kStepRows<T> * sizeof(RowStatistics)},
          stream, b);
 }

@@ -96,19 +96,19 @@ class RowOperands {
   OperandA<T> held_[kHeld ? kDepths : 1];
 };
 
-// sums += weights rows, for kRows rows of a tile of T. As OperandA<T> weights are rounded, as SplitA<T> not,
-// for twice the products.
-template <class Weights, class T, int kWidth, int kRows>
-__device__ __forceinline__ void add_weighted_rows(float (&sums)[kWidth / 8][4], const float (&weights)[kRows / 8][4],
-                                                  const unsigned char* rows) {
+// sums += weights rows, for kRows rows of a tile of T and 8 kColumns columns from `column` on. As OperandA<T>
+// weights are rounded, as SplitA<T> not, for twice the products.
+template <class Weights, class T, int kWidth, int kRows, int kColumns>
+__device__ __forceinline__ void add_weighted_rows(float (&sums)[kColumns][4], const float (&weights)[kRows / 8][4],
+                                                  const unsigned char* rows, int column = 0) {
 #pragma unroll
   for (int d = 0; d < kRows / kMmaDepth<T>; ++d) {
     Weights a;
     from_accumulators<T>(a, &weights[d * kMmaDepth<T> / 8]);
 #pragma unroll
-    for (int n = 0; n < kWidth / 16; ++n) {
+    for (int n = 0; n < kColumns / 2; ++n) {
       OperandB<T> b[2];
-      load<true>(b, Tile<T, kWidth>{}, rows, d * kMmaDepth<T>, 16 * n);
+      load<true>(b, Tile<T, kWidth>{}, rows, d * kMmaDepth<T>, column + 16 * n);
       mma(sums[2 * n], a, b[0]);
       mma(sums[2 * n + 1], a, b[1]);
     }
@@ -117,32 +117,32 @@ __device__ __forceinline__ void add_weighted_rows(float (&sums)[kWidth / 8][4], 
 
 // A warp's 16 rows of accumulators to rows of global memory, those that keep(row of the tile) names, as
 // float32 ...
-template <int kWidth, class Keep>
+template <int kColumns, class Keep>
 __device__ __forceinline__ void store_rows(float* first_row, int64_t stride, int width, int warp_row,
-                                           const float (&x)[kWidth / 8][4], const Keep& keep) {
+                                           const float (&x)[kColumns][4], const Keep& keep) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = warp_row + accumulator_row(2 * i);
     if (!keep(row)) continue;
     float* to = first_row + row * stride + accumulator_column(0);
 #pragma unroll
-    for (int n = 0; n < kWidth / 8; ++n)
+    for (int n = 0; n < kColumns; ++n)
       if (8 * n < width) *reinterpret_cast<float2*>(to + 8 * n) = make_float2(x[n][2 * i], x[n][2 * i + 1]);
   }
 }
 
 // ... or rounded to T, by way of the same rows of a tile, which this warp alone uses.
-template <int kWidth, class T, class Keep>
+template <int kColumns, class T, class Keep>
 __device__ __forceinline__ void store_rows(T* first_row, int64_t stride, int width, int warp_row,
-                                           const float (&x)[kWidth / 8][4], const Keep& keep,
+                                           const float (&x)[kColumns][4], const Keep& keep,
                                            unsigned char* tile) {
   if constexpr (sizeof(T) == 4) {
-    store_rows<kWidth>(first_row, stride, width, warp_row, x, keep);
+    store_rows(first_row, stride, width, warp_row, x, keep);
   } else {
-    using Tile = Tile<T, kWidth>;
+    using Tile = Tile<T, 8 * kColumns>;
     __syncwarp();  // lanes may still read the operands that lay there
 #pragma unroll
-    for (int n = 0; n < kWidth / 8; ++n)
+    for (int n = 0; n < kColumns; ++n)
 #pragma unroll
       for (int i = 0; i < 2; ++i)
         store_pair(Tile{}, tile, warp_row + accumulator_row(2 * i), 8 * n + accumulator_column(0), x[n][2 * i],

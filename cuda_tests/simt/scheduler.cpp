@@ -137,6 +137,7 @@ void launch(const char* kernel, dim3 grid, dim3 size, size_t dynamic_shared_byte
   if (blocks == 0 || grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535)
     throw Error(std::string(kernel) + ": the grid is empty or too large");
   generator.seed(chosen.seed);
+  counted.launches.emplace_back(kernel);
   thread_body = &thread;
   for (uint64_t i = 0; i < blocks; ++i) run_block(kernel, grid, size, dynamic_shared_bytes, uint32_t(i));
 }
