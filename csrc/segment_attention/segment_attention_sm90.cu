@@ -28,13 +28,15 @@
 //   for the next tiles:   issue S = Q K_j^T, then O += weights V_{j-1}
 //                         wait for S; new weights, while the tensor cores are at O; wait for O
 //   O += weights V_last
+// and issues the first product of the next item before it writes the results of this one.
+//
 // Q and the weights are operands in registers: from shared memory Q alone would take the products of 64 keys
 // to the 128 bytes a clock that it delivers. O is rescaled only where a row's highest score has grown.
 //
 // Costs of a unit and a tile of keys, width 128: 2.1 MFLOP in 8 + 4 wgmma, which take the tensor cores 512
 // clocks, and 4096 exponentials, which take 256 beside them. So in 1024 clocks both warpgroups are through
-// with the 32 KB of a tile: 32 bytes a clock and SM from L2. What nothing of the same warpgroup hides is the
-// first softmax and the results of an item; the other warpgroup does, as far as they are apart.
+// with the 32 KB of a tile: 32 bytes a clock and SM from L2. What a warpgroup does not hide itself is the
+// first softmax of an item and most of its results; the other one does, as far as they are apart.
 //
 // Calculated for an H200 (790 TFLOP/s, 4.3 TB/s), bfloat16, width 128, 32768 tokens, prompt 256, steps of
 // 384:
@@ -65,10 +67,9 @@ constexpr int kNoTile = INT32_MAX;
 struct alignas(16) Unit {
   int32_t row, begin, end, head;
 };
-enum class Keys : int32_t { kNone, kSome, kOver };  // kOver: there is no further item
 struct Item {
   Unit unit[kGroups];
-  Keys keys;  // that its units visit
+  bool over;  // there is none any more
 };
 enum : uint32_t { kVisited = 1, kMasked = 4, kMore = 16 };  // the first two shifted by the warpgroup
 struct alignas(16) KeyTile {
@@ -170,15 +171,18 @@ __device__ __forceinline__ void produce(const Shared<kWidth>& shared, const Tens
       visits[g] = {queries[g].prompt_begin, queries[g].prompt_end, queries[g].own_begin, max(number, 0)};
     }
     if (queries[0].begin == queries[0].end && queries[1].begin == queries[1].end) continue;
+    // Units that see nobody, where there are no queries or only holes, go along with the first tile.
+    const bool sees[kGroups] = {visits[0].from(0) != kNoTile, visits[1].from(0) != kNoTile};
     const auto visited_from = [&](int tile) { return min(visits[0].from(tile), visits[1].from(tile)); };
+    const int first_tile = sees[0] || sees[1] ? visited_from(0) : 0;
 
-    int tile = visited_from(0);
+    int tile = first_tile;
     TokenTile keys = plan.tile[min(tile, plan.tiles - 1)];
     mbarrier_wait(shared.queries_read(), parity);
     parity ^= 1;
     __syncwarp();
     if (lane == 0) {
-      shared.item->keys = tile == kNoTile ? Keys::kNone : Keys::kSome;
+      shared.item->over = false;
 #pragma unroll
       for (int g = 0; g < kGroups; ++g)
         shared.item->unit[g] = {queries[g].row, queries[g].begin, queries[g].end,
@@ -198,6 +202,8 @@ __device__ __forceinline__ void produce(const Shared<kWidth>& shared, const Tens
         if (visits[g].from(tile) == tile) {
           flags |= kVisited << g | (all_visible(queries[g], keys) ? 0 : kMasked << g);
           first_query = min(first_query, queries[g].begin);
+        } else if (!sees[g] && tile == first_tile) {
+          flags |= kVisited << g;
         }
       tile = visited_from(tile + 1);
       if (tile != kNoTile) flags |= kMore;
@@ -240,7 +246,7 @@ __device__ __forceinline__ void produce(const Shared<kWidth>& shared, const Tens
   }
   mbarrier_wait(shared.queries_read(), parity);
   if (lane == 0) {
-    shared.item->keys = Keys::kOver;
+    shared.item->over = true;
     mbarrier_arrive(shared.queries_landed());
   }
 }
@@ -253,11 +259,11 @@ __device__ __forceinline__ void hide_values(const Shared<kWidth>& shared) {
   Turn turn;
   for (unsigned parity = 0;; parity ^= 1) {
     mbarrier_wait(shared.queries_landed(), parity);
-    const Keys item_keys = shared.item->keys;
+    const bool over = shared.item->over;
     __syncwarp();
     if (lane == 0) mbarrier_arrive(shared.queries_read());
-    if (item_keys == Keys::kOver) return;
-    for (bool more = item_keys == Keys::kSome; more; turn.advance()) {
+    if (over) return;
+    for (bool more = true; more; turn.advance()) {
       mbarrier_wait(shared.values_landed(turn.stage), turn.parity);
       const KeyTile keys = shared.key_tiles[turn.stage];
       more = keys.flags & kMore;
@@ -297,137 +303,145 @@ __device__ __forceinline__ void attend(const Shared<kWidth>& shared, const Segme
     if (lane == 0) mbarrier_arrive(shared.stage_free(stage));
   };
 
+  // ---- what belongs to a unit: queries as operands, scores and weights of a tile, sums so far
+  Unit unit{0, 0, 0, 0};
+  int token[2];   // of this lane's two rows
+  bool there[2];  // whether that is somebody
+  OperandA<T> q[kDepths], weights[kTileTokens / 16];
+  float score[kTileTokens / 8][4], out[kWidth / 8][4];
+  Softmax softmax(scale);
+  float row_lse[2];
+
+  // The next tile that this warpgroup visits: its keys are there. The others are released unseen.
   Turn turn;
-  for (unsigned parity = 0;; parity ^= 1) {
-    // ---- who we are: queries to registers, where they stay
-    mbarrier_wait(shared.queries_landed(), parity);
-    const Keys item_keys = shared.item->keys;
-    if (item_keys == Keys::kOver) return;
-    const Unit unit = shared.item->unit[group];
-    OperandA<T> q[kDepths];
+  KeyTile keys;
+  bool more;
+  const auto find = [&] {
+    while (more) {
+      mbarrier_wait(shared.keys_landed(turn.stage), turn.parity);
+      keys = shared.key_tiles[turn.stage];
+      more = keys.flags & kMore;
+      if (keys.flags & kVisited << group) return true;
+      release(turn.stage);
+      turn.advance();
+    }
+    return false;
+  };
+  const auto multiply_keys = [&] {
+    wgmma_settle(flat(score));
+    wgmma_fence();
 #pragma unroll
     for (int d = 0; d < kDepths; ++d)
-      load<false>(q[d], Tile<T, 64>{}, shared.queries(group) + d / 4 * kPanelBytes, warp_row, d % 4 * 16);
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(shared.queries_read());
-
-    // ---- this lane's two rows
-    int token[2];
-    bool there[2];
+      wgmma<T, kTileTokens>(flat(score), q[d].r,
+                            k_major(shared_address(shared.keys(turn.stage)), kPanelBytes, 0, 16 * d), d > 0);
+    wgmma_commit();
+  };
+  const auto multiply_values = [&](const Turn& of) {
+    mbarrier_wait(shared.values_ready(of.stage), of.parity);
+    wgmma_settle(flat(out));
+    wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      token[i] = unit.begin + warp_row + accumulator_row(2 * i);
-      there[i] = token[i] < unit.end && plan.visible_end[int64_t(unit.row) * plan.keys + token[i]] > 0;
-    }
-    Softmax softmax(scale);
-    float out[kWidth / 8][4] = {}, score[kTileTokens / 8][4];
-    OperandA<T> weights[kTileTokens / 16];
-
-    // The next tile that this warpgroup visits: its keys are there. The others are released unseen.
-    bool more = item_keys == Keys::kSome;
-    KeyTile keys;
-    const auto find = [&] {
-      while (more) {
-        mbarrier_wait(shared.keys_landed(turn.stage), turn.parity);
-        keys = shared.key_tiles[turn.stage];
-        more = keys.flags & kMore;
-        if (keys.flags & kVisited << group) return true;
-        release(turn.stage);
-        turn.advance();
-      }
-      return false;
-    };
-    const auto multiply_keys = [&] {
-      wgmma_settle(flat(score));
-      wgmma_fence();
+    for (int d = 0; d < kTileTokens / 16; ++d)
+      wgmma<T, kWidth, Major::kMN>(flat(out), weights[d].r,
+                                   mn_major(shared_address(shared.values(of.stage)), kPanelBytes, 0, 16 * d),
+                                   true);
+    wgmma_commit();
+  };
+  const auto finish_values = [&](const Turn& of) {
+    wgmma_wait<0>();
+    wgmma_settle(flat(out));
+    release(of.stage);
+  };
+  const auto weigh = [&](float (&keeps)[2]) {
+    wgmma_settle(flat(score));
+    const int32_t* ends = shared.visible_end + turn.stage * kTileTokens;
+    if (keys.flags & kMasked << group)
+      hide_scores(score, keys.begin, token,
+                  [&](int column) { return *reinterpret_cast<const int2*>(ends + column); });
+    softmax.weigh(score, keeps);
+    wgmma_settle(flat(score));
+  };
+  const auto round_weights = [&] {
 #pragma unroll
-      for (int d = 0; d < kDepths; ++d)
-        wgmma<T, kTileTokens>(flat(score), q[d].r,
-                              k_major(shared_address(shared.keys(turn.stage)), kPanelBytes, 0, 16 * d),
-                              d > 0);
-      wgmma_commit();
-    };
-    const auto multiply_values = [&](const Turn& of) {
-      mbarrier_wait(shared.values_ready(of.stage), of.parity);
-      wgmma_settle(flat(out));
-      wgmma_fence();
-#pragma unroll
-      for (int d = 0; d < kTileTokens / 16; ++d)
-        wgmma<T, kWidth, Major::kMN>(
-            flat(out), weights[d].r,
-            mn_major(shared_address(shared.values(of.stage)), kPanelBytes, 0, 16 * d), true);
-      wgmma_commit();
-    };
-    const auto finish_values = [&](const Turn& of) {
-      wgmma_wait<0>();
-      wgmma_settle(flat(out));
-      release(of.stage);
-    };
-    const auto weigh = [&](float (&keeps)[2]) {
-      wgmma_settle(flat(score));
-      const int32_t* ends = shared.visible_end + turn.stage * kTileTokens;
-      if (keys.flags & kMasked << group)
-        hide_scores(score, keys.begin, token,
-                    [&](int column) { return *reinterpret_cast<const int2*>(ends + column); });
-      softmax.weigh(score, keeps);
-      wgmma_settle(flat(score));
-    };
-    const auto round_weights = [&] {
-#pragma unroll
-      for (int d = 0; d < kTileTokens / 16; ++d) from_accumulators<T>(weights[d], &score[2 * d]);
-    };
-
-    if (find()) {
-      float keeps[2];
-      multiply_keys();
-      wgmma_wait<0>();
-      weigh(keeps);
-      round_weights();
-      Turn values = turn;
-      turn.advance();
-      while (find()) {
-        multiply_keys();
-        multiply_values(values);
-        wgmma_wait<1>();
-        weigh(keeps);
-        // Before the wait there must be a branch: the compiler moves it up over anything else, and the
-        // product of values would no longer hide the exponentials.
-        if (__ballot_sync(0xffffffffu, keeps[0] != 1 || keeps[1] != 1)) {
-          finish_values(values);
-#pragma unroll
-          for (int n = 0; n < kWidth / 8; ++n)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) out[n][i] *= keeps[i / 2];
-        } else {
-          finish_values(values);
-        }
-        round_weights();
-        values = turn;
-        turn.advance();
-      }
-      multiply_values(values);
-      finish_values(values);
-    }
-
-    // ---- results: rows with nobody there are 0, whatever has been computed for them
+    for (int d = 0; d < kTileTokens / 16; ++d) from_accumulators<T>(weights[d], &score[2 * d]);
+  };
+  const auto write_results = [&] {
     const auto inside = [&](int row) {
       return unit.begin + row < unit.end && unit.begin + row >= plan.first_query;
     };
     float* const lse = static_cast<float*>(p.lse) + (unit.row * p.query_heads + unit.head) * p.queries;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float row_lse = softmax.finish(i, there[i], out);
-      if (lane % 4 == 0 && inside(token[i] - unit.begin)) lse[token[i] - plan.first_query] = row_lse;
-    }
+    for (int i = 0; i < 2; ++i)
+      if (lane % 4 == 0 && inside(token[i] - unit.begin)) lse[token[i] - plan.first_query] = row_lse[i];
     const int64_t stride = p.query_heads * p.value_width, first_row = unit.begin - plan.first_query;
     const int64_t first = (unit.row * p.queries + first_row) * stride + unit.head * p.value_width;
     if (p.out_dtype == p.dtype)
-      store_rows<kWidth>(static_cast<T*>(p.out) + first, stride, int(p.value_width), warp_row, out, inside,
-                         shared.results(group));
+      store_rows(static_cast<T*>(p.out) + first, stride, int(p.value_width), warp_row, out, inside,
+                 shared.results(group));
     else
-      store_rows<kWidth>(static_cast<float*>(p.out) + first, stride, int(p.value_width), warp_row, out,
-                         inside);
+      store_rows(static_cast<float*>(p.out) + first, stride, int(p.value_width), warp_row, out, inside);
+  };
+
+  for (unsigned parity = 0;; parity ^= 1) {
+    mbarrier_wait(shared.queries_landed(), parity);
+    if (shared.item->over) break;
+    const Unit next = shared.item->unit[group];
+#pragma unroll
+    for (int d = 0; d < kDepths; ++d)
+      load<false>(q[d], Tile<T, 64>{}, shared.queries(group) + d / 4 * kPanelBytes, warp_row, d % 4 * 16);
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(shared.queries_read());
+    more = true;
+    find();
+    multiply_keys();
+    // The results of the unit before, while the tensor cores are at the first scores of this one.
+    if (__ballot_sync(0xffffffffu, unit.begin < unit.end)) write_results();
+
+    unit = next;
+    softmax = Softmax(scale);
+#pragma unroll
+    for (int n = 0; n < kWidth / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out[n][i] = 0;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      token[i] = unit.begin + warp_row + accumulator_row(2 * i);
+      there[i] = token[i] < unit.end && plan.visible_end[int64_t(unit.row) * plan.keys + token[i]] > 0;
+    }
+
+    float keeps[2];
+    wgmma_wait<0>();
+    weigh(keeps);
+    round_weights();
+    Turn values = turn;
+    turn.advance();
+    while (find()) {
+      multiply_keys();
+      multiply_values(values);
+      wgmma_wait<1>();
+      weigh(keeps);
+      // Before the wait there must be a branch: the compiler moves it up over anything else, and the product
+      // of values would no longer hide the exponentials.
+      if (__ballot_sync(0xffffffffu, keeps[0] != 1 || keeps[1] != 1)) {
+        finish_values(values);
+#pragma unroll
+        for (int n = 0; n < kWidth / 8; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) out[n][i] *= keeps[i / 2];
+      } else {
+        finish_values(values);
+      }
+      round_weights();
+      values = turn;
+      turn.advance();
+    }
+    multiply_values(values);
+    finish_values(values);
+    // Here: what a product has written can only be read while none is in flight.
+#pragma unroll
+    for (int i = 0; i < 2; ++i) row_lse[i] = softmax.finish(i, there[i], out);
   }
+  if (unit.begin < unit.end) write_results();
 }
 
 template <class T, int kWidth>
