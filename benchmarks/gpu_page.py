@@ -68,6 +68,24 @@ CEILING: list[Column] = [
     ("spread", lambda r: percent(r.spread)),
 ]
 LAUNCHES: list[Column] = [("in a graph", value), *VERDICT]
+CHECKS = {
+    "build": "the library for this GPU, by nvcc",
+    "conformance": "instructions as the emulator has them, byte by byte",
+    "operators": "values and gradients against float64",
+    "cuda_graphs": "captured, and replayed on other contents",
+    "same_bits": "200 runs, one result",
+    "memcheck": "compute-sanitizer: accesses out of bounds",
+    "racecheck": "compute-sanitizer: races in shared memory",
+    "synccheck": "compute-sanitizer: barriers",
+    "benchmarks": "what is measured on this page",
+}
+CHECK: list[Column] = [
+    ("stage", lambda stage: stage["name"]),
+    ("what is checked", lambda stage: CHECKS[stage["name"]]),
+    ("verdict", lambda stage: f"**{stage['verdict']}**"),
+    ("seconds", lambda stage: stage["seconds"]),
+    ("what it said last", lambda stage: stage["said"].replace("|", "\\|")),
+]
 
 
 def of_cases(rows: list[Row], columns: list[Column]) -> list[str]:
@@ -86,8 +104,13 @@ TABLES = {
 
 
 def page(record: dict) -> str:
-    """Markdown. record: {"sections": {name: {"date", "seconds", "machine", "rows", "left_out"}}}."""
+    """Markdown. record: {"sections": {name: {"date", "seconds", "machine", "rows", "left_out"}}}, and of `make gpu`
+    "checks": {"date", "machine", "stages"}.
+    """
+    checks = checked(record["checks"]) if "checks" in record else []
     sections = {name: record["sections"][name] for name in TITLES if name in record["sections"]}
+    if not sections:
+        return "\n".join(["# Operators on a GPU", "", "Nothing was timed.", "", *checks])
     newest = max(sections.values(), key=lambda section: section["date"])
     rows = [from_json(fields) for section in sections.values() for fields in section["rows"]]
     seconds = sum(section["seconds"] for section in sections.values())
@@ -102,7 +125,7 @@ def page(record: dict) -> str:
         "and bytes ([`roofline.py`](../roofline.py)) at the ceilings of the same run. Memory is what torch allocates "
         "beyond inputs and results; where there is a backward, that includes what the forward keeps.", "",
         *(f"- {name}: {fact}" for name, fact in newest["machine"].items()), f"- date: {newest['date']}", "",
-        *summary(rows), "",
+        *summary(rows), "", *checks,
     ]  # fmt: skip
     if left_out:
         lines += ["Left out, as the time given to the run was spent:", "", *(f"- {name}" for name in left_out), ""]
@@ -112,6 +135,11 @@ def page(record: dict) -> str:
             lines += [f"Measured apart: {section['date']}, {'; '.join(section['machine'].values())}.", ""]
         lines += tables_of(section)
     return "\n".join(lines)
+
+
+def checked(checks: dict) -> list[str]:
+    machine = "; ".join(f"{name} {fact}" for name, fact in checks["machine"].items())
+    return ["## Checks", "", f"`make gpu`, {checks['date']}: {machine}.", "", *table(checks["stages"], CHECK), ""]
 
 
 def tables_of(section: dict) -> list[str]:

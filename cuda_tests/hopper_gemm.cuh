@@ -28,6 +28,7 @@ enum class Bug {
   kFewBytes,       // a phase ends when half of a stage has landed
   kManyBytes,      // ... or waits for more than comes
   kTwoArrivals,    // both of the producer's threads arrive at a barrier of one
+  kUnusedLoad,     // one more stage is loaded than is used
   kWrongStride,    // in a descriptor
   kWrongMajor,     // b is read the other way round
   kTouchedSums,    // accumulators are read before the products are waited for
@@ -127,6 +128,12 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (kBug != Bug::kNoProxyFence) fence_proxy_async();
         mbarrier_arrive(full + 8 * s);
       }
+    }
+    if (kBug == Bug::kUnusedLoad && thread == 0) {
+      const int s = steps % kStages;
+      mbarrier_wait(empty + 8 * s, (steps / kStages & 1) ^ 1);
+      mbarrier_arrive_expect(full + 8 * s, kPanelBytes);
+      tma_load(stages + s * kStageBytes, a_map, {0, 0}, full + 8 * s);
     }
   } else {
     raise_registers<240>();

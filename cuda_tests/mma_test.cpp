@@ -18,7 +18,14 @@ constexpr int kM = 16, kN = 16, kK = 64;  // of the product; rows of tiles have 
 constexpr int kThreads = 32;
 
 enum class Source { kTile, kTransposedTile, kAccumulators, kSplitAccumulators, kScaled, kParts };
-enum class Bug { kNone, kNoWait, kNoBarrier, kEarlyRefill };
+enum class Bug {
+  kNone,
+  kNoWait,       // one of two groups of copies is not waited for
+  kNoBarrier,    // ... nor are the other lanes' copies
+  kEarlyRefill,  // a tile is refilled before it has been read
+  kWrongOrder,   // b is read transposed where it is not
+  kDivergence,   // half of the warp loads an operand
+};
 
 __device__ float weight_of(int k) { return 1.0f / float(3 + k); }
 
@@ -70,7 +77,9 @@ __global__ void multiply(Problem<T> p) {
   float sums[2][4] = {};
   for (int k = 0; k < kK; k += kDepth) {
     OperandB<T> b[2];
-    if (p.b_transposed)
+    if (p.bug == Bug::kDivergence && threadIdx.x >= 16)
+      __syncwarp();
+    else if (p.b_transposed || p.bug == Bug::kWrongOrder)
       load<true>(b, Tile{}, b_tile, k, 0);
     else
       load<false>(b, Tile{}, b_tile, 0, k);
@@ -182,19 +191,96 @@ void test_products(const char* type) {
 void test_planted_bugs() {
   for (simt::Async async : {simt::Async::kLate, simt::Async::kEarly, simt::Async::kRandom}) {
     simt::schedule().async = async;
+    const auto run = [](Bug bug, std::string& found) {
+      return error_of<__nv_bfloat16>(Source::kTile, false, bug, found);
+    };
+    std::string found;
     for (Bug bug : {Bug::kNoWait, Bug::kNoBarrier, Bug::kEarlyRefill}) {
-      std::string found;
-      const double error = error_of<__nv_bfloat16>(Source::kTile, false, bug, found);
+      const double error = run(bug, found);
       const std::string name = "bug " + std::to_string(int(bug)) + ": " + found;
       if (simt::checks_races())
         expect(found.find(bug == Bug::kNoBarrier ? "race" : "an asynchronous copy is still writing") !=
                    std::string::npos,
                name);
-      else if (bug == Bug::kNoWait && async == simt::Async::kLate)
+      else if (bug == Bug::kNoWait ? async == simt::Async::kLate
+                                   : bug == Bug::kEarlyRefill && async == simt::Async::kEarly)
         expect(error > 0.1, name);
     }
+    expect(run(Bug::kWrongOrder, found) > 0.1, "a wrong order of an operand shows in the result");
+    run(Bug::kDivergence, found);
+    expect(found.find("divergent warp") != std::string::npos, "divergence: " + found);
   }
   simt::schedule().async = simt::Async::kLate;
+}
+
+// Numbers go from warps 1 and 2 to warp 0 through a barrier at which only warp 0 waits.
+enum class HandOver { kRight, kWrongCount, kNoWait, kOneMissing };
+
+__global__ void hand_over(float* out, HandOver bug) {
+  using namespace statecore;
+  STATECORE_SHARED(float, numbers, 96);
+  const int thread = threadIdx.x;
+  if (thread >= 32) {
+    numbers[thread] = float(thread);
+    if (bug != HandOver::kOneMissing || thread < 64) named_barrier_arrive(1, 96);
+    return;
+  }
+  if (bug == HandOver::kNoWait)
+    named_barrier_arrive(1, 96);
+  else
+    named_barrier_sync(1, bug == HandOver::kWrongCount ? 64 : 96);
+  out[thread] = numbers[thread + 32] + numbers[thread + 64];
+}
+
+void test_named_barriers() {
+  for (auto order : {simt::Order::kForward, simt::Order::kReverse, simt::Order::kRandom}) {
+    simt::schedule().order = order;
+    for (HandOver bug : {HandOver::kRight, HandOver::kWrongCount, HandOver::kNoWait, HandOver::kOneMissing}) {
+      float* out = alloc<float>(32, "out");
+      std::string found;
+      try {
+        launch("hand_over", hand_over, {dim3(1), dim3(96)}, nullptr, out, bug);
+      } catch (const simt::Error& error) {
+        found = error.what();
+      }
+      const bool right = out[5] == 37 + 69;
+      const char* message = bug == HandOver::kWrongCount   ? "is waited at by"
+                            : bug == HandOver::kOneMissing ? "deadlock"
+                                                           : "race";
+      // Without checks, a thread that does not wait may come late enough.
+      if (bug == HandOver::kRight)
+        expect(right && found.empty(), "a named barrier: " + found);
+      else if (bug != HandOver::kNoWait)
+        expect(found.find(message) != std::string::npos, "named barrier: " + found);
+      else if (simt::checks_races())
+        expect(found.find(message) != std::string::npos || found.find("uninitialised") != std::string::npos,
+               "nobody waits at a named barrier: " + found);
+      else if (order == simt::Order::kForward)
+        expect(!right, "nobody waits at a named barrier");
+      simt::free_global(out);
+    }
+  }
+  simt::schedule().order = simt::Order::kForward;
+}
+
+// Rows of 128 bytes that are not swizzled: the same columns of eight rows lie in the same banks.
+__global__ void load_unswizzled(uint32_t* out) {
+  using namespace statecore;
+  STATECORE_SHARED(uint32_t, tile, 32 * 32);
+  for (int i = 0; i < 32; ++i) tile[i * 32 + threadIdx.x] = 0;
+  __syncthreads();
+  uint32_t r[4];
+  ldmatrix<false>(r, shared_address(tile) + threadIdx.x * 128);
+  out[threadIdx.x] = r[0];
+}
+
+void test_bank_conflicts() {
+  uint32_t* out = alloc<uint32_t>(32, "out");
+  simt::take_counters();
+  launch("load_unswizzled", load_unswizzled, {dim3(1), dim3(32)}, nullptr, out);
+  const simt::Counters counters = simt::take_counters();
+  expect(counters.ldmatrix == 4 && counters.ldmatrix_conflicts == 4 * 7, "unswizzled tiles have conflicts");
+  simt::free_global(out);
 }
 
 void test_no_bank_conflicts() {
@@ -216,7 +302,9 @@ int main() {
       test_products<float>("float32");
     }
   test_planted_bugs();
+  test_named_barriers();
   test_no_bank_conflicts();
+  test_bank_conflicts();
   std::printf("%s: %d failures\n", simt::checks_races() ? "checked" : "plain", failures);
   return failures != 0;
 }

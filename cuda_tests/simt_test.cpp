@@ -77,6 +77,17 @@ __global__ void read_unset(float* out) {
   out[0] = x[0] + x[1];
 }
 
+// A warp spins until another one has written.
+__global__ void spin(float* out) {
+  STATECORE_SHARED(float, flag, 1);
+  if (threadIdx.x == 0) *flag = 0;
+  __syncthreads();
+  if (threadIdx.x / 32 == 1) {
+    while (*const_cast<volatile float*>(flag) == 0) __syncwarp();
+    out[threadIdx.x % 32] = *flag;
+  }
+}
+
 int failures = 0;
 
 void expect(bool right, const std::string& what) {
@@ -182,6 +193,15 @@ void test_correct_kernel() {
     }
 }
 
+void test_livelock() {
+  float* out = static_cast<float*>(simt::alloc_global(32 * sizeof(float), "out"));
+  simt::schedule().patience = 0.2;
+  const std::string message = found([&] { launch("spin", spin, {dim3(1), dim3(64)}, nullptr, out); });
+  expect(message.find("livelock") != std::string::npos, "a warp that spins: " + message);
+  simt::schedule().patience = simt::Schedule{}.patience;
+  simt::free_global(out);
+}
+
 void test_conversions() {
   for (uint32_t bits = 0; bits < 0x10000; ++bits) {
     const __nv_bfloat16 b{uint16_t(bits)};
@@ -203,6 +223,7 @@ int main() {
   }
   test_orders_show_a_missing_barrier();
   test_correct_kernel();
+  test_livelock();
   test_conversions();
   std::printf("%s: %d failures\n", simt::checks_races() ? "checked" : "plain", failures);
   return failures != 0;

@@ -6,14 +6,14 @@ from itertools import pairwise
 import pytest
 import torch
 from cases import EXACT, GRADIENT, VALUE, Heads, relative_error
-from devices import CPU, Device, on
+from devices import CPU, Device, emulator, on
 from linear_oracles import assert_like_reference, leaf, masked_linear_attention, run, scattered
 
 from statecore import ops, reference
 
 GROUPINGS = [(1, 1, 1), (3, 3, 3), (4, 2, 2), (6, 1, 1), (2, 2, 6), (1, 1, 9), (3, 3, 6)]
 WIDTHS, CUDA_WIDTHS = [1, 3, 8, 16, 17, 31, 40], [16, 32, 48, 64, 80, 112, 128]
-TIMES, CUDA_TIMES = [1, 2, 15, 31, 32, 33, 64, 129], [1, 2, 15, 63, 64, 65, 129, 200]
+TIMES, CUDA_TIMES = [1, 2, 15, 31, 32, 33, 64, 129], [1, 2, 15, 63, 64, 65, 129, 200, 300, 530]
 
 
 def random_case(seed: int, dtype: torch.dtype, device: Device = CPU):
@@ -25,6 +25,7 @@ def random_case(seed: int, dtype: torch.dtype, device: Device = CPU):
     heads = Heads(*draw.choice(GROUPINGS), draw.choice(widths), draw.choice(widths))
     packed = draw.random() < 0.4
     batch, time = 1 if packed else draw.choice([1, 2, 3]), draw.choice(times)
+    batch = min(batch, device.length(512) // time + 1)
     tensors = on(device, *heads.qkv(batch, time, dtype))
     if draw.random() < 0.5:
         tensors = [scattered(x, aligned=seed % 2 == 0) for x in tensors]
@@ -69,6 +70,19 @@ def test_every_access_is_right(heads, dtype, device):
         assert_like_reference(ops.linear_attention, reference.linear_attention, args)
 
 
+@pytest.mark.parametrize("device", ["emulated"], indirect=True)
+def test_sequences_are_cut_where_they_are_few(device):
+    """Two heads of one sequence are all that a GPU of one multiprocessor can work on; a large one cuts them."""
+    args = (*Heads(2, 2, 2, 32, 32).qkv(1, 300, torch.float32), -torch.rand(1, 300, 2), torch.randn(1, 2, 32, 32))
+    launches = []
+    for multiprocessors in (1, 132):
+        emulator(device.name).gpu(multiprocessors=multiprocessors)
+        assert_like_reference(ops.linear_attention, reference.linear_attention, args)
+        launches.append(emulator(device.name).take_work()[0])
+    assert "scan_segments" not in launches[0]
+    assert "scan_segments" in launches[1]
+
+
 @pytest.mark.parametrize("heads", [Heads(2, 1, 1, 2, 3), Heads(1, 1, 2, 3, 2)], ids=["gqa", "gva"])
 def test_gradcheck(heads):
     tensors = heads.qkv(1, 5, requires_grad=True)
@@ -91,12 +105,14 @@ def test_float32_decay_and_state_beside_float64():
 
 
 @pytest.mark.parametrize("decays", [False, True])
-@pytest.mark.parametrize("cut", [0, 1, 50, 64, 100, 129])
+@pytest.mark.parametrize("cut", [0, 1, 50, 64, 100, None])
 def test_split_anywhere_is_one_call(cut, decays, device):
     dtype, heads = device.dtypes[0], device.served(Heads(4, 2, 2, 8, 20))
-    tensors = [leaf(x) for x in on(device, *heads.qkv(2, 129, dtype))]
-    decay = leaf(-torch.rand(2, 129, 2, dtype=dtype).to(device)) if decays else None
-    state = leaf(torch.randn(2, 2, heads.key_width, heads.value_width, dtype=dtype).to(device))
+    batch, time = (1, 300) if device.runs_cuda else (2, 129)  # on CUDA some of it in segments
+    cut = time if cut is None else cut
+    tensors = [leaf(x) for x in on(device, *heads.qkv(batch, time, dtype))]
+    decay = leaf(-torch.rand(batch, time, 2, dtype=dtype).to(device)) if decays else None
+    state = leaf(torch.randn(batch, 2, heads.key_width, heads.value_width, dtype=dtype).to(device))
 
     def in_two(q, k, v, decay, state):
         first, second = (
@@ -116,7 +132,7 @@ def test_split_anywhere_is_one_call(cut, decays, device):
 def test_packed_is_one_by_one(device):
     """Bit for bit on the CPU; on CUDA how the work is split depends on how much there is."""
     heads = device.served(Heads(4, 2, 2, 8, 20))
-    lengths = [5, 0, 64, 1, 70]
+    lengths = [5, 0, 64, 1, 270 if device.runs_cuda else 70]
     cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
     decay, state = -torch.rand(1, sum(lengths), 2), torch.randn(len(lengths), 2, heads.key_width, heads.value_width)
     args = (*heads.qkv(1, sum(lengths), torch.float32), decay, state, cu_seqlens)
@@ -156,10 +172,12 @@ def test_no_sequences(device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bits_do_not_depend_on_threads_runs_or_strides(dtype, device):
-    heads = Heads(2, 2, 4, 32, 48) if device.runs_cuda else Heads(4, 4, 12, 24, 40)
-    args = (*heads.qkv(2, 150, dtype), -torch.rand(2, 150, heads.v))
+    heads, batch, time = Heads(4, 4, 12, 24, 40), 2, 150
+    if device.runs_cuda:
+        heads, batch, time = Heads(1, 1, 2, 32, 48), 1, 300
+    args = (*heads.qkv(batch, time, dtype), -torch.rand(batch, time, heads.v))
     *tensors, decay = on(device, *args)
-    state = torch.randn(2, heads.v, heads.key_width, heads.value_width).to(device)
+    state = torch.randn(batch, heads.v, heads.key_width, heads.value_width).to(device)
     wanted = None
     for i, _ in enumerate(device.every_way()):
         layout = (lambda x: x, scattered, lambda x: scattered(x, aligned=True))[i % 3]

@@ -50,6 +50,7 @@ void launch(const char* name, void (*kernel)(Parameters...), const LaunchShape& 
             const Arguments&... args) {
 #if defined(STATECORE_EMULATED)
   static_cast<void>(stream);
+  ::simt::note_launch(reinterpret_cast<const void*>(kernel), shape.block, shape.dynamic_shared_bytes);
   ::simt::launch(name, shape.grid, shape.block, shape.dynamic_shared_bytes, [&] { kernel(args...); });
 #else
   cudaLaunchConfig_t config{};

@@ -53,9 +53,10 @@ __device__ __forceinline__ void load_tile(unsigned char* tile, const T* first_ro
   constexpr int kPerPiece = 16 / int(sizeof(T));
   static_assert(kRows * Tile::kPieces % kThreads == 0, "threads share the tile evenly");
   const uint32_t base = shared_address(tile);
+  const int thread = here(int(threadIdx.x) % kThreads);
 #pragma unroll
   for (int i = 0; i < kRows * Tile::kPieces / kThreads; ++i) {
-    const int piece = i * kThreads + int(threadIdx.x) % kThreads;
+    const int piece = i * kThreads + thread;
     const int row = piece / Tile::kPieces, column = piece % Tile::kPieces * kPerPiece;
     const bool valid = row < valid_rows && column < valid_width;
     cp_async(base + Tile::offset(row, column), valid ? first_row + row * row_stride + column : first_row,
@@ -105,7 +106,7 @@ __device__ __forceinline__ void split_pair(float x, float y, uint32_t& high, uin
 template <bool kTransposed, class T, int kWidth>
 __device__ __forceinline__ void load(OperandA<T>& a, Tile<T, kWidth>, const unsigned char* tile, int row,
                                      int column) {
-  const int lane = lane_index();
+  const int lane = sizeof(T) == 2 ? lane_index() : here(lane_index());
   if constexpr (sizeof(T) == 2) {
     // Matrices: rows 0-7, rows 8-15, then the same 8 deeper.
     const int first = lane % 8 + lane / 8 % 2 * 8, second = lane / 16 * 8;
@@ -134,7 +135,7 @@ __device__ __forceinline__ void load(OperandA<T>& a, Tile<T, kWidth>, const unsi
 template <bool kTransposed, class T, int kWidth>
 __device__ __forceinline__ void load(OperandB<T> (&b)[2], Tile<T, kWidth>, const unsigned char* tile, int row,
                                      int column) {
-  const int lane = lane_index();
+  const int lane = sizeof(T) == 2 ? lane_index() : here(lane_index());
   if constexpr (sizeof(T) == 2) {
     // Matrices: columns 0-7, the same 8 deeper, then columns 8-15.
     const int deeper = lane / 8 % 2 * 8, right = lane / 16 * 8;

@@ -130,6 +130,22 @@ __device__ __forceinline__ void named_barrier_arrive(unsigned number, unsigned t
 #endif
 }
 
+// x, of which the compiler no longer knows where it comes from: what is computed from it is computed here,
+// and not before the loop to wait there in registers.
+__device__ __forceinline__ int64_t here(int64_t x) {
+#if !defined(STATECORE_EMULATED)
+  asm volatile("" : "+l"(x));
+#endif
+  return x;
+}
+
+__device__ __forceinline__ int here(int x) {
+#if !defined(STATECORE_EMULATED)
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
 // 2^x, to about 2 units in the last place; 0 for very negative x and for -inf.
 __device__ __forceinline__ float exp2_approx(float x) {
 #if defined(STATECORE_EMULATED)

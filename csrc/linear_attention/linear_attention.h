@@ -73,4 +73,13 @@ struct LinearAttentionBackwardParams : LinearAttentionInputs {
 void linear_attention_cpu(const LinearAttentionParams& params);
 void linear_attention_backward_cpu(const LinearAttentionBackwardParams& params);
 
+// dtype float32, bfloat16 or float16; widths a multiple of 16 up to 128; q, k, v, grad_out and gate start at
+// a multiple of 16 bytes and have such strides; tokens are fewer than 2^31 a row. `scratch` has as many bytes
+// as the other function says, which looks at shapes and at which pointers are null; `stream` is a
+// cudaStream_t.
+int64_t linear_attention_cuda_scratch(const LinearAttentionParams& params);
+void linear_attention_cuda(const LinearAttentionParams& params, void* scratch, void* stream);
+int64_t linear_attention_backward_cuda_scratch(const LinearAttentionBackwardParams& params);
+void linear_attention_backward_cuda(const LinearAttentionBackwardParams& params, void* scratch, void* stream);
+
 }  // namespace statecore

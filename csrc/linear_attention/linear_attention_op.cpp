@@ -153,11 +153,9 @@ LinearAttentionInputs checked_step_linear_inputs(const char* const (&names)[3], 
 
 namespace {
 
-using Run = void (*)(const LinearAttentionParams&);
-using RunBackward = void (*)(const LinearAttentionBackwardParams&);
-
 // out and states of the given shape.
-std::tuple<Tensor, Tensor> run_forward(Run run, const LinearAttentionInputs& inputs, const Tensor& q,
+template <class Backend>
+std::tuple<Tensor, Tensor> run_forward(const LinearAttentionInputs& inputs, const Tensor& q,
                                        torch::headeronly::IntHeaderOnlyArrayRef states_shape) {
   LinearAttentionParams p{inputs};
   Tensor out =
@@ -165,7 +163,7 @@ std::tuple<Tensor, Tensor> run_forward(Run run, const LinearAttentionInputs& inp
   Tensor states = torch::stable::new_empty(q, states_shape, state_type(p.dtype));
   p.out = out.mutable_data_ptr();
   p.final_states = states.mutable_data_ptr();
-  run(p);
+  Backend::run(p, q);
   return {out, states};
 }
 
@@ -179,7 +177,8 @@ Tensor new_gradient(const std::optional<Tensor>& like, const Tensor& q) {
   return torch::stable::new_empty(q, like->sizes(), state_type(element_dtype(q)));
 }
 
-Gradients run_backward(RunBackward run, const LinearAttentionInputs& inputs, const Tensor& grad_out,
+template <class Backend>
+Gradients run_backward(const LinearAttentionInputs& inputs, const Tensor& grad_out,
                        const void* grad_final_states, const Tensor& q, const std::optional<Tensor>& log_decay,
                        const std::optional<Tensor>& initial_states) {
   LinearAttentionBackwardParams p{inputs};
@@ -188,7 +187,7 @@ Gradients run_backward(RunBackward run, const LinearAttentionInputs& inputs, con
   check_dtype("grad_out", grad_out, q.scalar_type());
   check_same_device("grad_out", grad_out, q);
   // Autograd hands over gradients of any layout: that of a sum has no strides at all.
-  const Tensor dense_grad_out = torch::stable::contiguous(grad_out);
+  const Tensor dense_grad_out = Backend::aligned(torch::stable::contiguous(grad_out));
   Gradients grads{torch::stable::new_empty(q, {p.batch, p.tokens, p.query_heads, p.key_width}),
                   torch::stable::new_empty(q, {p.batch, p.tokens, p.key_heads, p.key_width}),
                   torch::stable::new_empty(q, {p.batch, p.tokens, p.value_heads, p.value_width}),
@@ -200,7 +199,7 @@ Gradients run_backward(RunBackward run, const LinearAttentionInputs& inputs, con
   p.grad_v = grads.v.mutable_data_ptr();
   if (log_decay) p.grad_log_decay = grads.log_decay.mutable_data_ptr();
   if (initial_states) p.grad_initial_states = grads.initial_states.mutable_data_ptr();
-  run(p);
+  Backend::run(p, q);
   // float32 arguments beside float64 inputs get float32 gradients.
   if (log_decay) grads.log_decay = torch::stable::to(grads.log_decay, log_decay->scalar_type());
   if (initial_states)
@@ -208,32 +207,35 @@ Gradients run_backward(RunBackward run, const LinearAttentionInputs& inputs, con
   return grads;
 }
 
-template <Run run>
+template <class Backend>
 std::tuple<Tensor, Tensor> linear_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                             std::optional<Tensor> log_decay,
                                             std::optional<Tensor> initial_state,
                                             std::optional<Tensor> cu_seqlens, std::optional<double> scale) {
   HeldTensors held;
-  const auto inputs = checked_linear_inputs(q, k, v, log_decay, initial_state, cu_seqlens, scale, held);
-  return run_forward(run, inputs, q,
-                     {inputs.sequences, inputs.value_heads, inputs.key_width, inputs.value_width});
+  auto inputs = checked_linear_inputs(q, k, v, log_decay, initial_state, cu_seqlens, scale, held);
+  prepare_for<Backend>(inputs, q, k, v, held);
+  return run_forward<Backend>(inputs, q,
+                              {inputs.sequences, inputs.value_heads, inputs.key_width, inputs.value_width});
 }
 
-template <RunBackward run>
+template <class Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_backward(
     const Tensor& grad_out, const Tensor& grad_final_state, const Tensor& q, const Tensor& k, const Tensor& v,
     std::optional<Tensor> log_decay, std::optional<Tensor> initial_state, std::optional<Tensor> cu_seqlens,
     std::optional<double> scale) {
   HeldTensors held;
-  const auto inputs = checked_linear_inputs(q, k, v, log_decay, initial_state, cu_seqlens, scale, held);
+  auto inputs = checked_linear_inputs(q, k, v, log_decay, initial_state, cu_seqlens, scale, held);
+  prepare_for<Backend>(inputs, q, k, v, held);
   const void* grad_final =
       checked_reals("grad_final_state", grad_final_state,
                     {inputs.sequences, inputs.value_heads, inputs.key_width, inputs.value_width}, q, held);
-  auto [gq, gk, gv, gd, gs] = run_backward(run, inputs, grad_out, grad_final, q, log_decay, initial_state);
+  auto [gq, gk, gv, gd, gs] =
+      run_backward<Backend>(inputs, grad_out, grad_final, q, log_decay, initial_state);
   return {gq, gk, gv, gd, gs};
 }
 
-template <Run run>
+template <class Backend>
 std::tuple<Tensor, Tensor> step_linear_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                                  const Tensor& step_ids, const Tensor& alpha,
                                                  std::optional<Tensor> initial_states,
@@ -241,38 +243,72 @@ std::tuple<Tensor, Tensor> step_linear_attention(const Tensor& q, const Tensor& 
                                                  std::optional<Tensor> cu_seqlens,
                                                  std::optional<double> scale) {
   HeldTensors held;
-  const auto inputs = checked_step_linear_inputs({"q", "k", "v"}, q, k, v, step_ids, alpha, initial_states,
-                                                 initial_step, cu_seqlens, scale, held);
-  return run_forward(run, inputs, q,
-                     {3, inputs.sequences, inputs.value_heads, inputs.key_width, inputs.value_width});
+  auto inputs = checked_step_linear_inputs({"q", "k", "v"}, q, k, v, step_ids, alpha, initial_states,
+                                           initial_step, cu_seqlens, scale, held);
+  prepare_for<Backend>(inputs, q, k, v, held);
+  return run_forward<Backend>(
+      inputs, q, {3, inputs.sequences, inputs.value_heads, inputs.key_width, inputs.value_width});
 }
 
-template <RunBackward run>
+template <class Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor> step_linear_attention_backward(
     const Tensor& grad_out, const Tensor& grad_states, const Tensor& q, const Tensor& k, const Tensor& v,
     const Tensor& step_ids, const Tensor& alpha, std::optional<Tensor> initial_states,
     std::optional<Tensor> initial_step, std::optional<Tensor> cu_seqlens, std::optional<double> scale) {
   HeldTensors held;
-  const auto inputs = checked_step_linear_inputs({"q", "k", "v"}, q, k, v, step_ids, alpha, initial_states,
-                                                 initial_step, cu_seqlens, scale, held);
+  auto inputs = checked_step_linear_inputs({"q", "k", "v"}, q, k, v, step_ids, alpha, initial_states,
+                                           initial_step, cu_seqlens, scale, held);
+  prepare_for<Backend>(inputs, q, k, v, held);
   const void* grad_final =
       checked_reals("grad_states", grad_states,
                     {3, inputs.sequences, inputs.value_heads, inputs.key_width, inputs.value_width}, q, held);
   auto [gq, gk, gv, gd, gs] =
-      run_backward(run, inputs, grad_out, grad_final, q, std::nullopt, initial_states);
+      run_backward<Backend>(inputs, grad_out, grad_final, q, std::nullopt, initial_states);
   return {gq, gk, gv, gs};
 }
 
 }  // namespace
+
+#if defined(STATECORE_CUDA_BACKEND)
+void LinearAttentionOnCuda::check(const LinearAttentionInputs& p) {
+  check_cuda_dtype(p.dtype);
+  check_cuda_width("q and k", p.key_width);
+  check_cuda_width("v", p.value_width);
+}
+
+void LinearAttentionOnCuda::run(const LinearAttentionParams& p, const Tensor& q) {
+  const CudaTurn turn(q);
+  Tensor scratch = cuda_scratch(linear_attention_cuda_scratch(p), q);
+  linear_attention_cuda(p, scratch.mutable_data_ptr(), turn.stream());
+}
+
+void LinearAttentionOnCuda::run(const LinearAttentionBackwardParams& p, const Tensor& q) {
+  const CudaTurn turn(q);
+  Tensor scratch = cuda_scratch(linear_attention_backward_cuda_scratch(p), q);
+  linear_attention_backward_cuda(p, scratch.mutable_data_ptr(), turn.stream());
+}
+#endif
+
 }  // namespace statecore
 
 #if defined(STATECORE_CPU_BACKEND)
 STATECORE_CPU_IMPL(m) {
   using namespace statecore;
-  m.impl("linear_attention", TORCH_BOX(&linear_attention<linear_attention_cpu>));
-  m.impl("linear_attention_backward", TORCH_BOX(&linear_attention_backward<linear_attention_backward_cpu>));
-  m.impl("step_linear_attention", TORCH_BOX(&step_linear_attention<linear_attention_cpu>));
-  m.impl("step_linear_attention_backward",
-         TORCH_BOX(&step_linear_attention_backward<linear_attention_backward_cpu>));
+  using On = LinearAttentionOnCpu;
+  m.impl("linear_attention", TORCH_BOX(&linear_attention<On>));
+  m.impl("linear_attention_backward", TORCH_BOX(&linear_attention_backward<On>));
+  m.impl("step_linear_attention", TORCH_BOX(&step_linear_attention<On>));
+  m.impl("step_linear_attention_backward", TORCH_BOX(&step_linear_attention_backward<On>));
+}
+#endif
+
+#if defined(STATECORE_CUDA_BACKEND)
+STATECORE_CUDA_IMPL(m) {
+  using namespace statecore;
+  using On = LinearAttentionOnCuda;
+  m.impl("linear_attention", TORCH_BOX(&linear_attention<On>));
+  m.impl("linear_attention_backward", TORCH_BOX(&linear_attention_backward<On>));
+  m.impl("step_linear_attention", TORCH_BOX(&step_linear_attention<On>));
+  m.impl("step_linear_attention_backward", TORCH_BOX(&step_linear_attention_backward<On>));
 }
 #endif

@@ -6,6 +6,7 @@
 #include <optional>
 #include <vector>
 
+#include "common/cuda_backend.h"
 #include "common/tensor_checks.h"
 #include "linear_attention/linear_attention.h"
 
@@ -15,6 +16,34 @@ namespace statecore {
 using HeldTensors = std::vector<Tensor>;
 
 HeadsView heads_view(const Tensor& x);  // x [B, T, heads, width]
+
+// ---- backends: what they take of tensors (`aligned` may be a copy), and their entry points
+#if defined(STATECORE_CPU_BACKEND)
+struct LinearAttentionOnCpu {
+  static Tensor aligned(const Tensor& x) { return x; }
+  static void check(const LinearAttentionInputs&) {}
+  static void run(const LinearAttentionParams& p, const Tensor&) { linear_attention_cpu(p); }
+  static void run(const LinearAttentionBackwardParams& p, const Tensor&) { linear_attention_backward_cpu(p); }
+};
+#endif
+
+#if defined(STATECORE_CUDA_BACKEND)
+struct LinearAttentionOnCuda {
+  static Tensor aligned(const Tensor& x) { return aligned_for_cuda(x); }
+  static void check(const LinearAttentionInputs& p);
+  static void run(const LinearAttentionParams& p, const Tensor& q);
+  static void run(const LinearAttentionBackwardParams& p, const Tensor& q);
+};
+#endif
+
+// Hands q, k and v to the backend's kernels, which may refuse them or want copies.
+template <class Backend>
+void prepare_for(LinearAttentionInputs& p, const Tensor& q, const Tensor& k, const Tensor& v,
+                 HeldTensors& held) {
+  Backend::check(p);
+  for (const auto& [view, x] : {std::pair{&p.q, &q}, std::pair{&p.k, &k}, std::pair{&p.v, &v}})
+    *view = heads_view(held.emplace_back(Backend::aligned(*x)));
+}
 
 // Refuses what ops.md refuses, on the CPU also by contents. The structs point into the tensors and into
 // `held`.

@@ -16,8 +16,18 @@ namespace {
 
 #if defined(STATECORE_CPU_BACKEND)
 struct Cpu {
-  static constexpr auto run_segment = segment_attention_cpu;
-  static constexpr auto run_linear = linear_attention_cpu;
+  using Linear = LinearAttentionOnCpu;
+  static void prepare_segment(SegmentAttentionParams&, const Tensor&, const Tensor&, const Tensor&,
+                              HeldTensors&) {}
+  static void run_segment(const SegmentAttentionParams& p, const Tensor&) { segment_attention_cpu(p); }
+};
+#endif
+
+#if defined(STATECORE_CUDA_BACKEND)
+struct Cuda {
+  using Linear = LinearAttentionOnCuda;
+  static constexpr auto prepare_segment = prepare_for_cuda;
+  static constexpr auto run_segment = run_segment_attention_on_cuda;
 };
 #endif
 
@@ -45,6 +55,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mixed_attention_forward(
   LinearAttentionParams linear{checked_step_linear_inputs({"lin_q", "lin_k", "lin_v"}, lin_q, lin_k, lin_v,
                                                           own_ids, alpha, initial_states, initial_step,
                                                           cu_seqlens, lin_scale, held)};
+  Backend::prepare_segment(segment, q, k, v, held);
+  prepare_for<typename Backend::Linear>(linear, lin_q, lin_k, lin_v, held);
 
   Tensor out = torch::stable::new_empty(q, {batch, queries, heads, segment.value_width});
   Tensor segment_out = torch::stable::empty_like(out), linear_out = torch::stable::empty_like(out);
@@ -55,14 +67,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mixed_attention_forward(
   segment.out = segment_out.mutable_data_ptr();
   segment.out_dtype = segment.dtype;
   segment.lse = lse.mutable_data_ptr();
-  Backend::run_segment(segment);
+  Backend::run_segment(segment, q);
 
   linear.out = linear_out.mutable_data_ptr();
   linear.final_states = states.mutable_data_ptr();
-  linear.gate = heads_view(gate);
+  linear.gate = heads_view(held.emplace_back(Backend::Linear::aligned(gate)));
   linear.segment_out = segment_out.const_data_ptr();
   linear.gated_out = out.mutable_data_ptr();
-  Backend::run_linear(linear);
+  Backend::Linear::run(linear, lin_q);
   return {out, states, segment_out, lse, linear_out};
 }
 
@@ -73,5 +85,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mixed_attention_forward(
 STATECORE_CPU_IMPL(m) {
   using namespace statecore;
   m.impl("mixed_attention_forward", TORCH_BOX(&mixed_attention_forward<Cpu>));
+}
+#endif
+
+#if defined(STATECORE_CUDA_BACKEND)
+STATECORE_CUDA_IMPL(m) {
+  using namespace statecore;
+  m.impl("mixed_attention_forward", TORCH_BOX(&mixed_attention_forward<Cuda>));
 }
 #endif

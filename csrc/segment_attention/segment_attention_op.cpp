@@ -67,26 +67,84 @@ SegmentAttentionParams checked_segment_params(const Tensor& q, const Tensor& k, 
   return p;
 }
 
+#if defined(STATECORE_CUDA_BACKEND)
 namespace {
 
-using Run = void (*)(const SegmentAttentionParams&);
-using RunBackward = void (*)(const SegmentAttentionBackwardParams&);
+// x where the kernels can load it, kept by `held`.
+const Tensor& held_for_cuda(const Tensor& x, std::vector<Tensor>& held) {
+  held.push_back(aligned_for_cuda(x));
+  return held.back();
+}
 
-template <Run run>
+}  // namespace
+
+void prepare_for_cuda(SegmentAttentionParams& p, const Tensor& q, const Tensor& k, const Tensor& v,
+                      std::vector<Tensor>& held) {
+  check_cuda_dtype(p.dtype);
+  check_cuda_width("q and k", p.key_width);
+  check_cuda_width("v", p.value_width);
+  const Tensor& own_q = held_for_cuda(q, held);
+  p.q = own_q.const_data_ptr();
+  p.q_batch = own_q.stride(0), p.q_time = own_q.stride(1), p.q_head = own_q.stride(2);
+  const Tensor& own_k = held_for_cuda(k, held);
+  p.k = own_k.const_data_ptr();
+  p.k_batch = own_k.stride(0), p.k_time = own_k.stride(1), p.k_head = own_k.stride(2);
+  const Tensor& own_v = held_for_cuda(v, held);
+  p.v = own_v.const_data_ptr();
+  p.v_batch = own_v.stride(0), p.v_time = own_v.stride(1), p.v_head = own_v.stride(2);
+}
+
+void run_segment_attention_on_cuda(const SegmentAttentionParams& p, const Tensor& q) {
+  const CudaTurn turn(q);
+  const Tensor scratch = cuda_scratch(segment_attention_cuda_scratch(p), q);
+  segment_attention_cuda(p, scratch.mutable_data_ptr(), turn.stream());
+}
+#endif
+
+namespace {
+
+#if defined(STATECORE_CPU_BACKEND)
+struct Cpu {
+  static void prepare(SegmentAttentionParams&, const Tensor&, const Tensor&, const Tensor&,
+                      std::vector<Tensor>&) {}
+  static Tensor dense(const Tensor& x) { return x; }
+  static void run(const SegmentAttentionParams& p, const Tensor&) { segment_attention_cpu(p); }
+  static void run(const SegmentAttentionBackwardParams& p, const Tensor&) {
+    segment_attention_backward_cpu(p);
+  }
+};
+#endif
+
+#if defined(STATECORE_CUDA_BACKEND)
+struct Cuda {
+  static constexpr auto prepare = prepare_for_cuda;
+  static Tensor dense(const Tensor& x) { return aligned_for_cuda(x); }
+  static void run(const SegmentAttentionParams& p, const Tensor& q) { run_segment_attention_on_cuda(p, q); }
+  static void run(const SegmentAttentionBackwardParams& p, const Tensor& q) {
+    const CudaTurn turn(q);
+    const Tensor scratch = cuda_scratch(segment_attention_backward_cuda_scratch(p), q);
+    segment_attention_backward_cuda(p, scratch.mutable_data_ptr(), turn.stream());
+  }
+};
+#endif
+
+template <class Backend>
 std::tuple<Tensor, Tensor> segment_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                              const Tensor& step_ids, std::optional<Tensor> cu_seqlens,
                                              std::optional<double> scale) {
   SegmentAttentionParams p = checked_segment_params(q, k, v, step_ids, cu_seqlens, scale);
+  std::vector<Tensor> held;
+  Backend::prepare(p, q, k, v, held);
   Tensor out = torch::stable::new_empty(q, {p.batch, p.queries, p.query_heads, p.value_width});
   Tensor lse = torch::stable::new_empty(q, {p.batch, p.query_heads, p.queries}, state_type(p.dtype));
   p.out = out.mutable_data_ptr();
   p.out_dtype = p.dtype;
   p.lse = lse.mutable_data_ptr();
-  run(p);
+  Backend::run(p, q);
   return {out, lse};
 }
 
-template <RunBackward run>
+template <class Backend>
 std::tuple<Tensor, Tensor, Tensor> segment_attention_backward(
     const Tensor& grad_out, std::optional<Tensor> grad_lse, const Tensor& q, const Tensor& k, const Tensor& v,
     const Tensor& out, const Tensor& lse, const Tensor& step_ids, std::optional<Tensor> cu_seqlens,
@@ -99,9 +157,13 @@ std::tuple<Tensor, Tensor, Tensor> segment_attention_backward(
   check_result("out", out, {f.batch, f.queries, f.query_heads, f.value_width}, q.scalar_type(), q);
   check_result("lse", lse, {f.batch, f.query_heads, f.queries}, lse_type, q);
   if (grad_lse) check_result("grad_lse", *grad_lse, {f.batch, f.query_heads, f.queries}, lse_type, q);
+  std::vector<Tensor> held;
+  Backend::prepare(p.forward, q, k, v, held);
   // Autograd hands over gradients of any layout: that of a sum has no strides at all.
-  const Tensor dense_grad_out = grad_out.stride(3) == 1 ? grad_out : torch::stable::contiguous(grad_out);
-  const Tensor dense_out = torch::stable::contiguous(out), dense_lse = torch::stable::contiguous(lse);
+  const Tensor dense_grad_out =
+      Backend::dense(grad_out.stride(3) == 1 ? grad_out : torch::stable::contiguous(grad_out));
+  const Tensor dense_out = Backend::dense(torch::stable::contiguous(out));
+  const Tensor dense_lse = torch::stable::contiguous(lse);
   if (grad_lse) grad_lse = torch::stable::contiguous(*grad_lse);
   p.forward.out = const_cast<void*>(dense_out.const_data_ptr());
   p.forward.out_dtype = f.dtype;
@@ -118,7 +180,7 @@ std::tuple<Tensor, Tensor, Tensor> segment_attention_backward(
   p.grad_q = grad_q.mutable_data_ptr();
   p.grad_k = grad_k.mutable_data_ptr();
   p.grad_v = grad_v.mutable_data_ptr();
-  run(p);
+  Backend::run(p, q);
   return {grad_q, grad_k, grad_v};
 }
 
@@ -128,8 +190,15 @@ std::tuple<Tensor, Tensor, Tensor> segment_attention_backward(
 #if defined(STATECORE_CPU_BACKEND)
 STATECORE_CPU_IMPL(m) {
   using namespace statecore;
-  m.impl("segment_attention", TORCH_BOX(&segment_attention<segment_attention_cpu>));
-  m.impl("segment_attention_backward",
-         TORCH_BOX(&segment_attention_backward<segment_attention_backward_cpu>));
+  m.impl("segment_attention", TORCH_BOX(&segment_attention<Cpu>));
+  m.impl("segment_attention_backward", TORCH_BOX(&segment_attention_backward<Cpu>));
+}
+#endif
+
+#if defined(STATECORE_CUDA_BACKEND)
+STATECORE_CUDA_IMPL(m) {
+  using namespace statecore;
+  m.impl("segment_attention", TORCH_BOX(&segment_attention<Cuda>));
+  m.impl("segment_attention_backward", TORCH_BOX(&segment_attention_backward<Cuda>));
 }
 #endif

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <vector>
 
 #include "segment_attention/segment_attention.h"
 
@@ -16,5 +17,15 @@ SegmentAttentionParams checked_segment_params(const torch::stable::Tensor& q, co
                                               const torch::stable::Tensor& step_ids,
                                               const std::optional<torch::stable::Tensor>& cu_seqlens,
                                               std::optional<double> scale);
+
+// ---- on CUDA
+// Refuses what the kernels do not take. Tensors that they cannot load 16 bytes at a time are copied; the
+// struct then points into the copies, which `held` keeps.
+void prepare_for_cuda(SegmentAttentionParams& params, const torch::stable::Tensor& q,
+                      const torch::stable::Tensor& k, const torch::stable::Tensor& v,
+                      std::vector<torch::stable::Tensor>& held);
+
+// Of the prepared struct with its results filled in; q says which GPU.
+void run_segment_attention_on_cuda(const SegmentAttentionParams& params, const torch::stable::Tensor& q);
 
 }  // namespace statecore

@@ -1,7 +1,7 @@
-#include "segment_attention/segment_pieces.cuh"
-
 #include <algorithm>
 #include <stdexcept>
+
+#include "segment_attention/segment_pieces.cuh"
 
 namespace statecore {
 namespace {
@@ -95,8 +95,7 @@ DevicePieces device_pieces(const SegmentAttentionParams& p, const DevicePlan& pl
 }
 
 void make_pieces(const DevicePlan& plan, const DevicePieces& pieces, void* stream) {
-  if (plan.tiles > 0)
-    launch("segment_pieces", cut_work, {dim3(1), dim3(kScanThreads)}, stream, plan, pieces);
+  if (plan.tiles > 0) launch("segment_pieces", cut_work, {dim3(1), dim3(kScanThreads)}, stream, plan, pieces);
 }
 
 }  // namespace statecore

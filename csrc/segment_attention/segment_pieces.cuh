@@ -22,10 +22,10 @@ struct alignas(16) CutTile {
 };
 
 struct DevicePieces {
-  int32_t group;                       // query heads to a key head
-  int32_t wanted;                      // pieces that are about enough to keep a GPU busy
+  int32_t group;   // query heads to a key head
+  int32_t wanted;  // pieces that are about enough to keep a GPU busy
   int32_t max_pieces, max_cuts, max_sums;
-  int32_t* counts;                     // pieces, cut tiles
+  int32_t* counts;  // pieces, cut tiles
   Piece* piece;
   CutTile* cut;
 };

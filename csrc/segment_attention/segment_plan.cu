@@ -42,7 +42,11 @@ __device__ __forceinline__ Place place_of(const DevicePlan& plan, int tile) {
   const int used = (length + kTileTokens - 1) / kTileTokens, index = tile - tiles_begin;
   if (index >= used) return {0, 0, 0, 0, tile, tile};
   const int begin = sequence_begin + index * kTileTokens;
-  return {0, begin, min(begin + kTileTokens, sequence_end), sequence_end, tiles_begin,
+  return {0,
+          begin,
+          min(begin + kTileTokens, sequence_end),
+          sequence_end,
+          tiles_begin,
           min(tiles_begin + used, plan.tiles)};
 }
 

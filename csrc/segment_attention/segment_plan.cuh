@@ -1,7 +1,7 @@
 // Who sees whom, on the device: made once a call by two small kernels, in integers, and shared by all heads.
 //
-// Tokens are cut into tiles: 64 consecutive tokens of one sequence, the first at its beginning. A tile is both
-// a tile of queries and a block of keys, so that tile numbers are all that passes between the two sides.
+// Tokens are cut into tiles: 64 consecutive tokens of one sequence, the first at its beginning. A tile is
+// both a tile of queries and a block of keys, so that tile numbers are all that passes between the two sides.
 // Ids do not decrease inside a sequence, so key j is visible to queries [j, visible_end[j]), and a tile of
 // queries visits two runs of tiles of keys: those with the prompt, and those from the beginning of its first
 // step up to itself. What those hold besides is hidden by the mask, j <= i < visible_end[j].
@@ -40,8 +40,8 @@ struct DevicePlan {
   const int32_t* cu_seqlens;  // or null: every row of the batch is one sequence
   const int32_t* step_ids;
   int64_t ids_row;
-  int32_t tiles, row_tiles;   // in all; in a row where rows are sequences
-  int32_t query_row_tiles;    // of them, those with queries, which come last
+  int32_t tiles, row_tiles;  // in all; in a row where rows are sequences
+  int32_t query_row_tiles;   // of them, those with queries, which come last
 
   int32_t* visible_end;  // [B, Tk]; 0 where there is nobody
   TileIds* ids;          // [tiles]

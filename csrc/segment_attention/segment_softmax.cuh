@@ -38,7 +38,7 @@ __device__ __forceinline__ void hide_scores(float (&score)[kTiles][4], int first
 class Softmax {
  public:
   // `scale` turns scores into units of ln 2. Positive: the highest score is looked for before it is applied,
-  // which is then part of the exponent's multiply-add.
+  // as part of the exponent's multiply-add.
   __device__ __forceinline__ explicit Softmax(float scale) : scale_(scale) {}
 
   // Scores become weights; what has been summed before them is worth keeps[row] beside them.

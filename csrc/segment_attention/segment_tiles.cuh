@@ -65,7 +65,8 @@ class RowOperands {
   __device__ __forceinline__ void hold() {
     if constexpr (kHeld) {
 #pragma unroll
-      for (int d = 0; d < kDepths; ++d) load<false>(held_[d], Tile<T, kWidth>{}, tile_, row_, d * kMmaDepth<T>);
+      for (int d = 0; d < kDepths; ++d)
+        load<false>(held_[d], Tile<T, kWidth>{}, tile_, row_, d * kMmaDepth<T>);
     }
   }
 
@@ -99,7 +100,8 @@ class RowOperands {
 // sums += weights rows, for kRows rows of a tile of T and 8 kColumns columns from `column` on. As OperandA<T>
 // weights are rounded, as SplitA<T> not, for twice the products.
 template <class Weights, class T, int kWidth, int kRows, int kColumns>
-__device__ __forceinline__ void add_weighted_rows(float (&sums)[kColumns][4], const float (&weights)[kRows / 8][4],
+__device__ __forceinline__ void add_weighted_rows(float (&sums)[kColumns][4],
+                                                  const float (&weights)[kRows / 8][4],
                                                   const unsigned char* rows, int column = 0) {
 #pragma unroll
   for (int d = 0; d < kRows / kMmaDepth<T>; ++d) {
@@ -145,8 +147,8 @@ __device__ __forceinline__ void store_rows(T* first_row, int64_t stride, int wid
     for (int n = 0; n < kColumns; ++n)
 #pragma unroll
       for (int i = 0; i < 2; ++i)
-        store_pair(Tile{}, tile, warp_row + accumulator_row(2 * i), 8 * n + accumulator_column(0), x[n][2 * i],
-                   x[n][2 * i + 1]);
+        store_pair(Tile{}, tile, warp_row + accumulator_row(2 * i), 8 * n + accumulator_column(0),
+                   x[n][2 * i], x[n][2 * i + 1]);
     __syncwarp();
     for (int piece = lane_index(); piece < 16 * Tile::kPieces; piece += 32) {
       const int row = warp_row + piece / Tile::kPieces, column = piece % Tile::kPieces * 8;
@@ -157,8 +159,8 @@ __device__ __forceinline__ void store_rows(T* first_row, int64_t stride, int wid
   }
 }
 
-// The way of a tile of queries through the keys, kKeys at a time: tiles with the prompt, then those of its own
-// steps up to itself.
+// The way of a tile of queries through the keys, kKeys at a time: tiles with the prompt, then those of its
+// own steps up to itself.
 template <int kKeys>
 class KeySteps {
  public:

@@ -28,7 +28,7 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "common/cuda.cuh"
+#include "common/elements.cuh"
 #include "linear_attention/step_end.h"
 #include "state_update/state_update.h"
 
@@ -109,7 +109,7 @@ __device__ __forceinline__ void end_step(Strip& running, int32_t step, const Sta
   store(running, start_state, passes, row_stride);
 }
 
-template <class T, int kColumns>
+template <int kColumns>
 __global__ void __launch_bounds__(Tile<kColumns>::kThreads, kThreadsOnSm / Tile<kColumns>::kThreads)
     update(StateUpdateParams p) {
   using Tile = Tile<kColumns>;
@@ -125,14 +125,16 @@ __global__ void __launch_bounds__(Tile<kColumns>::kThreads, kThreadsOnSm / Tile<
   const int first_column = int(blockIdx.x % tiles) * kColumns;
   const int thread = threadIdx.x, across = thread % Tile::kAcross, down = thread / Tile::kAcross;
   const int64_t out_heads = max(p.query_heads, p.value_heads);
-  T* out = static_cast<T*>(p.out) + (row * out_heads + max(head, first_query)) * dv + first_column;
+  const int64_t first_out = (row * out_heads + max(head, first_query)) * dv + first_column;
+  const auto set_out = [&](int query, int column, float x) {
+    store_element(p.dtype, p.out, first_out + int64_t(query) * dv + column, x);
+  };
 
   // A slot that does not exist is skipped too: nothing outside the pool may be touched, and looking at slots
   // on the host would cost a synchronisation.
   const int64_t slot = p.row_slots ? p.row_slots[row] : row;
   if (slot < 0 || slot >= p.slots) {
-    for (int i = thread; i < queries * kColumns; i += Tile::kThreads)
-      set(out[int64_t(i / kColumns) * dv + i % kColumns], 0);
+    for (int i = thread; i < queries * kColumns; i += Tile::kThreads) set_out(i / kColumns, i % kColumns, 0);
     return;
   }
 
@@ -143,22 +145,23 @@ __global__ void __launch_bounds__(Tile<kColumns>::kThreads, kThreadsOnSm / Tile<
   const int passes = dk / kRows;
   Strip running;
   load(running, state, passes, dv);
-  const T* k_row = static_cast<const T*>(p.k) + row * p.k_row + key_head * p.k_head;
-  const T* q_rows = static_cast<const T*>(p.q) + row * p.q_row + first_query * p.q_head;
-  const T* v_row = static_cast<const T*>(p.v) + row * p.v_row + head * p.v_head + first_column + 4 * across;
-  const float4 v =
-      make_float4(to_float(v_row[0]), to_float(v_row[1]), to_float(v_row[2]), to_float(v_row[3]));
+  const int64_t first_k = row * p.k_row + key_head * p.k_head;
+  const int64_t first_q = row * p.q_row + first_query * p.q_head;
+  const int64_t first_v = row * p.v_row + head * p.v_head + first_column + 4 * across;
+  const float4 v = make_float4(load_element(p.dtype, p.v, first_v), load_element(p.dtype, p.v, first_v + 1),
+                               load_element(p.dtype, p.v, first_v + 2),
+                               load_element(p.dtype, p.v, first_v + 3));  // of any alignment
   const float decay =
       p.log_decay ? expf(static_cast<const float*>(p.log_decay)[row * p.value_heads + head]) : 1.0f;
   const int32_t ended = p.ends_step && p.state_kinds == 3 ? p.ends_step[row] : -1;
-  for (int i = thread; i < dk; i += Tile::kThreads) k[i] = to_float(k_row[i]);
+  for (int i = thread; i < dk; i += Tile::kThreads) k[i] = load_element(p.dtype, p.k, first_k + i);
 
   // ---- read for kQueries heads at a time; the update waits for k, which the first barrier publishes
   for (int done = 0; done < queries; done += kQueries) {
     const int now = min(queries - done, kQueries);
     const float scale = float(p.scale);
     for (int i = thread; i < now * dk; i += Tile::kThreads)
-      q[i] = scale * to_float(q_rows[(done + i / dk) * p.q_head + i % dk]);
+      q[i] = scale * load_element(p.dtype, p.q, first_q + (done + i / dk) * p.q_head + i % dk);
     __syncthreads();
 
     if (done == 0)
@@ -188,7 +191,7 @@ __global__ void __launch_bounds__(Tile<kColumns>::kThreads, kThreadsOnSm / Tile<
       for (int n = Tile::kWarps; n > 1; n /= 2)
 #pragma unroll
         for (int w = 0; w < n / 2; ++w) part[w] = part[2 * w] + part[2 * w + 1];
-      set(out[int64_t(done + i / kColumns) * dv + i % kColumns], part[0]);
+      set_out(done + i / kColumns, i % kColumns, part[0]);
     }
   }
 
@@ -197,32 +200,23 @@ __global__ void __launch_bounds__(Tile<kColumns>::kThreads, kThreadsOnSm / Tile<
   store(running, state, passes, dv);
 }
 
-template <class T, int kColumns>
-void launch_update(const StateUpdateParams& p, int64_t states, void* stream) {
-  const int64_t blocks = states * (p.value_width / kColumns);
+template <int kColumns>
+void launch_update(const StateUpdateParams& p, void* stream) {
+  const int64_t blocks = p.rows * p.value_heads * (p.value_width / kColumns);
   if (blocks > INT32_MAX)
     throw std::runtime_error("statecore: state_update has too many rows and heads for one launch");
-  launch("state_update", update<T, kColumns>, {dim3(unsigned(blocks)), dim3(Tile<kColumns>::kThreads)},
-         stream, p);
-}
-
-template <class T>
-void launch_update(const StateUpdateParams& p, void* stream) {
-  const int64_t states = p.rows * p.value_heads;
-  const bool wide = p.value_width % 32 == 0 && states * (p.value_width / 32) >= kFewBlocks;
-  wide ? launch_update<T, 32>(p, states, stream) : launch_update<T, 16>(p, states, stream);
+  launch("state_update", update<kColumns>, {dim3(unsigned(blocks)), dim3(Tile<kColumns>::kThreads)}, stream,
+         p);
 }
 
 }  // namespace
 
 void state_update_cuda(const StateUpdateParams& p, void* stream) {
   if (p.rows == 0) return;
-  switch (p.dtype) {
-    case DType::kFloat32: return launch_update<float>(p, stream);
-    case DType::kBFloat16: return launch_update<__nv_bfloat16>(p, stream);
-    case DType::kFloat16: return launch_update<__half>(p, stream);
-    case DType::kFloat64: throw std::runtime_error("statecore: state_update on CUDA takes no float64");
-  }
+  if (p.dtype == DType::kFloat64)
+    throw std::runtime_error("statecore: state_update on CUDA takes no float64");
+  const bool wide = p.value_width % 32 == 0 && p.rows * p.value_heads * (p.value_width / 32) >= kFewBlocks;
+  wide ? launch_update<32>(p, stream) : launch_update<16>(p, stream);
 }
 
 }  // namespace statecore

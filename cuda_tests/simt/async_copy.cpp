@@ -7,21 +7,28 @@
 
 namespace simt {
 
-void cp_async(uint32_t to, const void* from, int source_bytes, const Where& where) {
-  constexpr uint32_t kBytes = 16;
-  if (source_bytes < 0 || source_bytes > int(kBytes)) fail(where, "cp.async copies up to 16 bytes");
-  if (source_bytes > 0) check_aligned(from, kBytes, where);
-  unsigned char* data = at_address(to, kBytes, kBytes, where);
+namespace {
+
+constexpr uint32_t kBytes = 16;
+
+void finish(AsyncCopy& copy) {
+  if (copy.done) return;
+  if (copy.from_bytes > 0) std::memcpy(arena() + copy.to, copy.from, copy.from_bytes);
+  std::memset(arena() + copy.to + copy.from_bytes, 0, kBytes - copy.from_bytes);
+  copy.done = true;
+}
+
+}  // namespace
+
+void cp_async(uint32_t to, const void* from, int from_bytes, const Where& where) {
+  if (from_bytes < 0 || from_bytes > int(kBytes)) fail(where, "cp.async copies up to 16 bytes");
+  if (from_bytes > 0) check_aligned(from, kBytes, where);
+  unsigned char* bytes = at_address(to, kBytes, kBytes, where);
   start_writing(to, kBytes, where);
-  std::memset(data, 0xff, kBytes);
-  const auto copy = [=] {
-    if (source_bytes > 0) std::memcpy(data, from, source_bytes);
-    std::memset(data + source_bytes, 0, kBytes - source_bytes);
-  };
-  auto& open = running_thread()->open_copies;
-  if (!takes_effect_at_once()) return open.push_back({to, kBytes, copy});
-  copy();
-  open.push_back({to, kBytes, {}});
+  std::memset(bytes, 0xff, kBytes);
+  AsyncCopy copy{to, from, uint32_t(from_bytes), false};
+  if (takes_effect_at_once()) finish(copy);
+  running_thread()->open_copies.push_back(copy);
 }
 
 void cp_async_commit() {
@@ -33,9 +40,9 @@ void cp_async_commit() {
 void cp_async_wait(int pending, const Where&) {
   auto& groups = running_thread()->committed_copies;
   for (; int(groups.size()) > pending; groups.pop_front())
-    for (const AsyncCopy& copy : groups.front()) {
-      if (copy.finish) copy.finish();
-      finish_writing(copy.begin, copy.bytes);
+    for (AsyncCopy& copy : groups.front()) {
+      finish(copy);
+      finish_writing(copy.to, kBytes);
     }
 }
 

@@ -6,6 +6,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -26,10 +27,12 @@ struct Agent {
   uint32_t time = 0;
 };
 
-// A copy that the thread has issued and not yet waited for.
+// 16 bytes on their way to shared memory: those of `from`, then zeros.
 struct AsyncCopy {
-  uint32_t begin, bytes;         // in the arena
-  std::function<void()> finish;  // empty: has taken effect
+  uint32_t to;  // in the arena
+  const void* from;
+  uint32_t from_bytes;
+  bool done;
 };
 
 // A copy from shared memory: what it reads is kept until it is written.
@@ -73,16 +76,16 @@ struct MemoryBarrier {
 
 // Lanes of a warp on their way into one collective.
 struct Meeting {
-  uint32_t mask, arrived;
+  uint32_t mask = 0, arrived;  // mask 0: nobody is on the way
   const char* what;
   Where where;
   void* argument[32];
-  ThreadState* thread[32];
+  ThreadState* thread[32];  // null: not in the mask, or not yet there
 };
 
 struct Warp {
   uint32_t lanes = 0, returned = 0;
-  std::vector<std::unique_ptr<Meeting>> meetings;
+  std::vector<std::unique_ptr<Meeting>> meetings;  // kept for reuse
 };
 
 // Accumulators of a warpgroup that are out of reach of its threads, row by row.
@@ -135,6 +138,7 @@ struct Block {
   size_t alive;
   std::vector<ThreadState*> at_barrier;
   std::vector<SharedArray> shared;
+  size_t last_used = 0;  // of them, by an instruction
   uint32_t dynamic_begin = 0;
   std::map<unsigned, NamedBarrier> named_barriers;
   std::map<uint32_t, MemoryBarrier> memory_barriers;  // by address
@@ -145,9 +149,16 @@ struct Block {
 
 constexpr uint32_t kArenaBytes = 256 * 1024;  // the shared memory of a block, with gaps between arrays
 
-Block* running_block();         // null outside of launch()
-ThreadState* running_thread();  // null in the scheduler
-unsigned char* arena();
+struct Running {
+  Block* block;         // null outside of launch()
+  ThreadState* thread;  // null in the scheduler
+  uint64_t progress;    // barriers passed and threads done
+};
+extern Running running;
+inline Block* running_block() { return running.block; }
+inline ThreadState* running_thread() { return running.thread; }
+alignas(1024) extern unsigned char arena_bytes[kArenaBytes];
+inline unsigned char* arena() { return arena_bytes; }
 
 [[noreturn]] void fail(const std::string& message);  // ends the launch, from a thread
 [[noreturn]] void fail(const Where& where, const std::string& message);
@@ -160,8 +171,15 @@ uint64_t toss();              // a random number of the schedule
 bool takes_effect_at_once();  // the next asynchronous operation, by the schedule
 Counters& counters();
 
-void wait_here(const char* what, const Where& where);  // until make_ready()
-void make_ready(ThreadState& thread);
+// While one of these lives, the running thread fails when `progress` has stood still for so long.
+class Watchdog {
+ public:
+  explicit Watchdog(double seconds);
+  ~Watchdog();
+};
+
+void wait_here(const char* what, const Where& where);    // until make_ready()
+void make_ready(std::span<ThreadState* const> threads);  // null: nobody
 void leave_block(ThreadState& thread);  // it has returned: what waited for it alone goes on, or is wrong
 
 // ---- copies of whole tiles, and products of warpgroups
@@ -171,7 +189,17 @@ MemoryBarrier& memory_barrier(uint32_t address, const Where& where);
 std::string missing_text(const MemoryBarrier& barrier);
 void finish_stores(ThreadState& thread);    // of a thread that returns
 void finish_products(ThreadState& thread);  // ... likewise: there should be none
-float widened(Half half, uint32_t pair, int which);
+
+// The two elements of a register, to[0] and to[distance].
+inline void widen(Half half, uint32_t pair, float* to, int distance) {
+  if (half == Half::kBFloat16) {
+    to[0] = std::bit_cast<float>(pair << 16);
+    to[distance] = std::bit_cast<float>(pair & 0xffff0000u);
+  } else {
+    to[0] = __half2float({uint16_t(pair)});
+    to[distance] = __half2float({uint16_t(pair >> 16)});
+  }
+}
 
 // ---- shared memory by address: an offset in the arena
 void make_dynamic_shared(Block& block, size_t bytes);

@@ -23,9 +23,20 @@ void order_all(const std::vector<ThreadState*>& threads) {
 }
 
 void release_barrier(Block& block) {
+  ++running.progress;
   order_all(block.at_barrier);
-  for (ThreadState* thread : block.at_barrier) make_ready(*thread);
+  make_ready(block.at_barrier);
   block.at_barrier.clear();
+}
+
+// The one that some of these lanes are on their way into, or a free one.
+Meeting& meeting_of(Warp& warp, uint32_t mask) {
+  Meeting* free = nullptr;
+  for (const auto& meeting : warp.meetings) {
+    if (meeting->mask & mask) return *meeting;
+    if (meeting->mask == 0) free = meeting.get();
+  }
+  return free ? *free : *warp.meetings.emplace_back(std::make_unique<Meeting>());
 }
 
 constexpr char kWarpBarrier[] = "__syncwarp", kShuffle[] = "a shuffle", kVote[] = "a vote",
@@ -42,13 +53,14 @@ void meet(const char* what, uint32_t mask, void* argument, const Where& where, v
   if (mask & warp.returned)
     fail(where, std::string(what) + ": the mask " + hex(mask) + " names lanes that have returned");
 
-  auto found = warp.meetings.begin();
-  while (found != warp.meetings.end() && !((*found)->mask & mask)) ++found;
-  if (found == warp.meetings.end()) {
-    warp.meetings.push_back(std::make_unique<Meeting>(Meeting{mask, 0, what, where, {}, {}}));
-    found = warp.meetings.end() - 1;
+  Meeting& meeting = meeting_of(warp, mask);
+  if (meeting.mask == 0) {
+    meeting.mask = mask;
+    meeting.arrived = 0;
+    meeting.what = what;
+    meeting.where = where;
+    std::fill(meeting.thread, meeting.thread + 32, nullptr);
   }
-  Meeting& meeting = **found;
   if (meeting.mask != mask)
     fail(where, std::string(what) + ": the mask " + hex(mask) + " overlaps the mask " + hex(meeting.mask) +
                     " that other lanes wait with at " + line_text(meeting.where));
@@ -60,11 +72,9 @@ void meet(const char* what, uint32_t mask, void* argument, const Where& where, v
   meeting.thread[self.id.lane] = &self;
   if (meeting.arrived != mask) return wait_here(what, where);
 
-  const std::unique_ptr<Meeting> complete = std::move(*found);
-  warp.meetings.erase(found);
-  work(*complete);
-  for (int lane = 0; lane < 32; ++lane)
-    if (mask >> lane & 1) make_ready(*complete->thread[lane]);
+  work(meeting);
+  meeting.mask = 0;
+  make_ready(meeting.thread);
   wait_here(what, where);  // the last to come is not always the first to go on
 }
 
@@ -84,6 +94,7 @@ void leave_block(ThreadState& thread) {
   Block& block = *running_block();
   Warp& warp = block.warps[thread.id.warp];
   --block.alive;
+  ++running.progress;
   warp.returned |= 1u << thread.id.lane;
   for (const auto& meeting : warp.meetings)
     if (meeting->mask >> thread.id.lane & 1)
@@ -103,10 +114,9 @@ void named_barrier(unsigned id, unsigned threads, bool waits, const Where& where
   publish(self, barrier.clock);
   if (waits) barrier.waiting.push_back(&self);
   if (++barrier.arrived == barrier.expected) {
-    for (ThreadState* thread : barrier.waiting) {
-      observe(*thread, barrier.clock);
-      make_ready(*thread);
-    }
+    for (ThreadState* thread : barrier.waiting) observe(*thread, barrier.clock);
+    make_ready(barrier.waiting);
+    ++running.progress;
     barrier = {};
   }
   if (waits) wait_here("a named barrier", where);

@@ -12,6 +12,7 @@
 
 // The standard headers come first: some of their attributes are spelled like CUDA's keywords.
 #define __device__
+#define __host__
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
@@ -59,7 +60,7 @@ struct Thread {
   dim3 block_size, grid_size;
   unsigned index, lane, warp;  // in the block
 };
-const Thread& this_thread();
+extern const Thread* this_thread;  // that runs
 
 void block_barrier(const Where&);
 void warp_barrier(uint32_t mask, const Where&);
@@ -69,10 +70,10 @@ void check_aligned(const void* address, size_t bytes, const Where&);
 
 }  // namespace simt
 
-#define threadIdx (::simt::this_thread().thread)
-#define blockIdx (::simt::this_thread().block)
-#define blockDim (::simt::this_thread().block_size)
-#define gridDim (::simt::this_thread().grid_size)
+#define threadIdx (::simt::this_thread->thread)
+#define blockIdx (::simt::this_thread->block)
+#define blockDim (::simt::this_thread->block_size)
+#define gridDim (::simt::this_thread->grid_size)
 
 using std::max;
 using std::min;
@@ -89,11 +90,11 @@ T __shfl_sync(uint32_t mask, T value, int lane, simt::Where where = simt::Where:
 }
 template <class T>
 T __shfl_xor_sync(uint32_t mask, T value, int bits, simt::Where where = simt::Where::current()) {
-  return __shfl_sync(mask, value, int(simt::this_thread().lane) ^ bits, where);
+  return __shfl_sync(mask, value, int(simt::this_thread->lane) ^ bits, where);
 }
 template <class T>
 T __shfl_up_sync(uint32_t mask, T value, unsigned distance, simt::Where where = simt::Where::current()) {
-  const int lane = int(simt::this_thread().lane);
+  const int lane = int(simt::this_thread->lane);
   return __shfl_sync(mask, value, lane < int(distance) ? lane : lane - int(distance), where);
 }
 inline uint32_t __ballot_sync(uint32_t mask, int yes, simt::Where where = simt::Where::current()) {
@@ -111,6 +112,9 @@ void __stcs(T* to, T value, simt::Where where = simt::Where::current()) {
   simt::check_aligned(to, sizeof(T), where);
   *to = value;
 }
+
+// ---- approximations, to about 2 units in the last place
+inline float __fdividef(float x, float y) { return x / y; }
 
 // ---- bits
 inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
@@ -134,5 +138,9 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
 struct __half {
   uint16_t bits;
 };
-inline float __half2float(__half x) { return float(std::bit_cast<_Float16>(x.bits)); }
+inline float __half2float(__half x) {
+  const float magnitude = std::bit_cast<float>((x.bits & 0x7fffu) << 13) * 0x1p112f;
+  const uint32_t exponent = (x.bits & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0;  // infinity or NaN
+  return std::bit_cast<float>(std::bit_cast<uint32_t>(magnitude) | exponent | (x.bits & 0x8000u) << 16);
+}
 inline __half __float2half_rn(float x) { return {std::bit_cast<uint16_t>(_Float16(x))}; }

@@ -17,11 +17,12 @@ void end_phase_if_complete(MemoryBarrier& barrier, const Where& where) {
   if (barrier.missing_bytes < 0)
     fail(where, "mbarrier: more bytes have landed than were expected in the phase");
   ++barrier.phase;
+  ++running.progress;
   barrier.missing_arrivals = barrier.arrivals;
   if (barrier.ended.size() < barrier.arriving.size()) barrier.ended.resize(barrier.arriving.size());
   for (size_t i = 0; i < barrier.arriving.size(); ++i)
     barrier.ended[i] = std::max(barrier.ended[i], barrier.arriving[i]);
-  for (ThreadState* thread : barrier.waiting) make_ready(*thread);
+  make_ready(barrier.waiting);
   barrier.waiting.clear();
 }
 

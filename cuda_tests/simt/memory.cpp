@@ -15,10 +15,7 @@
 namespace simt {
 
 // ---- shared: one arena, in which the arrays of a block lie apart from each other
-unsigned char* arena() {
-  alignas(1024) static unsigned char bytes[kArenaBytes];
-  return bytes;
-}
+unsigned char arena_bytes[kArenaBytes];
 
 namespace {
 
@@ -61,8 +58,14 @@ unsigned char* at_address(uint32_t address, size_t bytes, size_t alignment, cons
   if (address % alignment)
     fail(where, "shared address " + std::to_string(address) + " is not aligned to " +
                     std::to_string(alignment) + " bytes");
-  for (const SharedArray& array : running_block()->shared)
-    if (address >= array.begin && address + bytes <= array.end) return arena() + address;
+  Block& block = *running_block();
+  const auto inside = [&](const SharedArray& array) {
+    return address >= array.begin && address + bytes <= array.end;
+  };
+  if (block.last_used < block.shared.size() && inside(block.shared[block.last_used]))
+    return arena() + address;
+  for (block.last_used = 0; block.last_used < block.shared.size(); ++block.last_used)
+    if (inside(block.shared[block.last_used])) return arena() + address;
   fail(where, "shared access out of bounds");
 }
 

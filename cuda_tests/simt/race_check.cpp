@@ -120,8 +120,10 @@ struct Watched {
   std::vector<uint32_t> reader, writer;  // block + 1 of each 16-bit element; 0: nobody
 };
 std::map<uintptr_t, Watched> watched;
+uintptr_t watched_begin = UINTPTR_MAX, watched_end = 0;  // most accesses are to the stack
 
 void check_blocks(uintptr_t begin, uintptr_t end, bool write, const Site& site) {
+  if (begin < watched_begin || begin >= watched_end) return;
   auto found = watched.upper_bound(begin);
   if (found == watched.begin()) return;
   auto& [start, buffer] = *--found;
@@ -230,11 +232,16 @@ void check_global(const void* begin, size_t bytes, bool write, const Where& wher
 
 void watch_blocks(const void* buffer, size_t bytes, const char* name) {
   const auto begin = reinterpret_cast<uintptr_t>(buffer);
+  watched_begin = std::min(watched_begin, begin);
+  watched_end = std::max(watched_end, begin + bytes);
   watched[begin] = {begin + bytes, name, std::vector<uint32_t>((bytes + 1) / 2),
                     std::vector<uint32_t>((bytes + 1) / 2)};
 }
 
-void forget_blocks() { watched.clear(); }
+void forget_blocks() {
+  watched.clear();
+  watched_begin = UINTPTR_MAX, watched_end = 0;
+}
 bool checks_races() { return true; }
 
 }  // namespace simt

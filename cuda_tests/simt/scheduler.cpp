@@ -4,8 +4,8 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <deque>
 #include <random>
+#include <span>
 #include <sstream>
 #include <utility>
 
@@ -24,10 +24,30 @@ std::mt19937_64 generator;
 const std::function<void()>* thread_body;
 std::string error;
 Fiber scheduler;
-Block* block;
-ThreadState* current;
-std::deque<ThreadState*> ready;
 std::vector<char*> stacks;  // kept for later launches
+
+// Threads that could run. Those that become ready together go to the front, so that a warp that waits for
+// nobody else goes on: in either order the first one gets as far as it can before the next begins.
+class Queue {
+ public:
+  bool empty() const { return begin_ == end_; }
+  size_t size() const { return end_ - begin_; }
+  void clear() { begin_ = end_ = kSize; }
+  void push_front(ThreadState* thread) { at(--begin_) = thread; }
+  void push_back(ThreadState* thread) { at(end_++) = thread; }
+  ThreadState* pop_front() { return at(begin_++); }
+  ThreadState* pop_back() { return at(--end_); }
+  ThreadState* pop(size_t i) {
+    std::swap(at(begin_ + i), at(begin_));
+    return pop_front();
+  }
+
+ private:
+  static constexpr size_t kSize = 1024;  // threads of a block
+  ThreadState*& at(size_t i) { return threads_[i % kSize]; }
+  ThreadState* threads_[kSize];
+  size_t begin_ = kSize, end_ = kSize;
+} ready;
 
 char* stack(size_t i) {
   while (stacks.size() <= i) {
@@ -41,22 +61,25 @@ char* stack(size_t i) {
 }
 
 void switch_to(ThreadState* next) {  // null: the scheduler
-  Fiber& from = current ? *current : scheduler;
-  current = next;
+  Fiber& from = running.thread ? *running.thread : scheduler;
+  running.thread = next;
+  this_thread = next ? &next->id : nullptr;
   switch_fiber(from, next ? *next : scheduler);
 }
 
 ThreadState* next_ready() {
   constexpr uint64_t kLandings = 8;  // one in so many steps of a random schedule
-  if (chosen.order == Order::kRandom && !block->bulk_loads.empty() && generator() % kLandings == 0)
+  if (chosen.order == Order::kRandom && !running.block->bulk_loads.empty() && generator() % kLandings == 0)
     land_bulk_load();
   while (ready.empty() && land_bulk_load()) {
   }
   if (ready.empty()) return nullptr;  // all done, or a deadlock
-  if (chosen.order == Order::kRandom) std::swap(ready.front(), ready[generator() % ready.size()]);
-  ThreadState* next = chosen.order == Order::kReverse ? ready.back() : ready.front();
-  chosen.order == Order::kReverse ? ready.pop_back() : ready.pop_front();
-  return next;
+  switch (chosen.order) {
+    case Order::kForward: return ready.pop_front();
+    case Order::kReverse: return ready.pop_back();
+    case Order::kRandom: return ready.pop(generator() % ready.size());
+  }
+  return nullptr;
 }
 
 void run_thread() {
@@ -65,19 +88,19 @@ void run_thread() {
   } catch (const std::exception& exception) {
     fail(std::string("exception: ") + exception.what());
   }
-  finish_stores(*current);
-  finish_products(*current);
-  current->done = true;
-  leave_block(*current);
+  finish_stores(*running.thread);
+  finish_products(*running.thread);
+  running.thread->done = true;
+  leave_block(*running.thread);
   switch_to(next_ready());
   std::abort();  // a thread that is done is not resumed
 }
 
 std::string waiting_threads() {
   std::ostringstream text;
-  text << block->kernel << ": deadlock, " << block->alive << " threads wait:";
+  text << running.block->kernel << ": deadlock, " << running.block->alive << " threads wait:";
   std::vector<const ThreadState*> shown;  // one for each line
-  for (const ThreadState& t : block->threads) {
+  for (const ThreadState& t : running.block->threads) {
     const auto same = [&](const ThreadState* other) {
       return other->where.line() == t.where.line() && other->waits_for == t.waits_for;
     };
@@ -97,8 +120,8 @@ void run_block(const char* kernel, dim3 grid, dim3 size, size_t dynamic_shared_b
   make_dynamic_shared(b, dynamic_shared_bytes);
   b.threads.resize(b.alive);
   b.warps.resize((b.alive + 31) / 32);
-  block = &b;
-  current = nullptr;
+  running.block = &b;
+  running.thread = nullptr;
   ready.clear();
   error.clear();
   for (uint32_t t = 0; t < b.alive; ++t) {
@@ -118,7 +141,7 @@ void run_block(const char* kernel, dim3 grid, dim3 size, size_t dynamic_shared_b
   start_checks();
   switch_to(next_ready());
   if (error.empty() && b.alive > 0) error = waiting_threads();
-  block = nullptr;
+  running.block = nullptr;
   if (!error.empty()) throw Error(error);
 }
 
@@ -126,9 +149,8 @@ void run_block(const char* kernel, dim3 grid, dim3 size, size_t dynamic_shared_b
 
 Schedule& schedule() { return chosen; }
 Device& device() { return emulated; }
-Block* running_block() { return block; }
-ThreadState* running_thread() { return current; }
-const Thread& this_thread() { return current->id; }
+Running running;
+const Thread* this_thread;
 
 void launch(const char* kernel, dim3 grid, dim3 size, size_t dynamic_shared_bytes,
             const std::function<void()>& thread) {
@@ -139,6 +161,7 @@ void launch(const char* kernel, dim3 grid, dim3 size, size_t dynamic_shared_byte
   generator.seed(chosen.seed);
   counted.launches.emplace_back(kernel);
   thread_body = &thread;
+  const Watchdog watchdog(chosen.patience);
   for (uint64_t i = 0; i < blocks; ++i) run_block(kernel, grid, size, dynamic_shared_bytes, uint32_t(i));
 }
 
@@ -151,21 +174,29 @@ bool takes_effect_at_once() {
 Counters& counters() { return counted; }
 Counters take_counters() { return std::exchange(counted, {}); }
 
-void make_ready(ThreadState& thread) { ready.push_back(&thread); }
+void make_ready(std::span<ThreadState* const> threads) {
+  if (chosen.order == Order::kForward) {
+    for (size_t i = threads.size(); i-- > 0;)
+      if (threads[i]) ready.push_front(threads[i]);
+  } else {
+    for (ThreadState* thread : threads)
+      if (thread) ready.push_back(thread);
+  }
+}
 
 void wait_here(const char* what, const Where& where) {
-  current->waits_in = what;
-  current->where = where;
+  running.thread->waits_in = what;
+  running.thread->where = where;
   ThreadState* next = next_ready();
-  if (next != current) switch_to(next);
+  if (next != running.thread) switch_to(next);
 }
 
 // ---- errors: the launch ends, threads are abandoned where they stand
 void fail(const std::string& message) {
-  const uint3 b = current->id.block, t = current->id.thread;
+  const uint3 b = running.thread->id.block, t = running.thread->id.thread;
   std::ostringstream text;
-  text << block->kernel << " block (" << b.x << "," << b.y << "," << b.z << ") thread (" << t.x << "," << t.y
-       << "," << t.z << "): " << message;
+  text << running.block->kernel << " block (" << b.x << "," << b.y << "," << b.z << ") thread (" << t.x << ","
+       << t.y << "," << t.z << "): " << message;
   error = text.str();
   switch_to(nullptr);
   std::abort();  // not resumed

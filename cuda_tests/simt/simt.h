@@ -4,15 +4,16 @@
 // warp collectives), in an order that the test chooses; blocks run one after another. Kernels are the shipped
 // .cu files compiled as C++20 with STATECORE_EMULATED; language.h is the part of CUDA C++ that they use.
 //
-// What it finds always: deadlock, barriers and collectives that diverge, lanes missing from a mask, accesses
-// outside buffers of alloc_global(), misaligned vector accesses, results that depend on the order of threads
-// (tests compare them) and use of unset shared memory (it is filled with NaN).
+// What it finds always: deadlock, threads that spin for ever, barriers and collectives that diverge, lanes
+// missing from a mask, accesses outside buffers of alloc_global(), misaligned vector accesses, results that
+// depend on the order of threads (tests compare them) and use of unset shared memory (it is filled with NaN).
 // Instructions beyond CUDA C++ (matrix products, copies in the background) are in instructions.h.
 //
 // What it finds in addition where race_check.cpp is linked and the kernel is compiled with -fsanitize=thread:
 // data races, accesses outside shared arrays, reads of unset shared memory, accesses to what an asynchronous
 // copy is still writing, and blocks that touch what another block writes. What it cannot show: registers,
-// occupancy, time, and the rounding of approximate instructions.
+// occupancy, time, and the rounding of approximate instructions. What it does not run: clusters, and blocks
+// that wait for one another.
 #pragma once
 
 #include <cstddef>
@@ -42,6 +43,9 @@ struct Schedule {
   Order order = Order::kForward;  // in which threads that could run do run
   uint64_t seed = 1;              // of kRandom
   Async async = Async::kLate;
+  // CPU seconds without a barrier passed or a thread done, after which the running thread is said to wait for
+  // something that will not come.
+  double patience = 30;
 };
 Schedule& schedule();
 
@@ -56,6 +60,8 @@ constexpr uint32_t kSharedBytes = 227 * 1024;  // of a block at most, as on sm_9
 // Runs thread() for every thread of every block.
 void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared_bytes,
             const std::function<void()>& thread);
+
+void note_launch(const void* kernel, dim3 block, size_t dynamic_shared_bytes);  // see launches.cpp
 
 // What kernels have done since it was last asked.
 struct Counters {

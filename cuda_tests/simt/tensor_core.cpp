@@ -22,42 +22,41 @@ const MmaArgument& argument_of(const Meeting& meeting, int lane) {
   return *static_cast<const MmaArgument*>(meeting.argument[lane]);
 }
 
-// d [16, 8] += a [16, depth] b [depth, 8], each lane's two rows and two columns of d.
-void accumulate(const Meeting& meeting, const float (*a)[16], const float (*b)[8], int depth) {
+using Row = float __attribute__((vector_size(32)));  // eight columns: as wide as the host can
+
+// d [16, 8] += a [16, depth] b [depth, 8]; each lane has two rows and two columns of d.
+template <int kDepth>
+void accumulate(const Meeting& meeting, const float (&a)[16][kDepth], const Row (&b)[kDepth]) {
   ++counters().mma;
+  Row sums[16];
+  for (int row = 0; row < 16; ++row) {
+    Row sum{};
+    for (int k = 0; k < kDepth; ++k) sum += a[row][k] * b[k];
+    sums[row] = sum;
+  }
   for (int lane = 0; lane < 32; ++lane) {
     float* d = argument_of(meeting, lane).d;
-    for (int i = 0; i < 4; ++i) {
-      const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-      float sum = 0;
-      for (int k = 0; k < depth; ++k) sum += a[row][k] * b[k][column];
-      d[i] += sum;
-    }
+    for (int i = 0; i < 4; ++i) d[i] += sums[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
   }
 }
 
 }  // namespace
 
-float widened(Half half, uint32_t pair, int which) {
-  const uint16_t bits = uint16_t(pair >> 16 * which);
-  return half == Half::kBFloat16 ? __bfloat162float({bits}) : __half2float({bits});
-}
-
 void mma_m16n8k16(Half half, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                   const Where& where) {
   MmaArgument argument{half, d, a, b};
   meet(kMma, kAllLanes, &argument, where, [](const Meeting& meeting) {
-    float left[16][16], right[16][8];
+    float left[16][16];
+    Row right[16];
+    const Half half = argument_of(meeting, 0).half;
     for (int lane = 0; lane < 32; ++lane) {
       const MmaArgument& x = argument_of(meeting, lane);
       const int group = lane / 4, pair = lane % 4 * 2;
-      for (int i = 0; i < 4; ++i)
-        for (int j = 0; j < 2; ++j)
-          left[group + i % 2 * 8][pair + i / 2 * 8 + j] = widened(x.half, x.a[i], j);
+      for (int i = 0; i < 4; ++i) widen(half, x.a[i], &left[group + i % 2 * 8][pair + i / 2 * 8], 1);
       for (int i = 0; i < 2; ++i)
-        for (int j = 0; j < 2; ++j) right[pair + i * 8 + j][group] = widened(x.half, x.b[i], j);
+        widen(half, x.b[i], reinterpret_cast<float*>(&right[pair + i * 8]) + group, 8);
     }
-    accumulate(meeting, left, right, 16);
+    accumulate(meeting, left, right);
   });
 }
 
@@ -66,13 +65,14 @@ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)
   MmaArgument argument{Half::kBFloat16, d, a, b};
   meet(kTf32, kAllLanes, &argument, where, [](const Meeting& meeting) {
     const auto tf32 = [](uint32_t bits) { return std::bit_cast<float>(bits & 0xffffe000u); };
-    float left[16][16], right[16][8];
+    float left[16][8];
+    Row right[8];
     for (int lane = 0; lane < 32; ++lane) {
       const MmaArgument& x = argument_of(meeting, lane);
       for (int i = 0; i < 4; ++i) left[lane / 4 + i % 2 * 8][lane % 4 + i / 2 * 4] = tf32(x.a[i]);
       for (int i = 0; i < 2; ++i) right[lane % 4 + i * 4][lane / 4] = tf32(x.b[i]);
     }
-    accumulate(meeting, left, right, 8);
+    accumulate(meeting, left, right);
   });
 }
 

@@ -218,12 +218,14 @@ void bulk_wait(int pending, const Where& where) {
     for (BulkStore& store : groups.front()) write_result(store);
 }
 
-// Shared memory ends with the block: what still reads it may find another's.
+// Shared memory ends with the block: what still reads or writes it meets another's.
 void finish_stores(ThreadState& thread) {
   if (thread.stores_read < thread.stores_committed || !thread.open_stores.empty())
     fail("a thread returned before its stores from shared memory had been read: bulk_wait_read");
   for (auto& group : thread.committed_stores)
     for (BulkStore& store : group) write_result(store);
+  if (running_block()->alive == 1 && !running_block()->bulk_loads.empty())
+    fail("the block ends while copies to its shared memory are on their way");
 }
 
 void fence_proxy_async() {

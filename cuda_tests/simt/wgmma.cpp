@@ -71,9 +71,9 @@ void load_operand(const Product& product, const Descriptor& descriptor, int rows
                   int depth_stride) {
   for_each_piece(descriptor, rows, [&](uint32_t address, int row, int k) {
     const auto* pairs = reinterpret_cast<const uint32_t*>(at_address(address, 16, 16, product.where));
-    for (int i = 0; i < 8; ++i)
-      to[row * row_stride + k * depth_stride + i * (descriptor.mn_major ? row_stride : depth_stride)] =
-          widened(product.half, pairs[i / 2], i % 2);
+    const int distance = descriptor.mn_major ? row_stride : depth_stride;
+    float* first = to + row * row_stride + k * depth_stride;
+    for (int i = 0; i < 4; ++i) widen(product.half, pairs[i], first + 2 * i * distance, distance);
   });
 }
 
@@ -86,9 +86,9 @@ void compute(const Product& product) {
     load_operand(product, {product.a, product.a_mn_major}, kRows, a[0], kDepth, 1);
   else
     for (unsigned thread = 0; thread < kThreads; ++thread)
-      for (unsigned i = 0; i < 8; ++i)
-        a[thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8][thread % 4 * 2 + i / 4 * 8 + i % 2] =
-            widened(product.half, product.a_registers[thread][i / 2], i % 2);
+      for (unsigned i = 0; i < 4; ++i)
+        widen(product.half, product.a_registers[thread][i],
+              &a[thread / 32 * 16 + thread % 32 / 4 + i % 2 * 8][thread % 4 * 2 + i / 2 * 8], 1);
   for (int row = 0; row < kRows; ++row) {
     float sum[256] = {};
     for (int k = 0; k < kDepth; ++k)
@@ -218,8 +218,9 @@ void wgmma_wait(int pending, const Where& where) {
       if (thread->product_groups != group.group_ends.size() || thread->products != self.products)
         fail(where, "wgmma_wait: threads of a warpgroup have issued different numbers of products");
       learn(thread->clock, group.agent, uint32_t(complete));
-      make_ready(*thread);
     }
+    make_ready(group.waiting);
+    ++running.progress;
     group.waiting.clear();
   }
   wait_here(kWait, where);

@@ -1,0 +1,38 @@
+"""`make gpu` where there is no GPU, and what it writes where there is one."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu_checks, gpu_page
+
+FOLDER = Path(__file__).resolve().parents[1] / "cuda_tests"
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there may be a GPU")
+def test_one_line_without_a_gpu(tmp_path):
+    ran = subprocess.run([FOLDER / "run_gpu.sh", tmp_path], capture_output=True, text=True, check=False)
+    assert ran.returncode == 77
+    assert len(ran.stdout.splitlines()) == 1
+    assert "no NVIDIA GPU here" in ran.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_page_has_every_stage(tmp_path):
+    stages = ["build\tok\t30\tsm_90a", "operators\tFAILED\t12\t1 failed | 99 passed", "benchmarks\tlate\t99\t"]
+    (tmp_path / "stages.tsv").write_text("\n".join(stages) + "\n")
+    checks = {"date": "today", "machine": {"GPU": "of a test"}, "stages": gpu_checks.stages(tmp_path / "stages.tsv")}
+    page = gpu_page.page({"sections": {}, "checks": checks})
+    assert "Nothing was timed." in page
+    assert "`make gpu`, today: GPU of a test." in page
+    row = "| operators | values and gradients against float64 | **FAILED** | 12 | 1 failed \\| 99 passed |"
+    assert row in page.splitlines()
+    assert "| benchmarks | what is measured on this page | **late** | 99 |  |" in page
+
+
+def test_every_stage_of_the_script_is_explained():
+    script = (FOLDER / "run_gpu.sh").read_text()
+    assert re.findall(r"^stage (\w+)", script, re.MULTILINE) == list(gpu_page.CHECKS)
