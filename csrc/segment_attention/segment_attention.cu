@@ -18,9 +18,9 @@
 //
 //   width, element         registers   shared memory   blocks an SM of sm_80
 //   64, 16 bits            168         40 KiB          3
-//   128, 16 bits           254         80 KiB          2
-//   64, float              158         48 KiB          3
-//   128, float             224         96 KiB          1
+//   128, 16 bits           250         80 KiB          2
+//   64, float              134         48 KiB          3
+//   128, float             190         96 KiB          1
 //
 // Expected on an H200, calculated from 790 TFLOP/s of bfloat16 and 4.3 TB/s (nothing here has run on a GPU),
 // for 32768 tokens, a prompt of 256, steps of 384 and widths of 128; tiles cost 7 % beside what is visible:
