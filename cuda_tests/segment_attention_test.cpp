@@ -557,7 +557,7 @@ std::vector<Case> cases() {
        32,
        2,
        130,
-       joined({holes, random_ids(150, 9, 30, 0.1, random)}),
+       joined({holes, ids_of({9, 30, 60, 51})}),
        {},
        0,
        1,
