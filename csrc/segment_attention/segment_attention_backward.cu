@@ -21,8 +21,8 @@
 //   width, element   registers (queries, keys)   shared memory   blocks an SM of sm_80
 //   64, 16 bits      160, 172                    32 KiB          3, 2
 //   128, 16 bits     233, 246                    64 KiB          2, 2
-//   64, float        152, 179                    48 KiB          3, 2
-//   128, float       178, 172                    96 KiB          1, 1 (64 columns of the keys' gradients each)
+//   64, float        126, 182                    48 KiB          3, 2
+//   128, float       168, 182                    96 KiB          1, 1 (64 columns of the keys' gradients each)
 //
 // Expected on an H200, calculated as for the forward:
 //
