@@ -22,13 +22,8 @@
 //   64, float              134         48 KiB          3
 //   128, float             190         96 KiB          1
 //
-// Expected on an H200, calculated from 790 TFLOP/s of bfloat16 and 4.3 TB/s (nothing here has run on a GPU),
-// for 32768 tokens, a prompt of 256, steps of 384 and widths of 128; tiles cost 7 % beside what is visible:
-//
-//   12 query heads, 2 of k and v:   96 GFLOP, 122 us; 235 MB, 55 us
-//   28 and 4:                      224 GFLOP, 284 us; 537 MB, 125 us
-//
-// That rate belongs to instructions of sm_90a; those of sm_80, which are used here, do not reach it.
+// On GPUs with the instructions of sm_90a 16-bit elements are left to segment_attention_sm90.cu, which also
+// says what is to be expected of them: those of sm_80, which are used here, do not reach that rate.
 #include <cmath>
 #include <stdexcept>
 

@@ -38,11 +38,11 @@
 // with the 32 KB of a tile: 32 bytes a clock and SM from L2. What a warpgroup does not hide itself is the
 // first softmax of an item and most of its results; the other one does, as far as they are apart.
 //
-// Calculated for an H200 (790 TFLOP/s, 4.3 TB/s), bfloat16, width 128, 32768 tokens, prompt 256, steps of
-// 384:
-//   12 heads on 2:  3072 items, 45,792 tiles:  96 GFLOP (90 of them visible), 122 us; 235 MB, 55 us
-//   28 heads on 4:  7168 items, 106,848 tiles: 224 GFLOP (209), 284 us; 537 MB, 125 us
-// No time has been measured.
+// Calculated for an H200 from 790 TFLOP/s and 4.3 TB/s (nothing here has run on a GPU), bfloat16, widths of
+// 128, 32768 tokens, a prompt of 256, steps of 384; tiles cost 7 % beside what is visible:
+//
+//   12 query heads, 2 of k and v:  3072 items,  45,792 tiles:  96 GFLOP, 122 us; 235 MB, 55 us
+//   28 and 4:                      7168 items, 106,848 tiles: 224 GFLOP, 284 us; 537 MB, 125 us
 #include <algorithm>
 #include <stdexcept>
 
