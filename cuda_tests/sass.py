@@ -124,13 +124,20 @@ def _digest(path: str | Path) -> str:
 
 
 def examine(sources: list[Path], folder: Path) -> dict[tuple[str, str], list[Function]]:
-    """(stem of the file, GPU) -> its functions, from `folder` or compiled, as many at a time as there are cores."""
+    """(stem of the file, GPU) -> its functions, from `folder` or compiled, as many at a time as there are cores.
+
+    As in CMakeLists.txt, *_sm90.cu is for sm_90a alone.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     largest_first = sorted(sources, key=lambda source: -source.stat().st_size)
-    jobs = [(source, gpu) for source in largest_first for gpu in GPUS]
+    jobs = [(source, gpu) for source in largest_first for gpu in GPUS if _ships(source, gpu)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = pool.map(lambda job: _examine(*job, folder), jobs)
         return {(source.stem, gpu): functions for (source, gpu), functions in zip(jobs, results, strict=True)}
+
+
+def _ships(source: Path, gpu: str) -> bool:
+    return gpu == "sm_90a" or not source.stem.endswith("_sm90")
 
 
 def _examine(source: Path, gpu: str, folder: Path) -> list[Function]:
