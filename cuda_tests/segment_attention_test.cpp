@@ -349,6 +349,10 @@ struct Run {
 constexpr Run kRuns[] = {{simt::Order::kForward, simt::Async::kLate},
                          {simt::Order::kReverse, simt::Async::kEarly},
                          {simt::Order::kRandom, simt::Async::kRandom}};
+// ... and where warps have roles:
+constexpr Run kMoreRuns[] = {{simt::Order::kForward, simt::Async::kEarly},
+                             {simt::Order::kReverse, simt::Async::kLate},
+                             {simt::Order::kRandom, simt::Async::kLate}};
 
 class Problem {
  public:
@@ -399,12 +403,15 @@ class Problem {
     segment_attention_backward_cpu(b);
   }
 
-  void test_forward() {
+  void test_forward(const simt::Device& device = {}) {
+    simt::device() = device;
     Buffer out("out", out_elements_ * element_bytes(out_dtype_)), lse("lse", lse_elements_ * 4);
     SegmentAttentionParams p = params(c_.dtype);
     p.out = out.data(), p.lse = lse.data();
     std::string first;
-    for (const Run& run : kRuns) {
+    std::vector<Run> runs(std::begin(kRuns), std::end(kRuns));
+    if (device.arch == 90) runs.insert(runs.end(), std::begin(kMoreRuns), std::end(kMoreRuns));
+    for (const Run& run : runs) {
       simt::schedule() = {run.order, 7, run.async};
       Buffer scratch("scratch", segment_attention_cuda_scratch(p));
       out.reset(), lse.reset();
@@ -542,6 +549,19 @@ std::vector<Case> cases() {
       {"large scores", kFloat32, 1, 1, 16, 16, 1, 80, ids_of({20, 60}), {}, 0, 300, false, 10},
       {"negative scale", kFloat16, 1, 1, 16, 16, 1, 80, ids_of({20, 60}), {}, -0.5},
       {"float32 results", kBFloat16, 1, 1, 64, 48, 1, 80, ids_of({20, 60}), {}, 0, 1, false, 1, kFloat32},
+      {"three heads",
+       kFloat16,
+       3,
+       1,
+       32,
+       32,
+       2,
+       130,
+       joined({holes, ids_of({9, 30, 60, 51})}),
+       {},
+       0,
+       1,
+       true},
   };
   // Keys whose work is cut into pieces, wholly and in part.
   all.push_back({"pieces", kBFloat16, 6, 1, 16, 16, 1, 260, ids_of({70, 100, 90})});
@@ -594,6 +614,13 @@ int main(int argc, char** argv) {
       problem.test_forward();
       problem.test_backward();
     });
+  for (const Case& c : cases())
+    if (c.dtype != DType::kFloat32)
+      run(c.name + ", sm_90", [&] {
+        std::mt19937 random(4);
+        const simt::Device device{.arch = 90, .multiprocessors = 3};  // few: blocks have several items
+        Problem(c, random).test_forward(device);
+      });
   std::printf("%s: %d failures\n", simt::checks_races() ? "checked" : "plain", failures);
   return failures != 0;
 }

@@ -1,6 +1,7 @@
 """segment_attention against its definition, at the edges of its tiles, and what it refuses."""
 
 import itertools
+import random
 import resource
 
 import pytest
@@ -37,6 +38,7 @@ def with_gradients(function, tensors, *args, generator_seed=5, dtype=torch.float
 
 def assert_like_reference(tensors, step_ids, cu_seqlens=None, scale=None, device: Device = CPU):
     """float64 inputs: in every dtype of the device within its budget, float64 to the last bits."""
+    device.vary(random.Random(step_ids.numel()))
     step_ids, cu_seqlens = on(device, step_ids, cu_seqlens)
     wanted = None
     for dtype in device.dtypes:

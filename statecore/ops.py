@@ -15,7 +15,7 @@ What holds for all of them:
 - `step_ids` int32 `[B, T]`: 0 the prompt, 1, 2, ... the reasoning steps, one more for the answer, not decreasing inside
   a sequence; -1 is padding: visible to nobody, adds nothing to a state, output 0.
 - Same bits on every run and with every number of threads, forward and backward. No double backward.
-- On CUDA: `state_update`, for widths that are multiples of 16 up to 128.
+- On CUDA widths are multiples of 16 up to 128, and fastest at 64 and 128; no float64.
 - Wrong shapes, dtypes, devices, head counts or strides raise RuntimeError before any work. So do wrong contents, on
   CUDA only with STATECORE_CHECK=1 in the environment, for it costs a synchronisation; without it nothing is read or
   written out of bounds, and rows whose slot does not exist are skipped.

@@ -18,20 +18,16 @@
 //
 //   width, element         registers   shared memory   blocks an SM of sm_80
 //   64, 16 bits            168         40 KiB          3
-//   128, 16 bits           254         80 KiB          2
-//   128, float             192         96 KiB          1
+//   128, 16 bits           250         80 KiB          2
+//   128, float             190         96 KiB          1
 //
-// Expected on an H200, calculated from 790 TFLOP/s of bfloat16 and 4.3 TB/s (nothing here has run on a GPU),
-// for 32768 tokens, a prompt of 256, steps of 384 and widths of 128; tiles cost 7 % beside what is visible:
-//
-//   12 query heads, 2 of k and v:   96 GFLOP, 122 us; 235 MB, 55 us
-//   28 and 4:                      224 GFLOP, 284 us; 537 MB, 125 us
-//
-// That rate belongs to instructions of sm_90a; those of sm_80, which are used here, do not reach it.
+// On GPUs with the instructions of sm_90a 16-bit elements are left to segment_attention_sm90.cu, which also
+// says what is to be expected of them: those of sm_80, which are used here, do not reach that rate.
 #include <cmath>
 #include <stdexcept>
 
-#include "segment_attention/segment_tiles.cuh"
+#include "segment_attention/segment_attention_sm90.h"
+#include "segment_attention/segment_softmax.cuh"
 
 namespace statecore {
 namespace {
@@ -47,16 +43,6 @@ constexpr int kForwardBytes = Tile<T, kWidth>::bytes(kTileTokens + 4 * kStepKeys
 // That registers are limited to; without a limit the compiler takes more for nothing.
 template <class T, int kWidth>
 constexpr int kForwardBlocks = sizeof(T) == 2 ? kWidth == 64 ? 3 : 2 : 1;
-
-// Of the 4 lanes that share a row of accumulators.
-__device__ __forceinline__ float row_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-}
-__device__ __forceinline__ float row_sum(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
 
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kThreads, kForwardBlocks<T, kWidth>)
@@ -90,7 +76,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<T, kWidth>)
 #pragma unroll
   for (int i = 0; i < 2; ++i) token[i] = queries.begin + warp_row + accumulator_row(2 * i);
   const float scale = float(p.scale * 1.4426950408889634);
-  float top[2] = {-kInfinity, -kInfinity}, sum[2] = {0, 0};
+  Softmax softmax(1);
   float out[kColumns][4] = {};
 
   KeySteps<kKeys> step(plan, queries, number);
@@ -118,41 +104,19 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<T, kWidth>)
     for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) score[n][i] *= scale;
-    if (!all)
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n)
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const int key = first_key + 8 * n + accumulator_column(j);
-          const int end = key < keys_end ? visible_end[key] : 0;
-#pragma unroll
-          for (int i = 0; i < 2; ++i)
-            if (key > token[i] || token[i] >= end) score[n][2 * i + j] = -kInfinity;
-        }
+    const auto ends = [&](int column) {
+      const int key = first_key + column;
+      return make_int2(key < keys_end ? visible_end[key] : 0, key + 1 < keys_end ? visible_end[key + 1] : 0);
+    };
+    if (!all) hide_scores(score, first_key, token, ends);
 
     // ---- weights, and what the sums so far are worth beside them
+    float keeps[2];
+    softmax.weigh(score, keeps);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      float highest = top[i];
+    for (int n = 0; n < kColumns; ++n)
 #pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n)
-        highest = fmaxf(highest, fmaxf(score[n][2 * i], score[n][2 * i + 1]));
-      highest = row_max(highest);
-      const float shift = highest == -kInfinity ? 0 : highest;  // who has seen nobody yet
-      const float keeps = exp2_approx(top[i] - shift);
-      top[i] = highest;
-      sum[i] *= keeps;
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n)
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          float& weight = score[n][2 * i + j];
-          weight = exp2_approx(weight - shift);
-          sum[i] += weight;
-        }
-#pragma unroll
-      for (int n = 0; n < kColumns; ++n) out[n][2 * i] *= keeps, out[n][2 * i + 1] *= keeps;
-    }
+      for (int i = 0; i < 4; ++i) out[n][i] *= keeps[i / 2];
 
     add_weighted_rows<OperandA<T>, T, kWidth, kKeys>(out, score, v_tile);
   }
@@ -164,15 +128,10 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<T, kWidth>)
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const bool is_query = inside(token[i] - queries.begin), there = is_query && visible_end[token[i]] > 0;
-    const float total = row_sum(sum[i]), factor = 1 / total;
+    const float lse = softmax.finish(i, there, out);
     if (is_query && threadIdx.x % 4 == 0)
       static_cast<float*>(
-          p.lse)[(queries.row * p.query_heads + head) * p.queries + token[i] - plan.first_query] =
-          there ? (top[i] + log2f(total)) * kLn2 : -kInfinity;
-#pragma unroll
-    for (int n = 0; n < kColumns; ++n)
-#pragma unroll
-      for (int j = 2 * i; j < 2 * i + 2; ++j) out[n][j] = there ? out[n][j] * factor : 0;
+          p.lse)[(queries.row * p.query_heads + head) * p.queries + token[i] - plan.first_query] = lse;
   }
   const int64_t stride = p.query_heads * p.value_width;
   const int64_t first =
@@ -212,6 +171,7 @@ void segment_attention_cuda(const SegmentAttentionParams& p, void* scratch, void
   ScratchParts parts(scratch);
   const DevicePlan plan = device_plan(p, parts);
   make_plan(plan, stream);
+  if (segment_attention_sm90_takes(p)) return segment_attention_sm90(p, plan, stream);
   switch (p.dtype) {
     case DType::kFloat32: return launch_forward<float>(p, plan, stream);
     case DType::kBFloat16: return launch_forward<__nv_bfloat16>(p, plan, stream);
