@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kThreads, 2) sweep(Sweep p) {
         load_chunk(loaded, last_head ? 0 : g + 1, shared + (at ^ 1) * S::kStageBytes);
       }
       const bool prepares_decay = decaying && warp == 0 && last_head && !last_chunk;
-      float next_log_decays[kChunk / 32];
+      float next_log_decays[kChunk / 32] = {};
       if (prepares_decay) block.load_decays(next, next_log_decays);
 
       if (chunk.ended == kPaddingChunk) {
