@@ -85,7 +85,7 @@ def page(compiled: dict[tuple[str, str], list[sass.Function]], seen: dict[tuple[
     columns = ["kernel", "GPU", "threads", "registers", "static + dynamic", "blocks an SM", *COUNTED]
     for stem in sorted({stem for stem, _ in kernels}):
         lines += ["", f"## {stem}.cu", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-        rows = [(f, gpu) for gpu in sass.GPUS for f in compiled[stem, gpu] if f.entry and not f.empty]
+        rows = [(f, gpu) for gpu in sass.GPUS for f in compiled.get((stem, gpu), []) if f.entry and not f.empty]
         lines += [_row(f, gpu, seen.get((stem, f.name))) for f, gpu in sorted(rows, key=lambda row: row[0].name)]
     return "\n".join(lines) + "\n"
 

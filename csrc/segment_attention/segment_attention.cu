@@ -18,8 +18,8 @@
 //
 //   width, element         registers   shared memory   blocks an SM of sm_80
 //   64, 16 bits            168         40 KiB          3
-//   128, 16 bits           250         80 KiB          2
-//   128, float             190         96 KiB          1
+//   128, 16 bits           254         80 KiB          2
+//   128, float             192         96 KiB          1
 //
 // On GPUs with the instructions of sm_90a 16-bit elements are left to segment_attention_sm90.cu, which also
 // says what is to be expected of them: those of sm_80, which are used here, do not reach that rate.

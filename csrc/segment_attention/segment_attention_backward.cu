@@ -20,8 +20,8 @@
 // are 0; masks are left to tiles that are not seen as a whole.
 //
 //   width, element   registers (queries, keys)   shared memory   blocks an SM of sm_80
-//   64, 16 bits      160, 172                    32 KiB          3, 2
-//   128, 16 bits     233, 246                    64 KiB          2, 2
+//   64, 16 bits      160, 165                    32 KiB          3, 2
+//   128, 16 bits     233, 251                    64 KiB          2, 2
 //   128, float       168, 182                    96 KiB          1, 1 (64 columns of the keys' gradients
 //   each)
 //
