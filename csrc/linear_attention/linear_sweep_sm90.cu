@@ -24,7 +24,8 @@
 //                             they are full when its arrival and the bytes of q, k, v have come
 //   rows of k and v that are  the four warps, after barrier A, before B: TMA loads 64 rows, the last of which
 //   not the chunk's           may be other sequences', or not numbers. Beyond the tensor it has put zeros
-//   P                         each warp its 16 rows, after A, when all have waited for 3. of the chunk before;
+//   P                         each warp its 16 rows, after A, when all have waited for 3. of the chunk
+//   before;
 //                             B says that it is complete
 //   out                       each warp 16 columns, for itself
 //

@@ -22,8 +22,7 @@
 //   width, element   registers (queries, keys)   shared memory   blocks an SM of sm_80
 //   64, 16 bits      160, 165                    32 KiB          3, 2
 //   128, 16 bits     233, 251                    64 KiB          2, 2
-//   128, float       168, 182                    96 KiB          1, 1 (64 columns of the keys' gradients
-//   each)
+//   128, float       168, 182                    96 KiB          1, 1 (keys: 64 columns each)
 //
 // Expected on an H200, calculated as for the forward:
 //
