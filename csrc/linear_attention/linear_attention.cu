@@ -4,15 +4,15 @@
 // few, sequences are cut into segments (schedule B): a first sweep from zeros finds what each segment adds to
 // the state, a scan over the segments of a sequence turns that into the state before each of them, and the
 // second sweep starts from there. Which one, and the length of segments, follows from shapes and the number
-// of SMs alone.
+// of SMs alone: what is expected to take the least time.
 //
 // The backward has three sweeps: forwards for dq, in reverse for dv and for dk. Under GVA, dq and dk of a key
 // head are sums over value heads that have states of their own; they are added up in float32 afterwards. The
 // gradient of log_decay at t is the sum over s >= t of <q_s, dq_s> - <k_s, dk_s>, plus <S, dS> of the final
 // state.
 #include <algorithm>
-#include <cmath>
 #include <stdexcept>
+#include <vector>
 
 #include "common/cuda_device.h"
 #include "common/elements.cuh"
@@ -338,27 +338,56 @@ class Arena {
   int64_t used_ = 0;
 };
 
-constexpr int64_t kBlocksOnSm = 2;   // of a sweep
-constexpr int64_t kShortestLog = 8;  // of a segment: 256 tokens, 4 chunks
+// ---- which schedule
+// Sweeps as the choice sees them: blocks a segment, and the time that a block takes for a chunk.
+struct SweepTime {
+  int64_t blocks;
+  double chunk;
+};
+struct SweepTimes {
+  std::vector<SweepTime> results, added;  // what both schedules do, and what B does before
+};
 
-// `blocks` that a sequence has in schedule A.
-Plan plan_of(const LinearAttentionInputs& p, int64_t blocks, Arena& arena) {
+// The time of a chunk is 1 where it is read and written, and these where it only adds to a state, and for a
+// segment in a scan. Estimated; they need not be exact, for segments are powers of two.
+constexpr double kAddedChunk = 0.5, kScannedSegment = 0.5;
+constexpr int64_t kBlocksOnSm = 2;         // of a sweep
+constexpr int64_t kShortestSegment = 128;  // tokens
+
+// Tokens of a segment: those that the least time is expected of, or 0 for schedule A. Packed sequences are
+// taken to be equally long, since how long they are is known on the device alone.
+int32_t segment_length(const LinearAttentionInputs& p, const SweepTimes& sweeps) {
+  const int64_t sequences = std::max<int64_t>(p.sequences, 1);
+  const int64_t longest = p.cu_seqlens ? (p.tokens + sequences - 1) / sequences : p.tokens;
+  const int64_t places = kBlocksOnSm * current_cuda_device().multiprocessors;
+  const auto up = [](int64_t x, int64_t by) { return (x + by - 1) / by; };
+  const auto time_of = [&](const std::vector<SweepTime>& some, int64_t length) {
+    double time = 0;
+    for (const SweepTime& sweep : some)
+      time +=
+          double(up(sequences * up(longest, length) * sweep.blocks, places) * up(length, 64)) * sweep.chunk;
+    return time;
+  };
+  int32_t best = 0;
+  double least = time_of(sweeps.results, std::max<int64_t>(longest, 1));
+  for (int64_t length = kShortestSegment; length < longest; length *= 2) {
+    const double scans = double(up(longest, length)) * kScannedSegment * double(sweeps.added.size());
+    const double time = time_of(sweeps.results, length) + time_of(sweeps.added, length) + scans;
+    if (time < least) least = time, best = int32_t(length);
+  }
+  return best;
+}
+
+Plan plan_of(const LinearAttentionInputs& p, const SweepTimes& sweeps, Arena& arena) {
   Plan plan{};
   Segments& s = plan.segments;
   s.sequences = s.slots = p.sequences;
   s.tokens = p.tokens;
   s.cu_seqlens = p.cu_seqlens;
-  const int64_t sms = current_cuda_device().multiprocessors;
-  if (4 * p.sequences * blocks < 3 * kBlocksOnSm * sms && p.tokens > 1 << kShortestLog) {
-    // Cost of a segment against that of waiting for the longest: about 3 sqrt(blocks * chunks / SMs) chunks.
-    const double chunks = 3 * std::sqrt(double(blocks) * double(p.batch * p.tokens) / 64 / double(sms));
-    const int64_t log = std::max<int64_t>(std::lround(std::log2(std::max(chunks, 1.0))) + 6, kShortestLog);
-    if (int64_t(1) << log < p.tokens) {
-      s.length = int32_t(1) << log;
-      s.slots = p.cu_seqlens ? p.tokens / s.length + p.sequences
-                             : p.sequences * ((p.tokens + s.length - 1) / s.length);
-    }
-  }
+  s.length = segment_length(p, sweeps);
+  if (s.length > 0)
+    s.slots = p.cu_seqlens ? p.tokens / s.length + p.sequences
+                           : p.sequences * ((p.tokens + s.length - 1) / s.length);
   if (p.step_ids || (p.cu_seqlens && s.length > 0))
     s.planned = plan.planned = arena.take<PlannedSegment>(s.slots);
   if (p.step_ids) {
@@ -459,7 +488,9 @@ struct Forward {
 
 Forward forward_of(const LinearAttentionParams& p, Arena& arena) {
   Forward f;
-  f.plan = plan_of(p, out_heads(p) * slices(p.value_width), arena);
+  const int64_t slices_of_v = slices(p.value_width);
+  f.plan =
+      plan_of(p, {{{out_heads(p) * slices_of_v, 1}}, {{p.value_heads * slices_of_v, kAddedChunk}}}, arena);
   const Segments& s = f.plan.segments;
   f.between = between_of(p, s, arena);
   f.added = sweep_for(Role::kAdded, p, {}, s);
@@ -488,7 +519,15 @@ struct Backward {
 
 Backward backward_of(const LinearAttentionBackwardParams& p, Arena& arena) {
   Backward b;
-  b.plan = plan_of(p, p.value_heads * slices(std::min(p.key_width, p.value_width)), arena);
+  const int64_t slices_of_k = slices(p.key_width), slices_of_v = slices(p.value_width);
+  const double group = double(out_heads(p)) / double(std::max<int64_t>(p.value_heads, 1));
+  b.plan = plan_of(
+      p,
+      {{{out_heads(p) * slices_of_k, 1},
+        {p.value_heads * slices_of_v, group},
+        {p.value_heads * slices_of_k, group}},
+       {{p.value_heads * slices_of_v, kAddedChunk}, {p.value_heads * slices_of_v, kAddedChunk * group}}},
+      arena);
   const Segments& s = b.plan.segments;
   const bool cut = s.length > 0;
   b.between = between_of(p, s, arena);

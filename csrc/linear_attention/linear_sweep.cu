@@ -41,7 +41,7 @@
 //                               0.66 M v^T P^T, 1.05 M v^T k (2.10 M with decay): 140 k a token and head
 //   bytes a token and head:     1024; q and k are read by two blocks, the second time from L2
 //   B 8, 16 heads, T 8192:      1.07 GB, 250 us; 146 GFLOP, 185 us; 256 blocks for 264 places
-//   B 1, 12/2 heads, T 32768:   235 MB, 55 us; 55 GFLOP, 70 us; 384 blocks, each a segment of 2048 tokens.
+//   B 1, 12/2 heads, T 32768:   235 MB, 55 us; 55 GFLOP, 70 us; 768 blocks, each a segment of 1024 tokens.
 //                               The sweep before it for what segments add: 34 MB, 8 us
 #include <algorithm>
 #include <stdexcept>

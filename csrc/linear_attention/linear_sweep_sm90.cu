@@ -47,7 +47,7 @@
 //                              a token and head
 //   a chunk of an SM's two:    64 KiB, 2.0 us, against 10.5 [12.6] MFLOP, 1.75 [2.1] us
 //   B 8, 16 heads, T 8192:     1.07 GB, 250 us; 172 [206] GFLOP, 217 [261] us; 256 blocks for 264 places
-//   B 1, 12/2 heads, T 32768:  235 MB, 55 us; 64 [77] GFLOP, 82 [98] us; 384 blocks of 2048 tokens
+//   B 1, 12/2 heads, T 32768:  235 MB, 55 us; 64 [77] GFLOP, 82 [98] us; 768 blocks of 1024 tokens
 #include "common/cuda_device.h"
 #include "common/hopper.cuh"
 #include "linear_attention/linear_sweep_block.cuh"
