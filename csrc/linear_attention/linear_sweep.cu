@@ -343,13 +343,13 @@ __global__ void __launch_bounds__(kThreads, 2) sweep(Sweep p) {
 }
 
 template <class T, int kKeyWidth>
-void launch_sweep(const Sweep& p, int64_t blocks, void* stream) {
+void launch_sweep(const Sweep& p, unsigned blocks, void* stream) {
   launch("linear_sweep", sweep<T, kKeyWidth>,
-         {dim3(unsigned(blocks)), dim3(kThreads), size_t(Shape<T, kKeyWidth>::kSharedBytes)}, stream, p);
+         {dim3(blocks), dim3(kThreads), size_t(Shape<T, kKeyWidth>::kSharedBytes)}, stream, p);
 }
 
 template <class T>
-void launch_sweep(const Sweep& p, int64_t blocks, void* stream) {
+void launch_sweep(const Sweep& p, unsigned blocks, void* stream) {
   p.key_width <= 64 ? launch_sweep<T, 64>(p, blocks, stream) : launch_sweep<T, 128>(p, blocks, stream);
 }
 
@@ -364,10 +364,8 @@ int64_t sweep_step_floats(const Sweep& p) {
 }
 
 void launch_sweep(const Sweep& p, void* stream) {
-  const int64_t blocks = block_count(p);
+  const unsigned blocks = checked_blocks("linear attention", block_count(p));
   if (blocks == 0) return;
-  if (blocks > INT32_MAX)
-    throw std::runtime_error("statecore: linear attention has too many sequences and heads for one launch");
   if (runs_on_sm90(p)) return launch_sweep_sm90(p, blocks, stream);
   switch (p.dtype) {
     case DType::kFloat32: return launch_sweep<float>(p, blocks, stream);

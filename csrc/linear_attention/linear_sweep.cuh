@@ -118,6 +118,6 @@ struct StepEnd {
 
 // ---- host: linear_sweep_sm90.cu
 bool runs_on_sm90(const Sweep& sweep);  // on the current GPU
-void launch_sweep_sm90(const Sweep& sweep, int64_t blocks, void* stream);
+void launch_sweep_sm90(const Sweep& sweep, unsigned blocks, void* stream);
 
 }  // namespace statecore

@@ -428,7 +428,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 template <class T, int kKeyWidth>
-void launch_sweep(const Sweep& p, int64_t blocks, void* stream) {
+void launch_sweep(const Sweep& p, unsigned blocks, void* stream) {
   const auto map = [&](const SweepOperand& x, int64_t width) {
     const int64_t heads = int64_t(p.items) * p.group / x.shared;
     return make_tensor_map(static_cast<const T*>(x.data), {width, heads, p.segments.tokens, p.batch},
@@ -438,12 +438,12 @@ void launch_sweep(const Sweep& p, int64_t blocks, void* stream) {
   const bool has_out = p.out || p.out_float;
   launch("linear_sweep_sm90",
          p.log_decay.data ? sweep_sm90<T, kKeyWidth, true> : sweep_sm90<T, kKeyWidth, false>,
-         {dim3(unsigned(blocks)), dim3(kThreads), size_t(Layout<kKeyWidth>::kBytes)}, stream, p,
+         {dim3(blocks), dim3(kThreads), size_t(Layout<kKeyWidth>::kBytes)}, stream, p,
          has_out ? map(p.q, p.key_width) : k, k, v);
 }
 
 template <class T>
-void launch_sweep(const Sweep& p, int64_t blocks, void* stream) {
+void launch_sweep(const Sweep& p, unsigned blocks, void* stream) {
   p.key_width <= 64 ? launch_sweep<T, 64>(p, blocks, stream) : launch_sweep<T, 128>(p, blocks, stream);
 }
 
@@ -458,7 +458,7 @@ bool runs_on_sm90(const Sweep& p) {
          fits(p.k) && fits(p.v) && current_cuda_device().arch == 90;
 }
 
-void launch_sweep_sm90(const Sweep& p, int64_t blocks, void* stream) {
+void launch_sweep_sm90(const Sweep& p, unsigned blocks, void* stream) {
   p.dtype == DType::kBFloat16 ? launch_sweep<__nv_bfloat16>(p, blocks, stream)
                               : launch_sweep<__half>(p, blocks, stream);
 }

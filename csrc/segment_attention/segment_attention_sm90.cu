@@ -44,7 +44,6 @@
 //   12 query heads, 2 of k and v:  3072 items,  45,792 tiles:  96 GFLOP, 122 us; 235 MB, 55 us
 //   28 and 4:                      7168 items, 106,848 tiles: 224 GFLOP, 284 us; 537 MB, 125 us
 #include <algorithm>
-#include <stdexcept>
 
 #include "common/cuda_device.h"
 #include "common/hopper.cuh"
@@ -504,12 +503,10 @@ TensorMap map_of(const void* x, int64_t width, int64_t heads, int64_t tokens, in
 
 template <class T, int kWidth>
 void launch_forward(const SegmentAttentionParams& p, const DevicePlan& plan, void* stream) {
-  const int64_t items = pairs_of_tiles(p, plan) * p.query_heads;
-  if (items > INT32_MAX)
-    throw std::runtime_error("statecore: segment_attention has too many tokens and heads for one launch");
-  const int64_t blocks = std::min<int64_t>(items, current_cuda_device().multiprocessors);
+  const unsigned items = checked_blocks("segment_attention", pairs_of_tiles(p, plan) * p.query_heads);
+  const unsigned blocks = std::min(items, unsigned(current_cuda_device().multiprocessors));
   launch("segment_attention_sm90", segment_forward_sm90<T, kWidth>,
-         {dim3(unsigned(blocks)), dim3(kBlockThreads), size_t(Shared<kWidth>::kBytes)}, stream,
+         {dim3(blocks), dim3(kBlockThreads), size_t(Shared<kWidth>::kBytes)}, stream,
          map_of<T>(p.q, p.key_width, p.query_heads, p.queries, p.batch, p.q_head, p.q_time, p.q_batch),
          map_of<T>(p.k, p.key_width, p.kv_heads, p.keys, p.batch, p.k_head, p.k_time, p.k_batch),
          map_of<T>(p.v, p.value_width, p.kv_heads, p.keys, p.batch, p.v_head, p.v_time, p.v_batch), p, plan,
@@ -518,8 +515,7 @@ void launch_forward(const SegmentAttentionParams& p, const DevicePlan& plan, voi
 
 template <class T>
 void launch_forward(const SegmentAttentionParams& p, const DevicePlan& plan, void* stream) {
-  p.key_width > 64 || p.value_width > 64 ? launch_forward<T, 128>(p, plan, stream)
-                                         : launch_forward<T, 64>(p, plan, stream);
+  is_narrow(p) ? launch_forward<T, 64>(p, plan, stream) : launch_forward<T, 128>(p, plan, stream);
 }
 
 }  // namespace
