@@ -45,8 +45,8 @@ void prepare_for(LinearAttentionInputs& p, const Tensor& q, const Tensor& k, con
     *view = heads_view(held.emplace_back(Backend::aligned(*x)));
 }
 
-// Refuses what ops.md refuses, on the CPU also by contents. The structs point into the tensors and into
-// `held`.
+// Refuses what statecore/ops.py says, on the CPU also by contents. The structs point into the tensors and
+// into `held`.
 LinearAttentionInputs checked_linear_inputs(const Tensor& q, const Tensor& k, const Tensor& v,
                                             const std::optional<Tensor>& log_decay,
                                             const std::optional<Tensor>& initial_state,

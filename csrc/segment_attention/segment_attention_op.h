@@ -10,7 +10,7 @@
 
 namespace statecore {
 
-// Refuses what ops.md refuses (on the CPU also by contents of step_ids and cu_seqlens) and fills in
+// Refuses what statecore/ops.py says (on the CPU also by contents of step_ids and cu_seqlens) and fills in
 // everything but out, out_dtype and lse. The struct points into the tensors, which must outlive it.
 SegmentAttentionParams checked_segment_params(const torch::stable::Tensor& q, const torch::stable::Tensor& k,
                                               const torch::stable::Tensor& v,
