@@ -15,15 +15,8 @@
 #include <string>
 #include <vector>
 
-#include "common/parallel.h"
 #include "common/tile_kernels.h"
 #include "simt/simt.h"
-
-namespace statecore {
-// The CPU backend on one thread: torch's threads are not here.
-void parallel_ranges(int64_t n, ParallelBody body, void* context) { body(0, n, context); }
-int64_t thread_count() { return 1; }
-}  // namespace statecore
 
 using namespace statecore;
 
