@@ -339,6 +339,12 @@ __device__ __forceinline__ void stmatrix(uint32_t row_address, const uint32_t (&
 //   wgmma_wait<0>(); wgmma_settle(d);
 //
 // Until the wait d must not be touched, nor the operands be written, be it by a copy.
+// The accumulators of mma.cuh as wgmma takes them.
+template <int kTiles>
+__device__ __forceinline__ float (&flat(float (&x)[kTiles][4]))[4 * kTiles] {
+  return reinterpret_cast<float (&)[4 * kTiles]>(x);
+}
+
 enum class Major {
   kK,
   kMN

@@ -26,6 +26,12 @@ __device__ __forceinline__ int lane_index() { return int(threadIdx.x) % 32; }
 __device__ __forceinline__ int accumulator_row(int i) { return lane_index() / 4 + i / 2 * 8; }
 __device__ __forceinline__ int accumulator_column(int i) { return lane_index() % 4 * 2 + i % 2; }
 
+// The largest of the 4 lanes that share a row of accumulators.
+__device__ __forceinline__ float row_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
 // ---- tiles in shared memory
 // Rows of kWidth elements, at least 64 bytes. The pieces of 16 bytes of a row are permuted by its number, so
 // that the same columns of eight consecutive rows lie in different banks. Tiles are aligned to 128 bytes.

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "common/cuda_device.h"
+#include "common/cuda_scratch.h"
 #include "common/elements.cuh"
 #include "linear_attention/linear_sweep.cuh"
 
@@ -319,25 +320,6 @@ __global__ void __launch_bounds__(kDecayThreads, 2) decay_gradient(DecayGradient
   }
 }
 
-// ---- host: memory, segments, sweeps
-// Scratch memory in pieces. Without memory it only counts.
-class Arena {
- public:
-  explicit Arena(void* memory) : memory_(static_cast<char*>(memory)) {}
-
-  template <class T>
-  T* take(int64_t count) {
-    const int64_t at = used_;
-    used_ += (count * int64_t(sizeof(T)) + 255) / 256 * 256;
-    return memory_ ? reinterpret_cast<T*>(memory_ + at) : nullptr;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* memory_;
-  int64_t used_ = 0;
-};
-
 // ---- which schedule
 // Sweeps as the choice sees them: blocks a segment, and the time that a block takes for a chunk.
 struct SweepTime {
@@ -378,7 +360,7 @@ int32_t segment_length(const LinearAttentionInputs& p, const SweepTimes& sweeps)
   return best;
 }
 
-Plan plan_of(const LinearAttentionInputs& p, const SweepTimes& sweeps, Arena& arena) {
+Plan plan_of(const LinearAttentionInputs& p, const SweepTimes& sweeps, ScratchParts& parts) {
   Plan plan{};
   Segments& s = plan.segments;
   s.sequences = s.slots = p.sequences;
@@ -389,9 +371,9 @@ Plan plan_of(const LinearAttentionInputs& p, const SweepTimes& sweeps, Arena& ar
     s.slots = p.cu_seqlens ? p.tokens / s.length + p.sequences
                            : p.sequences * ((p.tokens + s.length - 1) / s.length);
   if (p.step_ids || (p.cu_seqlens && s.length > 0))
-    s.planned = plan.planned = arena.take<PlannedSegment>(s.slots);
+    s.planned = plan.planned = parts.take<PlannedSegment>(s.slots);
   if (p.step_ids) {
-    s.chunks = plan.chunks = arena.take<PlannedChunk>(p.batch * p.tokens + p.sequences);
+    s.chunks = plan.chunks = parts.take<PlannedChunk>(p.batch * p.tokens + p.sequences);
     plan.chunk = sweep_chunk(p.dtype);
     plan.step_ids = p.step_ids, plan.ids_batch = p.ids_batch;
     plan.initial_step = p.initial_step;
@@ -462,10 +444,10 @@ struct Between {
   float *states = nullptr, *transition = nullptr;
 };
 
-Between between_of(const LinearAttentionInputs& p, const Segments& s, Arena& arena) {
+Between between_of(const LinearAttentionInputs& p, const Segments& s, ScratchParts& parts) {
   if (s.length == 0) return {};
   const int64_t heads = s.slots * p.value_heads;
-  return {arena.take<float>(p.states * heads * state_size(p)), arena.take<float>(9 * heads)};
+  return {parts.take<float>(p.states * heads * state_size(p)), parts.take<float>(9 * heads)};
 }
 
 // Fills `between` with the states before all segments (in reverse: after them), and `final`.
@@ -486,13 +468,13 @@ struct Forward {
   Between between;
 };
 
-Forward forward_of(const LinearAttentionParams& p, Arena& arena) {
+Forward forward_of(const LinearAttentionParams& p, ScratchParts& parts) {
   Forward f;
   const int64_t slices_of_v = slices(p.value_width);
   f.plan =
-      plan_of(p, {{{out_heads(p) * slices_of_v, 1}}, {{p.value_heads * slices_of_v, kAddedChunk}}}, arena);
+      plan_of(p, {{{out_heads(p) * slices_of_v, 1}}, {{p.value_heads * slices_of_v, kAddedChunk}}}, parts);
   const Segments& s = f.plan.segments;
-  f.between = between_of(p, s, arena);
+  f.between = between_of(p, s, parts);
   f.added = sweep_for(Role::kAdded, p, {}, s);
   f.out = sweep_for(Role::kOut, p, {}, s);
   const bool cut = s.length > 0;
@@ -505,7 +487,7 @@ Forward forward_of(const LinearAttentionParams& p, Arena& arena) {
   f.out.out = p.out, f.out.out_factor = float(p.scale);
   f.out.gate = p.gate, f.out.segment_out = p.segment_out, f.out.gated_out = p.gated_out;
   const int64_t floats = std::max(sweep_step_floats(f.out), cut ? sweep_step_floats(f.added) : 0);
-  f.added.step_states = f.out.step_states = arena.take<float>(floats);
+  f.added.step_states = f.out.step_states = parts.take<float>(floats);
   return f;
 }
 
@@ -517,7 +499,7 @@ struct Backward {
   float* sums = nullptr;  // GVA: of dq, then of dk
 };
 
-Backward backward_of(const LinearAttentionBackwardParams& p, Arena& arena) {
+Backward backward_of(const LinearAttentionBackwardParams& p, ScratchParts& parts) {
   Backward b;
   const int64_t slices_of_k = slices(p.key_width), slices_of_v = slices(p.value_width);
   const double group = double(out_heads(p)) / double(std::max<int64_t>(p.value_heads, 1));
@@ -527,17 +509,17 @@ Backward backward_of(const LinearAttentionBackwardParams& p, Arena& arena) {
         {p.value_heads * slices_of_v, group},
         {p.value_heads * slices_of_k, group}},
        {{p.value_heads * slices_of_v, kAddedChunk}, {p.value_heads * slices_of_v, kAddedChunk * group}}},
-      arena);
+      parts);
   const Segments& s = b.plan.segments;
   const bool cut = s.length > 0;
-  b.between = between_of(p, s, arena);
+  b.between = between_of(p, s, parts);
   b.added = sweep_for(Role::kAdded, p, p.grad_out, s);
   b.grad_q = sweep_for(Role::kGradQ, p, p.grad_out, s);
   b.grad_added = sweep_for(Role::kGradAdded, p, p.grad_out, s);
   b.grad_v = sweep_for(Role::kGradV, p, p.grad_out, s);
   b.grad_k = sweep_for(Role::kGradK, p, p.grad_out, s);
 
-  if (p.log_decay.data) b.final_states = arena.take<float>(p.sequences * p.value_heads * state_size(p));
+  if (p.log_decay.data) b.final_states = parts.take<float>(p.sequences * p.value_heads * state_size(p));
   b.grad_q.out_factor = float(p.scale);
   if (cut) {
     b.grad_q.initial = states_of(p, b.between.states, s.slots, b.grad_q.items, true, 1);
@@ -563,19 +545,19 @@ Backward backward_of(const LinearAttentionBackwardParams& p, Arena& arena) {
   b.grad_v.out = p.grad_v;
   const int64_t rows = p.batch * p.tokens, heads = out_heads(p);
   if (p.value_heads > p.key_heads) {
-    b.sums = arena.take<float>(rows * p.value_heads * p.key_width);
+    b.sums = parts.take<float>(rows * p.value_heads * p.key_width);
     b.grad_q.out_float = b.grad_k.out_float = b.sums;
   } else {
     b.grad_q.out = p.grad_q, b.grad_k.out = p.grad_k;
   }
   if (p.log_decay.data) {
-    b.grad_q.products = arena.take<float>(p.key_width / 16 * rows * heads);
-    b.grad_k.products = arena.take<float>(p.key_width / 16 * rows * p.value_heads);
+    b.grad_q.products = parts.take<float>(p.key_width / 16 * rows * heads);
+    b.grad_k.products = parts.take<float>(p.key_width / 16 * rows * p.value_heads);
   }
   int64_t floats = 0;
   for (const Sweep* sweep : {&b.added, &b.grad_q, &b.grad_added, &b.grad_v, &b.grad_k})
     floats = std::max(floats, sweep_step_floats(*sweep));
-  float* step_states = arena.take<float>(floats);
+  float* step_states = parts.take<float>(floats);
   for (Sweep* sweep : {&b.added, &b.grad_q, &b.grad_added, &b.grad_v, &b.grad_k})
     sweep->step_states = step_states;
   return b;
@@ -584,14 +566,14 @@ Backward backward_of(const LinearAttentionBackwardParams& p, Arena& arena) {
 }  // namespace
 
 int64_t linear_attention_cuda_scratch(const LinearAttentionParams& p) {
-  Arena arena(nullptr);
-  forward_of(p, arena);
-  return arena.used();
+  ScratchParts parts(nullptr);
+  forward_of(p, parts);
+  return parts.bytes();
 }
 
 void linear_attention_cuda(const LinearAttentionParams& p, void* scratch, void* stream) {
-  Arena arena(scratch);
-  const Forward f = forward_of(p, arena);
+  ScratchParts parts(scratch);
+  const Forward f = forward_of(p, parts);
   launch_plan(f.plan, stream);
   if (f.plan.segments.length > 0)
     find_states(f.added, p, f.between, p.initial_states, 1, p.final_states, 1, stream);
@@ -599,14 +581,14 @@ void linear_attention_cuda(const LinearAttentionParams& p, void* scratch, void* 
 }
 
 int64_t linear_attention_backward_cuda_scratch(const LinearAttentionBackwardParams& p) {
-  Arena arena(nullptr);
-  backward_of(p, arena);
-  return arena.used();
+  ScratchParts parts(nullptr);
+  backward_of(p, parts);
+  return parts.bytes();
 }
 
 void linear_attention_backward_cuda(const LinearAttentionBackwardParams& p, void* scratch, void* stream) {
-  Arena arena(scratch);
-  const Backward b = backward_of(p, arena);
+  ScratchParts parts(scratch);
+  const Backward b = backward_of(p, parts);
   const Segments& s = b.plan.segments;
   const int64_t rows = p.batch * p.tokens;
   const int group = int(p.value_heads / p.key_heads);
@@ -626,12 +608,12 @@ void linear_attention_backward_cuda(const LinearAttentionBackwardParams& p, void
     launch_sum_groups(p.dtype, b.sums, p.grad_k, rows * p.key_heads, group, int(p.key_width), stream);
 
   if (p.grad_log_decay && p.sequences > 0) {
-    const int32_t parts = int32_t(p.key_width / 16);
+    const int32_t sums = int32_t(p.key_width / 16);
     launch("decay_gradient", decay_gradient,
            {dim3(checked_blocks("linear attention", p.sequences * p.value_heads)), dim3(kDecayThreads)},
            stream,
            DecayGradient{s, p.batch, int32_t(p.value_heads), int32_t(out_heads(p) / p.value_heads),
-                         b.grad_q.products, b.grad_k.products, parts, b.final_states,
+                         b.grad_q.products, b.grad_k.products, sums, b.final_states,
                          static_cast<const float*>(p.grad_final_states), state_size(p),
                          static_cast<float*>(p.grad_log_decay)});
   }

@@ -86,8 +86,7 @@ __device__ __forceinline__ int row_exponent(const float (&x)[kTiles][4], int hal
 #pragma unroll
   for (int n = 0; n < kTiles; ++n)
     largest = fmaxf(largest, fmaxf(fabsf(x[n][2 * half]), fabsf(x[n][2 * half + 1])));
-  largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
-  return range_exponent(fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2)));
+  return range_exponent(row_max(largest));
 }
 
 // ---- y = segment + sigmoid(gate) x

@@ -82,12 +82,6 @@ struct Layout {
   static constexpr int kBytes = kBeside + int(sizeof(Beside));
 };
 
-// Accumulators as wgmma wants them.
-template <int kTiles>
-__device__ __forceinline__ float (&flat(float (&x)[kTiles][4]))[4 * kTiles] {
-  return reinterpret_cast<float (&)[4 * kTiles]>(x);
-}
-
 template <class T, int kKeyWidth, bool kDecays>
 __global__ void __launch_bounds__(kThreads, 2)
     sweep_sm90(const __grid_constant__ Sweep p, const __grid_constant__ TensorMap q_map,

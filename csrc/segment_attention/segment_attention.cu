@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<T, kWidth>)
   int token[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) token[i] = queries.begin + warp_row + accumulator_row(2 * i);
-  const float scale = float(p.scale * 1.4426950408889634);
+  const float scale = float(p.scale * kLog2e);
   Softmax softmax(1);
   float out[kColumns][4] = {};
 

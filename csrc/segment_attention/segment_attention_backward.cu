@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads) segment_statistics(Backward b) {
       for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
       const int64_t in_lse = (int64_t(queries.row) * p.query_heads + head) * p.queries + query;
       if (b.p.grad_lse) sum -= static_cast<const float*>(b.p.grad_lse)[in_lse];
-      result = {static_cast<const float*>(p.lse)[in_lse] * kLog2e, sum};
+      result = {static_cast<const float*>(p.lse)[in_lse] * float(kLog2e), sum};
     }
     if (lane == 0) statistics[row] = result;
   }
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kThreads, kWidth == 64 ? 3 : 2) segment_backwa
     row[i] = statistics[warp_row + accumulator_row(2 * i)];
     token[i] = queries.begin + warp_row + accumulator_row(2 * i);
   }
-  const float scale = float(p.scale * 1.4426950408889634);
+  const float scale = float(p.scale * kLog2e);
   float grad_q[kWidth / 8][4] = {};
   RowOperands<T, kWidth, kHoldsQ> q_operands(q_tile, warp_row);
   const RowOperands<T, kWidth, false> grad_operands(grad_tile, warp_row);
@@ -275,7 +275,7 @@ __global__ void __launch_bounds__(kThreads, 2) segment_backward_keys(Backward b)
   int key[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) key[i] = keys.begin + warp_row + accumulator_row(2 * i);
-  const float scale = float(p.scale * 1.4426950408889634);
+  const float scale = float(p.scale * kLog2e);
   float grad_k[kColumns][4] = {}, grad_v[kColumns][4] = {};
   const RowOperands<T, kWidth, false> k_operands(k_tile, warp_row), v_operands(v_tile, warp_row);
 

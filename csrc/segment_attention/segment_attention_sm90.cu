@@ -284,19 +284,13 @@ __device__ __forceinline__ void hide_values(const Shared<kWidth>& shared) {
 }
 
 // ---- a warpgroup that multiplies
-// Accumulators as wgmma takes them.
-template <int kTiles>
-__device__ __forceinline__ float (&flat(float (&x)[kTiles][4]))[4 * kTiles] {
-  return reinterpret_cast<float (&)[4 * kTiles]>(x);
-}
-
 template <class T, int kWidth>
 __device__ __forceinline__ void attend(const Shared<kWidth>& shared, const SegmentAttentionParams& p,
                                        const DevicePlan& plan) {
   constexpr int kDepths = kWidth / 16;
   const int lane = lane_index(), group = int(threadIdx.x) / 128;
   const int warp_row = int(threadIdx.x) % 128 / 32 * 16;
-  const float scale = float(p.scale * 1.4426950408889634);
+  const float scale = float(p.scale * kLog2e);
   const auto release = [&](int stage) {
     __syncwarp();
     if (lane == 0) mbarrier_arrive(shared.stage_free(stage));

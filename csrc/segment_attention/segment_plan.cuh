@@ -13,6 +13,7 @@
 #pragma once
 
 #include "common/cuda.cuh"
+#include "common/cuda_scratch.h"
 #include "segment_attention/segment_attention.h"
 
 namespace statecore {
@@ -53,24 +54,6 @@ struct DevicePlan {
     const int rows = tiles / row_tiles;
     return i % rows * row_tiles + row_tiles - 1 - i / rows;
   }
-};
-
-// Parts of one allocation, each aligned to 16 bytes. Without an allocation it counts how large it must be.
-class ScratchParts {
- public:
-  explicit ScratchParts(void* scratch) : scratch_(static_cast<char*>(scratch)) {}
-
-  template <class T>
-  T* take(int64_t count) {
-    T* part = scratch_ ? reinterpret_cast<T*>(scratch_ + bytes_) : nullptr;
-    bytes_ += (count * int64_t(sizeof(T)) + 15) / 16 * 16;
-    return part;
-  }
-  int64_t bytes() const { return bytes_; }
-
- private:
-  char* scratch_;
-  int64_t bytes_ = 0;
 };
 
 // 5 bytes a token and 48 a sequence.

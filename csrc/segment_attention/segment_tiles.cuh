@@ -7,7 +7,8 @@
 namespace statecore {
 
 constexpr int kWarps = 4, kThreads = 32 * kWarps;  // of a block: 16 rows of a tile to a warp
-constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
+constexpr double kLog2e = 1.4426950408889634;
+constexpr float kLn2 = 0.693147181f;
 constexpr float kInfinity = __builtin_inff();
 
 // Kernels exist for widths padded to 128 and, of 16-bit elements, whose speed counts, to 64.
