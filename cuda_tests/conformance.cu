@@ -196,7 +196,7 @@ __global__ void multiply_tiles(const T* a, const T* b, float* d) {
   cp_async_wait<0>();
   __syncthreads();
   float sums[2][4] = {};
-  for (int k = 0; k < 64; k += kMmaDepth<T>) {
+  for (int k = 0; k < 64; k += kMmaK<T>) {
     OperandA<T> left;
     OperandB<T> right[2];
     load<kATransposed>(left, Tile{}, shared, kATransposed ? k : 0, kATransposed ? 0 : k);
@@ -315,7 +315,7 @@ __global__ void copy_box(const __grid_constant__ TensorMap from, const __grid_co
   const uint32_t landed = shared_address(barrier), run = shared_address(shared) + bytes;
   if (threadIdx.x == 0) {
     mbarrier_init(landed, 1);
-    mbarrier_init_fence();
+    fence_mbarrier_init();
     prefetch_tensor_map(from);
   }
   __syncthreads();
@@ -326,8 +326,8 @@ __global__ void copy_box(const __grid_constant__ TensorMap from, const __grid_co
     store_at[i] = store_corner(i);
   }
   if (threadIdx.x == 0) {
-    mbarrier_expect(landed, kRunBytes);
-    mbarrier_arrive_expect(landed, bytes);
+    mbarrier_expect_tx(landed, kRunBytes);
+    mbarrier_arrive_expect_tx(landed, bytes);
     tma_load(shared_address(shared), from, load_at, landed);
     bulk_load(run, run_from, kRunBytes, landed);
   }
@@ -418,7 +418,7 @@ __global__ void __launch_bounds__(128) multiply_panels(const T* a, const T* b, f
 #pragma unroll
     for (int k = 0; k < 4; ++k)
       load<false>(registers[k], Panel{}, shared, int(threadIdx.x) / 32 * 16, 16 * k);
-  wgmma_settle(sums);
+  wgmma_fence_operand(sums);
   wgmma_fence();
 #pragma unroll
   for (int k = 0; k < 64; k += 16) {
@@ -433,7 +433,7 @@ __global__ void __launch_bounds__(128) multiply_panels(const T* a, const T* b, f
   }
   wgmma_commit();
   wgmma_wait<0>();
-  wgmma_settle(sums);
+  wgmma_fence_operand(sums);
   const int row = int(threadIdx.x) / 32 * 16;
 #pragma unroll
   for (int i = 0; i < kN / 2; ++i)

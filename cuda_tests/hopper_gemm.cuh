@@ -86,12 +86,12 @@ __global__ void __launch_bounds__(kThreads, 1)
       mbarrier_init(full + 8 * s, kStored ? 129 : 1);
       mbarrier_init(empty + 8 * s, 4);
     }
-    if (kBug != Bug::kNoInitFence) mbarrier_init_fence();
+    if (kBug != Bug::kNoInitFence) fence_mbarrier_init();
   }
   if (kBug != Bug::kNoInitBarrier) __syncthreads();
 
   if (producer) {
-    lower_registers<56>();
+    warpgroup_reg_dealloc<56>();
     if (thread / 32 == 0 && elect_one()) prefetch_tensor_map(a_map), prefetch_tensor_map(b_map);
     for (int i = 0; i < steps; ++i) {
       const int s = i % kStages, k = i * kStep;
@@ -102,9 +102,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (kBug != Bug::kIgnoreEmpty) mbarrier_wait(empty + 8 * s, (i / kStages & 1) ^ 1);
       if (thread == 0 || (kBug == Bug::kTwoArrivals && thread == 1)) {
         constexpr int kLoaded = kStored ? kStageBytes - kPanelBytes : kStageBytes;
-        mbarrier_arrive_expect(full + 8 * s, kBug == Bug::kFewBytes    ? kPanelBytes
-                                             : kBug == Bug::kManyBytes ? kLoaded + 16
-                                                                       : kLoaded);
+        mbarrier_arrive_expect_tx(full + 8 * s, kBug == Bug::kFewBytes    ? kPanelBytes
+                                                : kBug == Bug::kManyBytes ? kLoaded + 16
+                                                                          : kLoaded);
         if (!kStored) {
           if (kMnMajor)
             tma_load(a, a_map, {0, k}, full + 8 * s);
@@ -132,11 +132,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (kBug == Bug::kUnusedLoad && thread == 0) {
       const int s = steps % kStages;
       mbarrier_wait(empty + 8 * s, (steps / kStages & 1) ^ 1);
-      mbarrier_arrive_expect(full + 8 * s, kPanelBytes);
+      mbarrier_arrive_expect_tx(full + 8 * s, kPanelBytes);
       tma_load(stages + s * kStageBytes, a_map, {0, 0}, full + 8 * s);
     }
   } else {
-    raise_registers<240>();
+    warpgroup_reg_alloc<240>();
     float sums[kN / 2] = {};
     for (int i = 0; i < steps; ++i) {
       const int s = i % kStages;
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int k = 0; k < kStep / 16; ++k)
           load<false>(a_registers[k], Tile<T, 64>{}, shared + s * kStageBytes, thread / 32 * 16, 16 * k);
       }
-      wgmma_settle(sums);
+      wgmma_fence_operand(sums);
       if (kBug != Bug::kNoProductFence) wgmma_fence();
 #pragma unroll
       for (int k = 0; k < kStep; k += 16) {
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (kBug == Bug::kEarlyRelease && thread % 32 == 0) mbarrier_arrive(empty + 8 * s);
       if (kBug == Bug::kTouchedSums && i + 1 == steps) break;
       wgmma_wait<0>();
-      wgmma_settle(sums);
+      wgmma_fence_operand(sums);
       // One lane of each warp: with a in registers, all its lanes have read the stage by now.
       __syncwarp();
       if (thread % 32 == 0 && kBug != Bug::kEarlyRelease && kBug != Bug::kLateRelease)

@@ -62,7 +62,7 @@ __global__ void multiply(Problem<T> p) {
     cp_async_commit();
   }
 
-  constexpr int kDepth = kMmaDepth<T>;
+  constexpr int kDepth = kMmaK<T>;
   if (p.source == Source::kParts) {  // c^T as the operand b of d^T = a c^T, from a tile of both parts
     for (int m = 0; m < kM; m += 16)
       for (int n = 0; n < kK; n += 8)

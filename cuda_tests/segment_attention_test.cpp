@@ -92,10 +92,10 @@ struct PlanProblem {
       p.cu_seqlens = reinterpret_cast<const int32_t*>(cu_buffer.data());
       p.sequences = int64_t(cu_seqlens.size()) - 1;
     }
-    ScratchParts count(nullptr);
+    ScratchAllocator count(nullptr);
     device_plan(p, count);
     scratch = std::make_unique<Buffer>("scratch", count.bytes());
-    ScratchParts parts(scratch->data());
+    ScratchAllocator parts(scratch->data());
     plan = device_plan(p, parts);
     simt::forget_blocks();
     if (watched) {

@@ -41,9 +41,8 @@ from statecore.dynamics import (
     singular_values,
     summarise,
 )
-from statecore.dynamics_command import Text, TextOptions, hold_out, read_texts
-from statecore.modeling import LinearBranch, rotate
-from statecore.pruning import (
+from statecore.dynamics.command import Text, TextOptions, hold_out, read_texts
+from statecore.dynamics.pruning import (
     branches,
     choose_bases,
     choose_heads,
@@ -56,6 +55,7 @@ from statecore.pruning import (
     prune_heads,
     side_of_the_asymmetry,
 )
+from statecore.modeling import LinearBranch, rotate
 from statecore.reference import end_step
 from statecore.ssd import SSDConfig, SSDForCausalLM, SSDMixer
 

@@ -40,7 +40,7 @@ from statecore.flow import (
     step_gains,
     token_log_probs,
 )
-from statecore.flow_command import flow, load_causal_lm
+from statecore.flow.command import flow, load_causal_lm
 
 EXACT = 1e-12
 

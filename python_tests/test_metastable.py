@@ -13,8 +13,8 @@ from scipy import sparse
 from typer.testing import CliRunner
 
 from statecore import metastable as m
-from statecore import metastable_data as d
 from statecore.cli import app
+from statecore.metastable import chain as d
 from statecore.outputs import new_folder
 from statecore.prepare import SCHEMA
 

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Mamba2
 from transformers.models.mamba2 import modeling_mamba2
 
 from statecore import cache as caches
-from statecore import ssd_train
 from statecore.ssd import Packing, SSDCacheLayer, SSDConfig, SSDForCausalLM, SSDMixer, ssd_scan, ssd_step, ssm_states
+from statecore.ssd import train as ssd_train
 
 PAD, EOS = 0, 1
 SMALL = {

@@ -27,16 +27,16 @@ COMMANDS = {
     "train": ("statecore.train:main", "Distil a base model into a state-transition model."),
     "generate": ("statecore.generate:generate", "Decode step by step with constant memory."),
     "metastable": (
-        {"world": "statecore.metastable_world:world", "traces": "statecore.metastable_data:traces"},
+        {"world": "statecore.metastable.world_command:world", "traces": "statecore.metastable.chain:traces"},
         "Chains of dense clusters and rare edges: a made world, and the chain of real traces.",
     ),
-    "flow": ("statecore.flow_command:flow", "Show how much each step of a trace tells about its answer."),
-    "ssd": ("statecore.ssd_train:ssd", "Train an attention-free SSD model in phases."),
+    "flow": ("statecore.flow.command:flow", "Show how much each step of a trace tells about its answer."),
+    "ssd": ("statecore.ssd.train:ssd", "Train an attention-free SSD model in phases."),
     "dynamics": (
         {
-            "record": "statecore.dynamics_command:record",
-            "prune": "statecore.dynamics_command:prune",
-            "lower": "statecore.dynamics_command:lower",
+            "record": "statecore.dynamics.command:record",
+            "prune": "statecore.dynamics.command:prune",
+            "lower": "statecore.dynamics.command:lower",
         },
         "Ranks and norms of states while a model reads, and smaller states by them.",
     ),

@@ -38,10 +38,8 @@ from statecore.adapter import convert
 from statecore.demo import distil, measure, task, teacher
 from statecore.dynamics import Trajectory, summarise
 from statecore.dynamics import record as record_states
-from statecore.dynamics_command import Text, TextOptions, read_texts
-from statecore.dynamics_report import draw_heads, draw_spectra, draw_trajectories, number
-from statecore.outputs import write_json
-from statecore.pruning import (
+from statecore.dynamics.command import Text, TextOptions, read_texts
+from statecore.dynamics.pruning import (
     branches,
     choose_bases,
     choose_heads,
@@ -52,6 +50,8 @@ from statecore.pruning import (
     lower_ranks,
     prune_heads,
 )
+from statecore.dynamics.report import draw_heads, draw_spectra, draw_trajectories, number
+from statecore.outputs import write_json
 from statecore.ssd import SSDConfig, SSDForCausalLM
 from statecore.traces import read_jsonl
 

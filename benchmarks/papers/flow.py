@@ -32,7 +32,7 @@ from benchmarks.machine import versions
 from statecore.adapter import convert
 from statecore.demo import distil, task, teacher
 from statecore.flow import StepGains, candidate_gains, continuation_log_probs, read, step_gains
-from statecore.flow_command import flow
+from statecore.flow.command import flow
 
 RESULTS = Path(__file__).parents[1] / "results" / "papers"
 TEACHER, STUDENT, SILENT = "teacher", "state-transition model", "the same, state silent"

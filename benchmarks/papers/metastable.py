@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from benchmarks.machine import versions
 from statecore import metastable as m
-from statecore.metastable_data import traces
+from statecore.metastable.chain import traces
 
 RESULTS = Path(__file__).parents[1] / "results" / "papers"
 EPSILON_MAX = 0.2

@@ -38,7 +38,7 @@
 
 namespace statecore {
 
-struct LaunchShape {
+struct LaunchConfig {
   dim3 grid, block;
   size_t dynamic_shared_bytes = 0;
 };
@@ -54,7 +54,7 @@ inline unsigned checked_blocks(const char* name, int64_t blocks) {
 // Queues kernel(args...) on `stream`, a cudaStream_t; throws where it cannot be launched. `name` is for
 // messages.
 template <class... Parameters, class... Arguments>
-void launch(const char* name, void (*kernel)(Parameters...), const LaunchShape& shape, void* stream,
+void launch(const char* name, void (*kernel)(Parameters...), const LaunchConfig& shape, void* stream,
             const Arguments&... args) {
 #if defined(STATECORE_EMULATED)
   static_cast<void>(stream);

@@ -43,14 +43,14 @@
 
 namespace statecore {
 
-// While it lives, the GPU of `q` is the current one. Work belongs on torch's current stream of that GPU.
-class CudaTurn {
+// Makes q's device current for its lifetime. Launch on stream(), torch's current stream of that device.
+class CurrentStreamGuard {
  public:
 #if defined(STATECORE_EMULATED)
-  explicit CudaTurn(const Tensor&) {}
+  explicit CurrentStreamGuard(const Tensor&) {}
   void* stream() const { return nullptr; }
 #else
-  explicit CudaTurn(const Tensor& q)
+  explicit CurrentStreamGuard(const Tensor& q)
       : guard_(q.get_device_index()), stream_(current_cuda_stream(q.get_device_index())) {}
   void* stream() const { return stream_; }  // a cudaStream_t
 

@@ -7,9 +7,9 @@ namespace statecore {
 
 // Each piece begins at a multiple of 256 bytes of the whole. Without memory it only counts, which is how an
 // operator finds out what to ask for.
-class ScratchParts {
+class ScratchAllocator {
  public:
-  explicit ScratchParts(void* scratch) : scratch_(static_cast<char*>(scratch)) {}
+  explicit ScratchAllocator(void* scratch) : scratch_(static_cast<char*>(scratch)) {}
 
   template <class T>
   T* take(int64_t count) {

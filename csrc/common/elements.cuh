@@ -23,7 +23,7 @@ __device__ __forceinline__ void store_element(DType dtype, void* data, int64_t a
 }
 
 // Four at once: `at` is a multiple of 4, and data is aligned to four elements.
-__device__ __forceinline__ float4 load_four(DType dtype, const void* data, int64_t at) {
+__device__ __forceinline__ float4 load_vec4(DType dtype, const void* data, int64_t at) {
   if (dtype == DType::kFloat32) return reinterpret_cast<const float4*>(data)[at / 4];
   const uint2 pairs = reinterpret_cast<const uint2*>(data)[at / 4];
   const bool brain = dtype == DType::kBFloat16;
@@ -32,7 +32,7 @@ __device__ __forceinline__ float4 load_four(DType dtype, const void* data, int64
   return make_float4(x.x, x.y, y.x, y.y);
 }
 
-__device__ __forceinline__ void store_four(DType dtype, void* data, int64_t at, float4 x) {
+__device__ __forceinline__ void store_vec4(DType dtype, void* data, int64_t at, float4 x) {
   if (dtype == DType::kFloat32)
     reinterpret_cast<float4*>(data)[at / 4] = x;
   else if (dtype == DType::kBFloat16)

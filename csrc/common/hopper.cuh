@@ -38,9 +38,9 @@ __device__ __forceinline__ void mbarrier_init(uint32_t barrier, unsigned arrival
 }
 
 // By the thread that has initialised barriers, before the __syncthreads() that shows them to the others.
-__device__ __forceinline__ void mbarrier_init_fence() {
+__device__ __forceinline__ void fence_mbarrier_init() {
 #if defined(STATECORE_EMULATED)
-  simt::mbarrier_init_fence();
+  simt::fence_mbarrier_init();
 #else
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
@@ -55,18 +55,18 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier STATECORE_WHERE
 }
 
 // The current phase also waits for so many bytes. Not after the last arrival of the phase.
-__device__ __forceinline__ void mbarrier_expect(uint32_t barrier, unsigned bytes STATECORE_WHERE) {
+__device__ __forceinline__ void mbarrier_expect_tx(uint32_t barrier, unsigned bytes STATECORE_WHERE) {
 #if defined(STATECORE_EMULATED)
-  simt::mbarrier_expect(barrier, bytes, where);
+  simt::mbarrier_expect_tx(barrier, bytes, where);
 #else
   asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 #endif
 }
 
-__device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, unsigned bytes STATECORE_WHERE) {
+__device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t barrier, unsigned bytes STATECORE_WHERE) {
 #if defined(STATECORE_EMULATED)
-  simt::mbarrier_expect(barrier, bytes, where);
+  simt::mbarrier_expect_tx(barrier, bytes, where);
   simt::mbarrier_arrive(barrier, where);
 #else
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
@@ -295,7 +295,7 @@ __device__ __forceinline__ bool elect_one(STATECORE_ONLY_WHERE) {
 // Registers a thread may have: all warps of a warpgroup ask for the same number. Needs __launch_bounds__ of
 // threads and blocks, from which the number at the start follows.
 template <int kRegisters>
-__device__ __forceinline__ void raise_registers() {
+__device__ __forceinline__ void warpgroup_reg_alloc() {
   static_assert(kRegisters >= 24 && kRegisters <= 256 && kRegisters % 8 == 0, "24, 32, ... 256");
 #if !defined(STATECORE_EMULATED)
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
@@ -303,7 +303,7 @@ __device__ __forceinline__ void raise_registers() {
 }
 
 template <int kRegisters>
-__device__ __forceinline__ void lower_registers() {
+__device__ __forceinline__ void warpgroup_reg_dealloc() {
   static_assert(kRegisters >= 24 && kRegisters <= 256 && kRegisters % 8 == 0, "24, 32, ... 256");
 #if !defined(STATECORE_EMULATED)
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
@@ -332,11 +332,11 @@ __device__ __forceinline__ void stmatrix(uint32_t row_address, const uint32_t (&
 // a comes from registers: both as mma.cuh says of 16x8 accumulators, d[4 j + i] being element i of columns
 // 8 j .. 8 j + 7, and of operands.
 //
-//   wgmma_settle(d); wgmma_fence();
+//   wgmma_fence_operand(d); wgmma_fence();
 //   for (k = 0; k < 64; k += 16) wgmma<T, n>(d, k_major(...k), k_major(...k), true);
 //   wgmma_commit();
 //   ...
-//   wgmma_wait<0>(); wgmma_settle(d);
+//   wgmma_wait<0>(); wgmma_fence_operand(d);
 //
 // Until the wait d must not be touched, nor the operands be written, be it by a copy.
 // The accumulators of mma.cuh as wgmma takes them.
@@ -398,9 +398,9 @@ __device__ __forceinline__ void wgmma_wait(STATECORE_ONLY_WHERE) {
 // Keeps the compiler from moving what is done with d, which no wgmma in flight may have, across this point:
 // it does not know that the registers change between a wgmma and its wait.
 template <int kCount>
-__device__ __forceinline__ void wgmma_settle(float (&d)[kCount] STATECORE_WHERE) {
+__device__ __forceinline__ void wgmma_fence_operand(float (&d)[kCount] STATECORE_WHERE) {
 #if defined(STATECORE_EMULATED)
-  simt::wgmma_settle(d, kCount, where);
+  simt::wgmma_fence_operand(d, kCount, where);
 #else
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");

@@ -18,7 +18,7 @@
 namespace statecore {
 
 template <class T>
-constexpr int kMmaDepth = sizeof(T) == 2 ? 16 : 8;
+constexpr int kMmaK = sizeof(T) == 2 ? 16 : 8;
 
 __device__ __forceinline__ int lane_index() { return int(threadIdx.x) % 32; }
 
@@ -27,7 +27,7 @@ __device__ __forceinline__ int accumulator_row(int i) { return lane_index() / 4 
 __device__ __forceinline__ int accumulator_column(int i) { return lane_index() % 4 * 2 + i % 2; }
 
 // The largest of the 4 lanes that share a row of accumulators.
-__device__ __forceinline__ float row_max(float x) {
+__device__ __forceinline__ float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
   return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
 }
@@ -59,7 +59,7 @@ __device__ __forceinline__ void load_tile(unsigned char* tile, const T* first_ro
   constexpr int kPerPiece = 16 / int(sizeof(T));
   static_assert(kRows * Tile::kPieces % kThreads == 0, "threads share the tile evenly");
   const uint32_t base = shared_address(tile);
-  const int thread = here(int(threadIdx.x) % kThreads);
+  const int thread = opaque(int(threadIdx.x) % kThreads);
 #pragma unroll
   for (int i = 0; i < kRows * Tile::kPieces / kThreads; ++i) {
     const int piece = i * kThreads + thread;
@@ -112,7 +112,7 @@ __device__ __forceinline__ void split_pair(float x, float y, uint32_t& high, uin
 template <bool kTransposed, class T, int kWidth>
 __device__ __forceinline__ void load(OperandA<T>& a, Tile<T, kWidth>, const unsigned char* tile, int row,
                                      int column) {
-  const int lane = sizeof(T) == 2 ? lane_index() : here(lane_index());
+  const int lane = sizeof(T) == 2 ? lane_index() : opaque(lane_index());
   if constexpr (sizeof(T) == 2) {
     // Matrices: rows 0-7, rows 8-15, then the same 8 deeper.
     const int first = lane % 8 + lane / 8 % 2 * 8, second = lane / 16 * 8;
@@ -141,7 +141,7 @@ __device__ __forceinline__ void load(OperandA<T>& a, Tile<T, kWidth>, const unsi
 template <bool kTransposed, class T, int kWidth>
 __device__ __forceinline__ void load(OperandB<T> (&b)[2], Tile<T, kWidth>, const unsigned char* tile, int row,
                                      int column) {
-  const int lane = sizeof(T) == 2 ? lane_index() : here(lane_index());
+  const int lane = sizeof(T) == 2 ? lane_index() : opaque(lane_index());
   if constexpr (sizeof(T) == 2) {
     // Matrices: columns 0-7, the same 8 deeper, then columns 8-15.
     const int deeper = lane / 8 % 2 * 8, right = lane / 16 * 8;
@@ -167,7 +167,7 @@ __device__ __forceinline__ void load(OperandB<T> (&b)[2], Tile<T, kWidth>, const
   }
 }
 
-// Accumulators of kMmaDepth<T> columns as an operand of that depth: one tile of 8 columns for float, two for
+// Accumulators of kMmaK<T> columns as an operand of that depth: one tile of 8 columns for float, two for
 // 16-bit elements, rounded.
 template <class T>
 __device__ __forceinline__ void from_accumulators(OperandA<T>& a, const float (*tiles)[4]) {
@@ -192,7 +192,7 @@ __device__ __forceinline__ void from_accumulators(SplitA<T>& a, const float (*ti
   }
 }
 
-// a[m][k] * weight(k), for k in [0, kMmaDepth<T>).
+// a[m][k] * weight(k), for k in [0, kMmaK<T>).
 template <class T, class Weight>
 __device__ __forceinline__ SplitA<T> scaled(const OperandA<T>& a, const Weight& weight) {
   SplitA<T> product;

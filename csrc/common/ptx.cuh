@@ -130,16 +130,16 @@ __device__ __forceinline__ void named_barrier_arrive(unsigned number, unsigned t
 #endif
 }
 
-// x, of which the compiler no longer knows where it comes from: what is computed from it is computed here,
-// and not before the loop to wait there in registers.
-__device__ __forceinline__ int64_t here(int64_t x) {
+// Hides from the compiler where x comes from: addresses and indices derived from it are computed at the point
+// of use instead of being hoisted out of the loop, where they would occupy registers.
+__device__ __forceinline__ int64_t opaque(int64_t x) {
 #if !defined(STATECORE_EMULATED)
   asm volatile("" : "+l"(x));
 #endif
   return x;
 }
 
-__device__ __forceinline__ int here(int x) {
+__device__ __forceinline__ int opaque(int x) {
 #if !defined(STATECORE_EMULATED)
   asm volatile("" : "+r"(x));
 #endif

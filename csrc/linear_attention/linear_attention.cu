@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(256)
   float4 sum = make_float4(0, 0, 0, 0);
   for (int g = 0; g < group; ++g)
     sum = plus_scaled(sum, 1, *reinterpret_cast<const float4*>(from + int64_t(g) * width));
-  store_four(dtype, sums, i, sum);
+  store_vec4(dtype, sums, i, sum);
 }
 
 void launch_sum_groups(DType dtype, const float* parts, void* sums, int64_t rows, int group, int width,
@@ -360,7 +360,7 @@ int32_t segment_length(const LinearAttentionInputs& p, const SweepTimes& sweeps)
   return best;
 }
 
-Plan plan_of(const LinearAttentionInputs& p, const SweepTimes& sweeps, ScratchParts& parts) {
+Plan plan_of(const LinearAttentionInputs& p, const SweepTimes& sweeps, ScratchAllocator& parts) {
   Plan plan{};
   Segments& s = plan.segments;
   s.sequences = s.slots = p.sequences;
@@ -444,7 +444,7 @@ struct Between {
   float *states = nullptr, *transition = nullptr;
 };
 
-Between between_of(const LinearAttentionInputs& p, const Segments& s, ScratchParts& parts) {
+Between between_of(const LinearAttentionInputs& p, const Segments& s, ScratchAllocator& parts) {
   if (s.length == 0) return {};
   const int64_t heads = s.slots * p.value_heads;
   return {parts.take<float>(p.states * heads * state_size(p)), parts.take<float>(9 * heads)};
@@ -468,7 +468,7 @@ struct Forward {
   Between between;
 };
 
-Forward forward_of(const LinearAttentionParams& p, ScratchParts& parts) {
+Forward forward_of(const LinearAttentionParams& p, ScratchAllocator& parts) {
   Forward f;
   const int64_t slices_of_v = slices(p.value_width);
   f.plan =
@@ -499,7 +499,7 @@ struct Backward {
   float* sums = nullptr;  // GVA: of dq, then of dk
 };
 
-Backward backward_of(const LinearAttentionBackwardParams& p, ScratchParts& parts) {
+Backward backward_of(const LinearAttentionBackwardParams& p, ScratchAllocator& parts) {
   Backward b;
   const int64_t slices_of_k = slices(p.key_width), slices_of_v = slices(p.value_width);
   const double group = double(out_heads(p)) / double(std::max<int64_t>(p.value_heads, 1));
@@ -566,13 +566,13 @@ Backward backward_of(const LinearAttentionBackwardParams& p, ScratchParts& parts
 }  // namespace
 
 int64_t linear_attention_cuda_scratch(const LinearAttentionParams& p) {
-  ScratchParts parts(nullptr);
+  ScratchAllocator parts(nullptr);
   forward_of(p, parts);
   return parts.bytes();
 }
 
 void linear_attention_cuda(const LinearAttentionParams& p, void* scratch, void* stream) {
-  ScratchParts parts(scratch);
+  ScratchAllocator parts(scratch);
   const Forward f = forward_of(p, parts);
   launch_plan(f.plan, stream);
   if (f.plan.segments.length > 0)
@@ -581,13 +581,13 @@ void linear_attention_cuda(const LinearAttentionParams& p, void* scratch, void* 
 }
 
 int64_t linear_attention_backward_cuda_scratch(const LinearAttentionBackwardParams& p) {
-  ScratchParts parts(nullptr);
+  ScratchAllocator parts(nullptr);
   backward_of(p, parts);
   return parts.bytes();
 }
 
 void linear_attention_backward_cuda(const LinearAttentionBackwardParams& p, void* scratch, void* stream) {
-  ScratchParts parts(scratch);
+  ScratchAllocator parts(scratch);
   const Backward b = backward_of(p, parts);
   const Segments& s = b.plan.segments;
   const int64_t rows = p.batch * p.tokens;

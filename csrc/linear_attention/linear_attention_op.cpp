@@ -277,15 +277,15 @@ void LinearAttentionOnCuda::check(const LinearAttentionInputs& p) {
 }
 
 void LinearAttentionOnCuda::run(const LinearAttentionParams& p, const Tensor& q) {
-  const CudaTurn turn(q);
+  const CurrentStreamGuard guard(q);
   Tensor scratch = cuda_scratch(linear_attention_cuda_scratch(p), q);
-  linear_attention_cuda(p, scratch.mutable_data_ptr(), turn.stream());
+  linear_attention_cuda(p, scratch.mutable_data_ptr(), guard.stream());
 }
 
 void LinearAttentionOnCuda::run(const LinearAttentionBackwardParams& p, const Tensor& q) {
-  const CudaTurn turn(q);
+  const CurrentStreamGuard guard(q);
   Tensor scratch = cuda_scratch(linear_attention_backward_cuda_scratch(p), q);
-  linear_attention_backward_cuda(p, scratch.mutable_data_ptr(), turn.stream());
+  linear_attention_backward_cuda(p, scratch.mutable_data_ptr(), guard.stream());
 }
 #endif
 

@@ -29,7 +29,7 @@
 // where its results turn from columns into rows (and, for the gradient of log_decay, where the rows lie that
 // the results are multiplied by).
 //
-// Registers are what is scarce: 64 for S, 32 for out, 32 for P. here() keeps the compiler from holding
+// Registers are what is scarce: 64 for S, 32 for out, 32 for P. opaque() keeps the compiler from holding
 // addresses and indices over the loop as well.
 //
 // Calculated for an H200 (4.3 TB/s, 790 TFLOP/s; nothing here has run on a GPU), 16-bit elements, Dk = Dv =
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kThreads, 2) sweep(Sweep p) {
   using Keys = typename S::Keys;
   using Values = typename S::Values;
   using Scores = typename S::Scores;
-  constexpr int kChunk = S::kChunk, kDepth = kMmaDepth<T>;
+  constexpr int kChunk = S::kChunk, kDepth = kMmaK<T>;
   constexpr bool kNarrowRange = std::is_same_v<T, __half>;
   STATECORE_DYNAMIC_SHARED(shared);
   STATECORE_SHARED(ChunkDecay<kChunk>, decays, 2);
@@ -96,13 +96,13 @@ __global__ void __launch_bounds__(kThreads, 2) sweep(Sweep p) {
       const int head = block.item * p.group + g;
       if (has_out)
         load_tile<T, kChunk, kKeyWidth, kThreads>(stage, block.rows_of(p.q, head / p.q.shared, chunk.begin),
-                                                  here(p.q.time), chunk.length, p.key_width);
+                                                  opaque(p.q.time), chunk.length, p.key_width);
       load_tile<T, kChunk, kKeyWidth, kThreads>(stage + S::kKeyBytes,
                                                 block.rows_of(p.k, head / p.k.shared, chunk.begin),
-                                                here(p.k.time), chunk.length, p.key_width);
+                                                opaque(p.k.time), chunk.length, p.key_width);
       load_tile<T, kChunk, kSweepValues, kThreads>(
           stage + 2 * S::kKeyBytes, block.rows_of(p.v, head / p.v.shared, chunk.begin) + block.first_value,
-          here(p.v.time), p.adds_nothing ? 0 : chunk.length, block.values);
+          opaque(p.v.time), p.adds_nothing ? 0 : chunk.length, block.values);
     }
     cp_async_commit();
   };
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kThreads, 2) sweep(Sweep p) {
       unsigned char* const v = stage + 2 * S::kKeyBytes;
       const bool last_head = g + 1 == p.group;
       // Of this lane's accumulators. Everything that is computed from these would else fill registers.
-      const int first_row = here(accumulator_row(0)), first_column = here(accumulator_column(0));
+      const int first_row = opaque(accumulator_row(0)), first_column = opaque(accumulator_column(0));
       const auto row_of = [&](int i) { return first_row + i / 2 * 8; };
       const auto column_of = [&](int i) { return first_column + i % 2; };
 

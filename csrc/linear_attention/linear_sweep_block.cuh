@@ -86,7 +86,7 @@ __device__ __forceinline__ int row_exponent(const float (&x)[kTiles][4], int hal
 #pragma unroll
   for (int n = 0; n < kTiles; ++n)
     largest = fmaxf(largest, fmaxf(fabsf(x[n][2 * half]), fabsf(x[n][2 * half + 1])));
-  return range_exponent(row_max(largest));
+  return range_exponent(quad_max(largest));
 }
 
 // ---- y = segment + sigmoid(gate) x
@@ -127,9 +127,9 @@ struct SweepBlock {
     span = span_of(p.segments, slot(), kChunk);
   }
 
-  // Of the segment. here(), in this struct: what is needed once a chunk or less is not held in registers.
+  // Of the segment. opaque(), in this struct: what is needed once a chunk or less is not held in registers.
   __device__ __forceinline__ int slot() const {
-    return here(int(blockIdx.x)) / ((p.value_width + kSweepValues - 1) / kSweepValues * p.items);
+    return opaque(int(blockIdx.x)) / ((p.value_width + kSweepValues - 1) / kSweepValues * p.items);
   }
 
   __device__ __forceinline__ bool has_out() const { return p.out || p.out_float; }
@@ -139,18 +139,19 @@ struct SweepBlock {
     return chunk_of(span, p.reverse ? span.chunks - 1 - i : i, kChunk);
   }
   __device__ __forceinline__ const T* rows_of(const HeadsView& x, int head, int token) const {
-    return static_cast<const T*>(x.data) + here(span.row) * x.batch + int64_t(token) * x.time + head * x.head;
+    return static_cast<const T*>(x.data) + opaque(span.row) * x.batch + int64_t(token) * x.time +
+           head * x.head;
   }
   // Of [B * T, items, value_width].
   __device__ __forceinline__ int64_t at_out(const SweptChunk& chunk, int token, int value) const {
-    const int64_t row = int64_t(here(span.row)) * p.segments.tokens + chunk.begin + token;
+    const int64_t row = int64_t(opaque(span.row)) * p.segments.tokens + chunk.begin + token;
     return (row * p.items + item) * p.value_width + first_value + value;
   }
 
   __device__ __forceinline__ void load_decays(const SweptChunk& chunk, float (&log_decays)[kOwn]) const {
     const float* from = static_cast<const float*>(p.log_decay.data) +
-                        int64_t(here(span.row)) * p.log_decay.batch +
-                        here(item) / p.log_decay.shared * p.log_decay.head;
+                        int64_t(opaque(span.row)) * p.log_decay.batch +
+                        opaque(item) / p.log_decay.shared * p.log_decay.head;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       const int token = kOwn * lane_index() + i;
@@ -167,8 +168,8 @@ struct SweepBlock {
   }
   template <class Body>
   __device__ __forceinline__ void each_element(const SweepStates& states, const Body& body) const {
-    const int first_row = here(first_value + 16 * (int(threadIdx.x) / 32) + accumulator_row(0));
-    const int first_column = here(accumulator_column(0));
+    const int first_row = opaque(first_value + 16 * (int(threadIdx.x) / 32) + accumulator_row(0));
+    const int first_column = opaque(accumulator_column(0));
 #pragma unroll
     for (int n = 0; n < kKeyWidth / 8; ++n)
 #pragma unroll
@@ -178,7 +179,7 @@ struct SweepBlock {
       }
   }
   __device__ __forceinline__ float* step_state(int kind) const {
-    return p.step_states + (int64_t(here(int(blockIdx.x))) * 2 + kind - 1) * (kSweepValues * kKeyWidth) +
+    return p.step_states + (int64_t(opaque(int(blockIdx.x))) * 2 + kind - 1) * (kSweepValues * kKeyWidth) +
            threadIdx.x;
   }
   __device__ static __forceinline__ int in_step_state(int n, int i) { return (n * 4 + i) * kSweepThreads; }
@@ -263,7 +264,7 @@ struct SweepBlock {
 
   __device__ __forceinline__ void store_products(const SweptChunk& chunk, const Out& out,
                                                  unsigned char* tile) const {
-    const int lane = here(lane_index()), warp = int(threadIdx.x) / 32;
+    const int lane = opaque(lane_index()), warp = int(threadIdx.x) / 32;
     if (!p.products || 16 * warp >= values) return;
     const int value = 16 * warp + lane % kLanesOfRow * kPerLane;
     __syncwarp();
@@ -272,11 +273,11 @@ struct SweepBlock {
       *reinterpret_cast<uint4*>(tile + Values::offset(token, value)) = *reinterpret_cast<const uint4*>(
           rows_of(p.partner, item * p.group / p.partner.shared, chunk.begin + token) + first_value + value);
     __syncwarp();
-    float* const to =
-        p.products +
-        ((int64_t(first_value / 16 + warp) * p.batch + here(span.row)) * p.items + item) * p.segments.tokens +
-        chunk.begin;
-    const int first_token = here(accumulator_column(0)), first_row = here(16 * warp + accumulator_row(0));
+    float* const to = p.products +
+                      ((int64_t(first_value / 16 + warp) * p.batch + opaque(span.row)) * p.items + item) *
+                          p.segments.tokens +
+                      chunk.begin;
+    const int first_token = opaque(accumulator_column(0)), first_row = opaque(16 * warp + accumulator_row(0));
 #pragma unroll
     for (int n = 0; n < kChunk / 8; ++n)
 #pragma unroll
@@ -297,7 +298,7 @@ struct SweepBlock {
 
   // Out of the tile.
   __device__ __forceinline__ void store_rows(const SweptChunk& chunk, const unsigned char* tile) const {
-    const int lane = here(lane_index());
+    const int lane = opaque(lane_index());
     const int value = 16 * (int(threadIdx.x) / 32) + lane % kLanesOfRow * kPerLane;
     if (value >= values) return;
 #pragma unroll 1
@@ -315,9 +316,9 @@ struct SweepBlock {
 
   // From registers: a store covers 32 bytes of each of 4 tokens.
   __device__ __forceinline__ void store_floats(const SweptChunk& chunk, const Out& out) const {
-    const int first_token = here(accumulator_column(0));
-    const int first_row = here(16 * (int(threadIdx.x) / 32) + accumulator_row(0));
-    const int64_t time = here(int64_t(p.items) * p.value_width);
+    const int first_token = opaque(accumulator_column(0));
+    const int first_row = opaque(16 * (int(threadIdx.x) / 32) + accumulator_row(0));
+    const int64_t time = opaque(int64_t(p.items) * p.value_width);
     float* const to = p.out_float + at_out(chunk, 0, 0);
 #pragma unroll
     for (int n = 0; n < kChunk / 8; ++n)

@@ -105,13 +105,13 @@ __global__ void __launch_bounds__(kThreads, 2)
       mbarrier_init(full + 8 * stage, 1);
       mbarrier_init(empty + 8 * stage, kSweepWarps);
     }
-    mbarrier_init_fence();
+    fence_mbarrier_init();
   }
   __syncthreads();
 
   // ---- the producer
   if (warp >= kSweepWarps) {
-    lower_registers<kLoadRegisters>();
+    warpgroup_reg_dealloc<kLoadRegisters>();
     if (warp > kSweepWarps) return;
     float log_decays[Block::kOwn] = {};
     if (kDecays && span.chunks > 0) block.load_decays(block.chunk_at(0), log_decays);
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         if (lane == 0) {
           beside.chunks[stage] = chunk;
           if (!padding) {
-            mbarrier_expect(barrier, has_out ? L::kStageBytes : L::kStageBytes - L::kKeyBytes);
+            mbarrier_expect_tx(barrier, has_out ? L::kStageBytes : L::kStageBytes - L::kKeyBytes);
 #pragma unroll
             for (int key = 0; key < kKeyWidth; key += 64) {
               const uint32_t panel = key / 64 * kPanelBytes;
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
   } else {
     // ---- the four warps that multiply
-    raise_registers<kMathRegisters>();
+    warpgroup_reg_alloc<kMathRegisters>();
     const auto own_barrier = [] { named_barrier_sync(kSweepBarrier, kSweepThreads); };
     typename Block::State state;
     typename Block::Out out;
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     // In a panel [token, value], the lane's address for four transposed matrices: 16 tokens, the warp's
     // values.
     const auto own_values = [&] {
-      const int own = here(lane);
+      const int own = opaque(lane);
       return Panel::offset(own % 8 + own / 16 * 8, 16 * warp + own / 8 % 2 * 8);
     };
     int loads = 0;
@@ -232,10 +232,10 @@ __global__ void __launch_bounds__(kThreads, 2)
             if constexpr (kNarrowRange)
               exponents[0] = row_exponent(state, 0), exponents[1] = row_exponent(state, 1);
             to_operands(0);
-            wgmma_settle(flat(out));
+            wgmma_fence_operand(flat(out));
           }
           float scores[kChunk / 8][4];
-          wgmma_settle(flat(scores));
+          wgmma_fence_operand(flat(scores));
           wgmma_fence();
 #pragma unroll
           for (int depth = 0; depth < kKeyWidth; depth += 16)
@@ -244,11 +244,11 @@ __global__ void __launch_bounds__(kThreads, 2)
           wgmma_commit();
           if constexpr (reads_state) read_state(0);
           wgmma_wait<reads_state ? 1 : 0>();
-          wgmma_settle(flat(scores));
+          wgmma_fence_operand(flat(scores));
           own_barrier();  // A
           if (has_others || p.adds_nothing) hide_others();
 
-          const int first_row = 16 * warp + here(lane) / 4, first_column = here(lane) % 4 * 2;
+          const int first_row = 16 * warp + opaque(lane) / 4, first_column = opaque(lane) % 4 * 2;
           const auto each_score = [&](const auto& body) {
 #pragma unroll
             for (int n = 0; n < kChunk / 8; ++n)
@@ -283,7 +283,7 @@ __global__ void __launch_bounds__(kThreads, 2)
               if (lane % 4 == 0) beside.score_exponents[first_row + 8 * half] = exponent;
             }
           }
-          const int own = here(lane), store_row = 16 * warp + own % 16, store_column = own / 16 * 8;
+          const int own = opaque(lane), store_row = 16 * warp + own % 16, store_column = own / 16 * 8;
 #pragma unroll
           for (int n = 0; n < kChunk / 8; n += 2) {
             SplitA<T> parts;
@@ -295,14 +295,14 @@ __global__ void __launch_bounds__(kThreads, 2)
           fence_proxy_async();
           if constexpr (reads_state) {
             wgmma_wait<0>();
-            wgmma_settle(flat(out));
+            wgmma_fence_operand(flat(out));
             if constexpr (kKeyWidth == 128) {
               to_operands(64);
-              wgmma_settle(flat(out));
+              wgmma_fence_operand(flat(out));
               wgmma_fence();
               read_state(64);
               wgmma_wait<0>();
-              wgmma_settle(flat(out));
+              wgmma_fence_operand(flat(out));
             }
             if constexpr (kNarrowRange) {
 #pragma unroll
@@ -322,7 +322,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
         if (has_out) {
           first_head ? make_scores(std::true_type{}) : make_scores(std::false_type{});
-          const int first_column = here(lane) % 4 * 2;
+          const int first_column = opaque(lane) % 4 * 2;
           const auto scale_tokens = [&](const auto& factor) {
 #pragma unroll
             for (int n = 0; n < kChunk / 8; ++n)
@@ -333,7 +333,7 @@ __global__ void __launch_bounds__(kThreads, 2)
           if constexpr (kNarrowRange) scale_tokens(into_range);
 
           // ---- out^T += v^T scores^T
-          wgmma_settle(flat(out));
+          wgmma_fence_operand(flat(out));
           wgmma_fence();
 #pragma unroll
           for (int depth = 0; depth < kChunk; depth += 16)
@@ -344,7 +344,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                   k_major(base + L::kScores + part * kPanelBytes, kPanelBytes, 0, depth), true);
           wgmma_commit();
           wgmma_wait<0>();
-          wgmma_settle(flat(out));
+          wgmma_fence_operand(flat(out));
           if constexpr (kNarrowRange) scale_tokens(out_of_range);
         } else if (has_others || p.adds_nothing) {
           hide_others();
@@ -368,7 +368,7 @@ __global__ void __launch_bounds__(kThreads, 2)
             ldmatrix<true>(unscaled.r, v + own + 16 * i * 128);
             a[i] = scaled(unscaled, [&](int token) { return decay.to_state[16 * i + token]; });
           }
-          wgmma_settle(flat(state));
+          wgmma_fence_operand(flat(state));
           wgmma_fence();
 #pragma unroll
           for (int i = 0; i < kChunk / 16; ++i) {
@@ -378,7 +378,7 @@ __global__ void __launch_bounds__(kThreads, 2)
           }
           wgmma_commit();
         } else {
-          wgmma_settle(flat(state));
+          wgmma_fence_operand(flat(state));
           wgmma_fence();
 #pragma unroll
           for (int depth = 0; depth < kChunk; depth += 16)
@@ -408,7 +408,7 @@ __global__ void __launch_bounds__(kThreads, 2)
           }
         }
         wgmma_wait<0>();
-        wgmma_settle(flat(state));
+        wgmma_fence_operand(flat(state));
         release();
         if (kDecays && has_out && last_head) block.store_products(chunk, out, shared + L::kOut);
         if (!kDecays && p.reverse && last_head && chunk.ended >= 0)

@@ -161,14 +161,14 @@ void launch_forward(const SegmentAttentionParams& p, const DevicePlan& plan, voi
 }  // namespace
 
 int64_t segment_attention_cuda_scratch(const SegmentAttentionParams& p) {
-  ScratchParts parts(nullptr);
+  ScratchAllocator parts(nullptr);
   device_plan(p, parts);
   return parts.bytes();
 }
 
 void segment_attention_cuda(const SegmentAttentionParams& p, void* scratch, void* stream) {
   if (p.batch == 0 || p.queries == 0) return;
-  ScratchParts parts(scratch);
+  ScratchAllocator parts(scratch);
   const DevicePlan plan = device_plan(p, parts);
   make_plan(plan, stream);
   if (segment_attention_sm90_takes(p)) return segment_attention_sm90(p, plan, stream);

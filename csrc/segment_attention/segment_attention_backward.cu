@@ -86,8 +86,8 @@ __global__ void __launch_bounds__(kThreads) segment_statistics(Backward b) {
           queries.row * b.p.grad_out_batch + query * b.p.grad_out_time + head * b.p.grad_out_head;
       float sum = 0;
       if (4 * lane < p.value_width) {
-        const float4 x = load_four(p.dtype, p.out, at * p.value_width + 4 * lane);
-        const float4 y = load_four(p.dtype, b.p.grad_out, grad_at + 4 * lane);
+        const float4 x = load_vec4(p.dtype, p.out, at * p.value_width + 4 * lane);
+        const float4 y = load_vec4(p.dtype, b.p.grad_out, grad_at + 4 * lane);
         sum = x.x * y.x + x.y * y.y + (x.z * y.z + x.w * y.w);
       }
 #pragma unroll
@@ -369,9 +369,9 @@ __global__ void __launch_bounds__(kThreads) segment_add_pieces(Backward b) {
     }
     const int64_t head = (int64_t(keys.row) * b.plan.keys + keys.begin + row) * p.kv_heads + kv_head;
     if (column < dk)
-      store_four(p.dtype, b.p.grad_k, head * dk + column, sum);
+      store_vec4(p.dtype, b.p.grad_k, head * dk + column, sum);
     else
-      store_four(p.dtype, b.p.grad_v, head * dv + column - dk, sum);
+      store_vec4(p.dtype, b.p.grad_v, head * dv + column - dk, sum);
   }
 }
 
@@ -399,7 +399,7 @@ void launch_products(const Backward& b, void* stream) {
   launch_products<T, 128>(b, stream);
 }
 
-Backward in_scratch(const SegmentAttentionBackwardParams& params, ScratchParts& scratch) {
+Backward in_scratch(const SegmentAttentionBackwardParams& params, ScratchAllocator& scratch) {
   const SegmentAttentionParams& p = params.forward;
   Backward b{};
   b.p = params;
@@ -413,14 +413,14 @@ Backward in_scratch(const SegmentAttentionBackwardParams& params, ScratchParts& 
 }  // namespace
 
 int64_t segment_attention_backward_cuda_scratch(const SegmentAttentionBackwardParams& params) {
-  ScratchParts parts(nullptr);
+  ScratchAllocator parts(nullptr);
   in_scratch(params, parts);
   return parts.bytes();
 }
 
 void segment_attention_backward_cuda(const SegmentAttentionBackwardParams& params, void* scratch,
                                      void* stream) {
-  ScratchParts parts(scratch);
+  ScratchAllocator parts(scratch);
   const Backward b = in_scratch(params, parts);
   if (b.plan.tiles == 0) return;
   make_plan(b.plan, stream);

@@ -95,9 +95,9 @@ void prepare_for_cuda(SegmentAttentionParams& p, const Tensor& q, const Tensor& 
 }
 
 void run_segment_attention_on_cuda(const SegmentAttentionParams& p, const Tensor& q) {
-  const CudaTurn turn(q);
+  const CurrentStreamGuard guard(q);
   const Tensor scratch = cuda_scratch(segment_attention_cuda_scratch(p), q);
-  segment_attention_cuda(p, scratch.mutable_data_ptr(), turn.stream());
+  segment_attention_cuda(p, scratch.mutable_data_ptr(), guard.stream());
 }
 #endif
 
@@ -121,9 +121,9 @@ struct Cuda {
   static Tensor dense(const Tensor& x) { return aligned_for_cuda(x); }
   static void run(const SegmentAttentionParams& p, const Tensor& q) { run_segment_attention_on_cuda(p, q); }
   static void run(const SegmentAttentionBackwardParams& p, const Tensor& q) {
-    const CudaTurn turn(q);
+    const CurrentStreamGuard guard(q);
     const Tensor scratch = cuda_scratch(segment_attention_backward_cuda_scratch(p), q);
-    segment_attention_backward_cuda(p, scratch.mutable_data_ptr(), turn.stream());
+    segment_attention_backward_cuda(p, scratch.mutable_data_ptr(), guard.stream());
   }
 };
 #endif

@@ -186,7 +186,7 @@ __device__ __forceinline__ void produce(const Shared<kWidth>& shared, const Tens
       for (int g = 0; g < kGroups; ++g)
         shared.item->unit[g] = {queries[g].row, queries[g].begin, queries[g].end,
                                 kv_head * heads + (first + g) % heads};
-      mbarrier_arrive_expect(shared.queries_landed(), kGroups * kTileBytes);
+      mbarrier_arrive_expect_tx(shared.queries_landed(), kGroups * kTileBytes);
 #pragma unroll
       for (int g = 0; g < kGroups; ++g)
         load_tile<kWidth>(shared.queries(g), q, kv_head * heads + (first + g) % heads,
@@ -219,10 +219,10 @@ __device__ __forceinline__ void produce(const Shared<kWidth>& shared, const Tens
       mbarrier_wait(shared.stage_free(turn.stage), turn.parity ^ 1);
       __syncwarp();  // no lane still waits when lane 0 starts the next phase
       if (lane == 0) {
-        mbarrier_expect(shared.keys_landed(turn.stage), kTileBytes);
+        mbarrier_expect_tx(shared.keys_landed(turn.stage), kTileBytes);
         load_tile<kWidth>(shared.keys(turn.stage), k, kv_head, keys.begin, keys.row,
                           shared.keys_landed(turn.stage));
-        mbarrier_expect(shared.values_landed(turn.stage), kTileBytes);
+        mbarrier_expect_tx(shared.values_landed(turn.stage), kTileBytes);
         load_tile<kWidth>(shared.values(turn.stage), v, kv_head, keys.begin, keys.row,
                           shared.values_landed(turn.stage));
       }
@@ -321,7 +321,7 @@ __device__ __forceinline__ void attend(const Shared<kWidth>& shared, const Segme
     return false;
   };
   const auto multiply_keys = [&] {
-    wgmma_settle(flat(score));
+    wgmma_fence_operand(flat(score));
     wgmma_fence();
 #pragma unroll
     for (int d = 0; d < kDepths; ++d)
@@ -331,7 +331,7 @@ __device__ __forceinline__ void attend(const Shared<kWidth>& shared, const Segme
   };
   const auto multiply_values = [&](const Turn& of) {
     mbarrier_wait(shared.values_ready(of.stage), of.parity);
-    wgmma_settle(flat(out));
+    wgmma_fence_operand(flat(out));
     wgmma_fence();
 #pragma unroll
     for (int d = 0; d < kTileTokens / 16; ++d)
@@ -342,17 +342,17 @@ __device__ __forceinline__ void attend(const Shared<kWidth>& shared, const Segme
   };
   const auto finish_values = [&](const Turn& of) {
     wgmma_wait<0>();
-    wgmma_settle(flat(out));
+    wgmma_fence_operand(flat(out));
     release(of.stage);
   };
   const auto weigh = [&](float (&keeps)[2]) {
-    wgmma_settle(flat(score));
+    wgmma_fence_operand(flat(score));
     const int32_t* ends = shared.visible_end + turn.stage * kTileTokens;
     if (keys.flags & kMasked << group)
       hide_scores(score, keys.begin, token,
                   [&](int column) { return *reinterpret_cast<const int2*>(ends + column); });
     softmax.weigh(score, keeps);
-    wgmma_settle(flat(score));
+    wgmma_fence_operand(flat(score));
   };
   const auto round_weights = [&] {
 #pragma unroll
@@ -459,19 +459,19 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
       mbarrier_init(shared.values_ready(stage), 1);
       mbarrier_init(shared.stage_free(stage), 4 * kGroups);
     }
-    mbarrier_init_fence();
+    fence_mbarrier_init();
     prefetch_tensor_map(q), prefetch_tensor_map(k), prefetch_tensor_map(v);
   }
   __syncthreads();
   if (threadIdx.x >= 128 * kGroups) {
-    lower_registers<56>();
+    warpgroup_reg_dealloc<56>();
     const int warp = int(threadIdx.x) / 32 - 4 * kGroups;
     if (warp == 0)
       produce(shared, q, k, v, p, plan, items);
     else if (warp == 1)
       hide_values(shared);
   } else {
-    raise_registers<224>();
+    warpgroup_reg_alloc<224>();
     attend<T>(shared, p, plan);
   }
 #endif

@@ -74,7 +74,8 @@ __global__ void __launch_bounds__(kScanThreads) cut_work(DevicePlan plan, Device
 
 }  // namespace
 
-DevicePieces device_pieces(const SegmentAttentionParams& p, const DevicePlan& plan, ScratchParts& scratch) {
+DevicePieces device_pieces(const SegmentAttentionParams& p, const DevicePlan& plan,
+                           ScratchAllocator& scratch) {
   DevicePieces pieces{};
   pieces.group = int32_t(p.query_heads / p.kv_heads);
   const int64_t wanted = (kEnoughBlocks + p.kv_heads - 1) / p.kv_heads;

@@ -31,7 +31,7 @@ struct DevicePieces {
 };
 
 DevicePieces device_pieces(const SegmentAttentionParams& params, const DevicePlan& plan,
-                           ScratchParts& scratch);
+                           ScratchAllocator& scratch);
 
 // Fills in what `pieces` points to; the plan is made.
 void make_pieces(const DevicePlan& plan, const DevicePieces& pieces, void* stream);

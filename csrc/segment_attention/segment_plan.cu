@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(32 * kWarps) place_tiles(DevicePlan plan) {
 
 }  // namespace
 
-DevicePlan device_plan(const SegmentAttentionParams& p, ScratchParts& scratch) {
+DevicePlan device_plan(const SegmentAttentionParams& p, ScratchAllocator& scratch) {
   DevicePlan plan{};
   const int64_t row_tiles = (p.keys + kTileTokens - 1) / kTileTokens;
   const int64_t tiles = p.cu_seqlens ? p.keys / kTileTokens + p.sequences : p.batch * row_tiles;
@@ -204,7 +204,7 @@ DevicePlan device_plan(const SegmentAttentionParams& p, ScratchParts& scratch) {
 
 void make_plan(const DevicePlan& plan, void* stream) {
   if (plan.tiles == 0) return;
-  const LaunchShape shape{dim3(unsigned((plan.tiles + kWarps - 1) / kWarps)), dim3(32 * kWarps)};
+  const LaunchConfig shape{dim3(unsigned((plan.tiles + kWarps - 1) / kWarps)), dim3(32 * kWarps)};
   launch("segment_plan_ids", summarize_tiles, shape, stream, plan);
   launch("segment_plan_tiles", place_tiles, shape, stream, plan);
 }

@@ -57,7 +57,7 @@ struct DevicePlan {
 };
 
 // 5 bytes a token and 48 a sequence.
-DevicePlan device_plan(const SegmentAttentionParams& params, ScratchParts& scratch);
+DevicePlan device_plan(const SegmentAttentionParams& params, ScratchAllocator& scratch);
 
 // How many tiles have queries.
 inline int64_t query_tiles(const SegmentAttentionParams& p, const DevicePlan& plan) {

@@ -9,7 +9,7 @@
 namespace statecore {
 
 // Of the 4 lanes that share a row of accumulators.
-__device__ __forceinline__ float row_sum(float x) {
+__device__ __forceinline__ float quad_sum(float x) {
   x += __shfl_xor_sync(0xffffffffu, x, 1);
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
@@ -45,7 +45,7 @@ class Softmax {
       float highest = top_[i];
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) highest = fmaxf(highest, fmaxf(score[n][2 * i], score[n][2 * i + 1]));
-      highest = row_max(highest);
+      highest = quad_max(highest);
       const float shift = highest == -kInfinity ? 0 : highest * scale_;  // who has seen nobody yet
       keeps[i] = exp2_approx(top_[i] * scale_ - shift);
       top_[i] = highest;
@@ -64,7 +64,7 @@ class Softmax {
   // Weighted sums of values of row i become the result, 0 where nobody is there; returns the row's lse.
   template <int kTiles>
   __device__ __forceinline__ float finish(int i, bool there, float (&out)[kTiles][4]) const {
-    const float total = row_sum(sum_[i]), factor = 1 / total;
+    const float total = quad_sum(sum_[i]), factor = 1 / total;
 #pragma unroll
     for (int n = 0; n < kTiles; ++n)
 #pragma unroll

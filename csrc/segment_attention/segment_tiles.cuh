@@ -72,8 +72,7 @@ class RowOperands {
   __device__ __forceinline__ void hold() {
     if constexpr (kHeld) {
 #pragma unroll
-      for (int d = 0; d < kDepths; ++d)
-        load<false>(held_[d], Tile<T, kWidth>{}, tile_, row_, d * kMmaDepth<T>);
+      for (int d = 0; d < kDepths; ++d) load<false>(held_[d], Tile<T, kWidth>{}, tile_, row_, d * kMmaK<T>);
     }
   }
 
@@ -86,11 +85,11 @@ class RowOperands {
       if constexpr (kHeld)
         a = held_[d];
       else
-        load<false>(a, Tile<T, kWidth>{}, tile_, row_, d * kMmaDepth<T>);
+        load<false>(a, Tile<T, kWidth>{}, tile_, row_, d * kMmaK<T>);
 #pragma unroll
       for (int n = 0; n < kOthers / 16; ++n) {
         OperandB<T> b[2];
-        load<false>(b, Tile<T, kWidth>{}, other, 16 * n, d * kMmaDepth<T>);
+        load<false>(b, Tile<T, kWidth>{}, other, 16 * n, d * kMmaK<T>);
         mma(x[2 * n], a, b[0]);
         mma(x[2 * n + 1], a, b[1]);
       }
@@ -98,7 +97,7 @@ class RowOperands {
   }
 
  private:
-  static constexpr int kDepths = kWidth / kMmaDepth<T>;
+  static constexpr int kDepths = kWidth / kMmaK<T>;
   const unsigned char* tile_;
   int row_;
   OperandA<T> held_[kHeld ? kDepths : 1];
@@ -111,13 +110,13 @@ __device__ __forceinline__ void add_weighted_rows(float (&sums)[kColumns][4],
                                                   const float (&weights)[kRows / 8][4],
                                                   const unsigned char* rows, int column = 0) {
 #pragma unroll
-  for (int d = 0; d < kRows / kMmaDepth<T>; ++d) {
+  for (int d = 0; d < kRows / kMmaK<T>; ++d) {
     Weights a;
-    from_accumulators<T>(a, &weights[d * kMmaDepth<T> / 8]);
+    from_accumulators<T>(a, &weights[d * kMmaK<T> / 8]);
 #pragma unroll
     for (int n = 0; n < kColumns / 2; ++n) {
       OperandB<T> b[2];
-      load<true>(b, Tile<T, kWidth>{}, rows, d * kMmaDepth<T>, column + 16 * n);
+      load<true>(b, Tile<T, kWidth>{}, rows, d * kMmaK<T>, column + 16 * n);
       mma(sums[2 * n], a, b[0]);
       mma(sums[2 * n + 1], a, b[1]);
     }

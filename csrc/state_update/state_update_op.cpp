@@ -123,8 +123,8 @@ void run_on_cuda(const StateUpdateParams& p, const Tensor& q) {
   check_cuda_width("v", p.value_width);
   if (reinterpret_cast<uintptr_t>(p.states) % 16 != 0)
     refuse("states must start at a multiple of 16 bytes on CUDA; call .clone() on it first");
-  const CudaTurn turn(q);
-  state_update_cuda(p, turn.stream());
+  const CurrentStreamGuard guard(q);
+  state_update_cuda(p, guard.stream());
 }
 #endif
 

@@ -27,9 +27,9 @@ void cp_async_wait(int pending, const Where&);
 
 // ---- sm_90: see csrc/common/hopper.cuh
 void mbarrier_init(uint32_t barrier, unsigned arrivals, const Where&);
-void mbarrier_init_fence();
+void fence_mbarrier_init();
 void mbarrier_arrive(uint32_t barrier, const Where&);
-void mbarrier_expect(uint32_t barrier, unsigned bytes, const Where&);
+void mbarrier_expect_tx(uint32_t barrier, unsigned bytes, const Where&);
 void mbarrier_wait(uint32_t barrier, unsigned parity, const Where&);
 
 struct alignas(64) TensorMap {
@@ -58,7 +58,7 @@ void wgmma(Half, int n, float* d, const uint32_t* a_registers, uint64_t a, bool 
 void wgmma_fence();
 void wgmma_commit(const Where&);
 void wgmma_wait(int pending, const Where&);
-void wgmma_settle(const float* d, int count, const Where&);
+void wgmma_fence_operand(const float* d, int count, const Where&);
 
 // ---- barriers of some warps; without `waits` the thread only arrives
 void named_barrier(unsigned id, unsigned threads, bool waits, const Where&);

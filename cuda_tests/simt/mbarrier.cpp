@@ -51,7 +51,7 @@ void mbarrier_init(uint32_t address, unsigned arrivals, const Where& where) {
   barrier.copies = copies;
 }
 
-void mbarrier_init_fence() {
+void fence_mbarrier_init() {
   for (auto& [address, barrier] : running_block()->memory_barriers)
     if (barrier.initialised_by == running_thread()) barrier.fenced = true;
 }
@@ -65,7 +65,7 @@ void mbarrier_arrive(uint32_t address, const Where& where) {
   end_phase_if_complete(barrier, where);
 }
 
-void mbarrier_expect(uint32_t address, unsigned bytes, const Where& where) {
+void mbarrier_expect_tx(uint32_t address, unsigned bytes, const Where& where) {
   MemoryBarrier& barrier = memory_barrier(address, where);
   if (barrier.missing_arrivals == 0)
     fail(where, "mbarrier: bytes are expected after the last arrival of the phase");

@@ -230,7 +230,7 @@ void finish_stores(ThreadState& thread) {
 
 void fence_proxy_async() {
   fence_stores(*running_thread());
-  mbarrier_init_fence();
+  fence_mbarrier_init();
 }
 
 }  // namespace simt

@@ -226,11 +226,11 @@ void wgmma_wait(int pending, const Where& where) {
   wait_here(kWait, where);
 }
 
-void wgmma_settle(const float* d, int count, const Where& where) {
+void wgmma_fence_operand(const float* d, int count, const Where& where) {
   const unsigned self = running_thread()->id.index % kThreads;
   for (const auto& sums : own_warpgroup(where).in_flight)
     if (const float* begin = sums->registers[self]; begin && d < begin + sums->n / 2 && d + count > begin)
-      fail(where, "wgmma_settle: a wgmma that has not been waited for writes these registers");
+      fail(where, "wgmma_fence_operand: a wgmma that has not been waited for writes these registers");
 }
 
 void finish_products(ThreadState& thread) {

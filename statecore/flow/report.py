@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .flow import StepGains
+from .gains import StepGains
 
 RESULT_FILE = "flow.json"
 

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from .figures import new_figure
-from .metastable import (
+from ..figures import new_figure
+from ..outputs import new_folder, write_json
+from .theory import (
     BaseModel,
     Dense,
     Graph,
@@ -35,7 +36,6 @@ from .metastable import (
     warm_up_sweep,
     within_cluster_change,
 )
-from .outputs import new_folder, write_json
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The run

@@ -38,8 +38,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from .cache import StepCacheLayer, fork, snapshot
-from .modeling import StateCoreForCausalLM
+from ..cache import StepCacheLayer, fork, snapshot
+from ..modeling import StateCoreForCausalLM
 
 Method = Literal["difference", "posterior"]
 

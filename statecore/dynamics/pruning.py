@@ -38,10 +38,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from .cache import cache_bytes
-from .dynamics import POSITIONS, Head, Trajectory, cached_states, head_means, read_pieces
-from .modeling import LinearBranch, StateCoreForCausalLM
-from .ssd import SSDForCausalLM, SSDMixer
+from ..cache import cache_bytes
+from ..modeling import LinearBranch, StateCoreForCausalLM
+from ..ssd.model import SSDForCausalLM, SSDMixer
+from .recording import POSITIONS, Head, Trajectory, cached_states, head_means, read_pieces
 
 Order = Literal["joint", "reverse", "random"]
 Directions = Literal["leading", "trailing", "random"]

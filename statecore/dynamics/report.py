@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from .dynamics import EPSILON, Trajectory
-from .figures import new_figure
-from .outputs import write_json
+from ..figures import new_figure
+from ..outputs import write_json
+from .recording import EPSILON, Trajectory
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Pictures

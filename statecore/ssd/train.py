@@ -52,11 +52,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from .data import PromptFormat
-from .outputs import write_json, write_text
-from .ssd import SSDConfig, SSDForCausalLM
-from .traces import Fields, RowProblem, parse_trace, read_lines
-from .train import IGNORED, MuonAndAdamW
+from ..data import PromptFormat
+from ..outputs import write_json, write_text
+from ..traces import Fields, RowProblem, parse_trace, read_lines
+from ..train import IGNORED, MuonAndAdamW
+from .model import SSDConfig, SSDForCausalLM
 
 PAD, EOS = "<|pad|>", "<|end|>"
 EVALUATED_TOKENS = 16384  # of a packed batch in evaluation

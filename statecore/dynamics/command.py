@@ -16,19 +16,13 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Mamba2Config, PreTrainedModel
 
-from . import dynamics, segmentation
-from .adapter import is_adapter, load_adapter, save_adapter
-from .data import PATTERNS_FILE, load_prepared
-from .dynamics import EPSILON, POSITIONS, Trajectory, step_tokens, summarise
-from .dynamics_report import (
-    draw_heads,
-    draw_spectra,
-    draw_trajectories,
-    draw_variants,
-    dynamics_text,
-    variants_table,
-)
-from .outputs import new_folder, write_json
+from .. import segmentation
+from ..adapter import is_adapter, load_adapter, save_adapter
+from ..data import PATTERNS_FILE, load_prepared
+from ..outputs import new_folder, write_json
+from ..ssd.model import SSDForCausalLM
+from ..traces import RowProblem, read_lines
+from . import recording
 from .pruning import (
     Directions,
     Order,
@@ -43,8 +37,15 @@ from .pruning import (
     prune_heads,
     side_of_the_asymmetry,
 )
-from .ssd import SSDForCausalLM
-from .traces import RowProblem, read_lines
+from .recording import EPSILON, POSITIONS, Trajectory, step_tokens, summarise
+from .report import (
+    draw_heads,
+    draw_spectra,
+    draw_trajectories,
+    draw_variants,
+    dynamics_text,
+    variants_table,
+)
 
 RECORD_FILE, PRUNING_FILE = "dynamics.json", "pruning.json"
 HELD_OUT = 0.2  # of the texts, where no held-out ones are named
@@ -263,7 +264,7 @@ def record(
 
 def record_texts(model: PreTrainedModel, texts: Sequence[Text], **options: Any) -> list[Trajectory]:
     return [
-        dynamics.record(model, text.tokens, name=text.name, step_ends=text.step_ends, **options)
+        recording.record(model, text.tokens, name=text.name, step_ends=text.step_ends, **options)
         for text in tqdm(texts, desc="recording", unit="text")
     ]
 

@@ -20,14 +20,14 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from . import segmentation
-from .adapter import is_adapter, load_adapter
-from .data import PATTERNS_FILE, Prepared, PromptFormat, load_prepared
-from .flow import Method, StepGains, mark_steps, prompted_gains, step_gains
-from .flow_report import RESULT_FILE, Chain, Summary, draw_summary, draw_trace, report, steps_text
-from .modeling import StateCoreForCausalLM
-from .outputs import new_file, new_folder, write_json
-from .traces import Fields, RowProblem, StepRules, Tokenised, parse_trace, read_jsonl, read_lines, tokenise
+from .. import segmentation
+from ..adapter import is_adapter, load_adapter
+from ..data import PATTERNS_FILE, Prepared, PromptFormat, load_prepared
+from ..modeling import StateCoreForCausalLM
+from ..outputs import new_file, new_folder, write_json
+from ..traces import Fields, RowProblem, StepRules, Tokenised, parse_trace, read_jsonl, read_lines, tokenise
+from .gains import Method, StepGains, mark_steps, prompted_gains, step_gains
+from .report import RESULT_FILE, Chain, Summary, draw_summary, draw_trace, report, steps_text
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Traces

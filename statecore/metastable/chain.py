@@ -22,11 +22,11 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 from tqdm.auto import tqdm
 
-from .data import PATTERNS_FILE
-from .figures import new_figure
-from .metastable_world import without
-from .outputs import new_folder, write_json
-from .traces import RowProblem, read_lines
+from ..data import PATTERNS_FILE
+from ..figures import new_figure
+from ..outputs import new_folder, write_json
+from ..traces import RowProblem, read_lines
+from .world_command import without
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The chain between thinking patterns

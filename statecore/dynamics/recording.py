@@ -46,8 +46,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
-from .cache import StepCacheLayer
-from .ssd import SSDCacheLayer, SSDConfig
+from ..cache import StepCacheLayer
+from ..ssd.model import SSDCacheLayer, SSDConfig
 
 EPSILON = 1e-4
 POSITIONS = (32, 64, 128, 256, 512, 1024, 2048, 4096)

@@ -39,12 +39,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from . import ops, steps
-from .cache import StepCacheLayer
-from .config import LAYER_TYPE as STEP_LAYER_TYPE
-from .config import StateCoreLlamaConfig, check_pruned
-from .modeling import LinearBranch, LlamaMixedAttention, Widen
-from .steps import Segments
+from .. import ops, steps
+from ..cache import StepCacheLayer
+from ..config import LAYER_TYPE as STEP_LAYER_TYPE
+from ..config import StateCoreLlamaConfig, check_pruned
+from ..modeling import LinearBranch, LlamaMixedAttention, Widen
+from ..steps import Segments
 
 SSD_LAYER_TYPE = "statecore_ssd"
 SSD, ATTENTION, MIXED_ATTENTION = KINDS = ("ssd", "attention", "mixed_attention")
