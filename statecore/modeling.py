@@ -18,17 +18,15 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.llama import modeling_llama as llama
-from transformers.models.qwen2 import modeling_qwen2 as qwen2
-from transformers.models.qwen3 import modeling_qwen3 as qwen3
+from transformers.models.llama.modeling_llama import rotate_half
 
 from . import ops, steps
 from .cache import StepCacheLayer
-from .config import LAYER_TYPE, StateCoreLlamaConfig, StateCoreQwen2Config, StateCoreQwen3Config, StepConfig
+from .config import LAYER_TYPE, StepConfig
 from .steps import Slots, StepContext
 
 
@@ -264,7 +262,7 @@ def rotate(heads: list[Tensor], position_embeddings: tuple[Tensor, Tensor]) -> t
     """RoPE on several [B, T, H, D] at once, the same in all families; keeps the dtype, which autocast would not."""
     cos, sin = (x.unsqueeze(2) for x in position_embeddings)
     together = torch.cat(heads, 2)
-    rotated = (together * cos + llama.rotate_half(together) * sin).to(together.dtype)
+    rotated = (together * cos + rotate_half(together) * sin).to(together.dtype)
     return rotated.split([x.shape[2] for x in heads], 2)
 
 
@@ -320,6 +318,11 @@ class StateCoreModel(Switches):
 
     def __init__(self, config: StepConfig):
         super().__init__(config)
+        if type(self.embed_tokens) is not nn.Embedding:
+            raise TypeError(
+                f"{type(self).__name__} replaces its base's embedding, which must be a plain nn.Embedding, "
+                f"got {type(self.embed_tokens).__name__}"
+            )
         self.mode = Mode()
         self.embed_tokens = StepEmbedding(config, self.mode)
         for index, layer in enumerate(self.layers):
@@ -460,53 +463,12 @@ class StateCoreForCausalLM(Switches):
         return embeddings
 
 
-class Qwen2MixedAttention(MixedAttention, qwen2.Qwen2Attention):
-    pass
+def __getattr__(name: str):
+    if not name.startswith("__") and hasattr(families, name):
+        return getattr(families, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-class StateCoreQwen2Model(StateCoreModel, qwen2.Qwen2Model):
-    config_class = StateCoreQwen2Config
-    attention_class = Qwen2MixedAttention
-
-
-class StateCoreQwen2ForCausalLM(StateCoreForCausalLM, qwen2.Qwen2ForCausalLM):
-    config_class = StateCoreQwen2Config
-    model_class = StateCoreQwen2Model
-
-
-class Qwen3MixedAttention(MixedAttention, qwen3.Qwen3Attention):
-    def normalise(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return self.q_norm(q), self.k_norm(k)
-
-
-class StateCoreQwen3Model(StateCoreModel, qwen3.Qwen3Model):
-    config_class = StateCoreQwen3Config
-    attention_class = Qwen3MixedAttention
-
-
-class StateCoreQwen3ForCausalLM(StateCoreForCausalLM, qwen3.Qwen3ForCausalLM):
-    config_class = StateCoreQwen3Config
-    model_class = StateCoreQwen3Model
-
-
-class LlamaMixedAttention(MixedAttention, llama.LlamaAttention):
-    pass
-
-
-class StateCoreLlamaModel(StateCoreModel, llama.LlamaModel):
-    config_class = StateCoreLlamaConfig
-    attention_class = LlamaMixedAttention
-
-    def layer_mask(self, mask: Tensor | None) -> Tensor | None:
-        return mask
-
-
-class StateCoreLlamaForCausalLM(StateCoreForCausalLM, llama.LlamaForCausalLM):
-    config_class = StateCoreLlamaConfig
-    model_class = StateCoreLlamaModel
-
-
-CAUSAL_LM_CLASSES = (StateCoreQwen2ForCausalLM, StateCoreQwen3ForCausalLM, StateCoreLlamaForCausalLM)
-for _causal_lm in CAUSAL_LM_CLASSES:
-    AutoModel.register(_causal_lm.config_class, _causal_lm.model_class, exist_ok=True)
-    AutoModelForCausalLM.register(_causal_lm.config_class, _causal_lm, exist_ok=True)
+# Registers every family with transformers' Auto classes. families.py builds on this module, hence the import at its end
+# and the lookup above: whichever of the two is imported first, the other one's names are not there yet.
+from . import families  # noqa: E402

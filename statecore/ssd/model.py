@@ -42,8 +42,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from .. import ops, steps
 from ..cache import StepCacheLayer
 from ..config import LAYER_TYPE as STEP_LAYER_TYPE
-from ..config import StateCoreLlamaConfig, check_pruned
-from ..modeling import LinearBranch, LlamaMixedAttention, Widen
+from ..config import check_pruned
+from ..families import LlamaMixedAttention, StateCoreLlamaConfig
+from ..modeling import LinearBranch, Widen
 from ..steps import StepContext
 
 SSD_LAYER_TYPE = "statecore_ssd"
