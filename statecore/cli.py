@@ -27,7 +27,7 @@ COMMANDS = {
     "train": ("statecore.train:main", "Distil a base model into a state-transition model."),
     "generate": ("statecore.generate:generate", "Decode step by step with constant memory."),
     "metastable": (
-        {"world": "statecore.metastable.world_command:world", "traces": "statecore.metastable.chain:traces"},
+        {"world": "statecore.metastable.world_command:world", "traces": "statecore.metastable.traces_command:traces"},
         "Chains of dense clusters and rare edges: a made world, and the chain of real traces.",
     ),
     "flow": ("statecore.flow.command:flow", "Show how much each step of a trace tells about its answer."),
