@@ -181,7 +181,7 @@ def test_tracker_follows_the_rule_of_the_model():
         markers = torch.rand(40) < 0.4
         tokens[markers] = torch.tensor(STARTS + ENDS)[torch.randint(0, 6, (int(markers.sum()),))]
         rows = model.get_input_embeddings().step_rows(tokens[None])
-        ids = steps.derive(rows, 3, torch.ones(1, 40).bool()).ids[0].tolist()
+        ids = steps.steps_from_markers(rows, 3, torch.ones(1, 40).bool()).ids[0].tolist()
         tracker = decoding.StepTracker(model.config, tokens[:7].tolist())
         for token in tokens[7:].tolist():
             tracker.feed(token)

@@ -113,7 +113,7 @@ class StepGrammar(LogitsProcessor):
 
 
 class StepTracker:
-    """Follows one row token by token with the rule of statecore.steps.derive; holds the steps after its
+    """Follows one row token by token with the rule of statecore.steps; holds the steps after its
     prompt.
     """
 
