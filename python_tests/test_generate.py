@@ -14,6 +14,7 @@ from statecore import generate as decoding
 from statecore import steps
 from statecore.adapter import convert, save_adapter
 from statecore.cache import cache_bytes
+from statecore.loading import load_state_transition_model
 
 # Random models hardly ever write a marker: these make steps come and go.
 BIAS = {(token,): 4.0 for token in STARTS + ENDS}
@@ -180,7 +181,7 @@ def test_tracker_follows_the_rule_of_the_model():
         markers = torch.rand(40) < 0.4
         tokens[markers] = torch.tensor(STARTS + ENDS)[torch.randint(0, 6, (int(markers.sum()),))]
         rows = model.get_input_embeddings().step_rows(tokens[None])
-        ids = steps.derive(rows, 3, torch.ones(1, 40).bool()).ids[0].tolist()
+        ids = steps.steps_from_markers(rows, 3, torch.ones(1, 40).bool()).ids[0].tolist()
         tracker = decoding.StepTracker(model.config, tokens[:7].tolist())
         for token in tokens[7:].tolist():
             tracker.feed(token)
@@ -366,7 +367,7 @@ def test_generate_refuses(adapter, tmp_path, tokenizer):
     with pytest.raises(
         ValueError, match="must be a state-transition checkpoint or an adapter folder, got a plain Qwen2"
     ):
-        decoding.load_model(adapter.parent / "base")
+        load_state_transition_model(adapter.parent / "base")
     with pytest.raises(ValueError, match="no chat template"):
         decoding.generate(adapter, prompt="w3")
     with pytest.raises(ValueError, match="pass `tokenizer`"):

@@ -18,13 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LogitsProcessor, PreTrainedTokenizerBase
+from transformers import DynamicCache, LogitsProcessor, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from .adapter import is_adapter, load_adapter
 from .cache import cache_bytes
 from .config import StepConfig
-from .data import PATTERNS_FILE, PromptFormat
+from .loading import load_prompt_format, load_state_transition_model, load_tokenizer
 from .modeling import StateCoreForCausalLM
 from .segmentation import encode
 
@@ -114,7 +113,7 @@ class StepGrammar(LogitsProcessor):
 
 
 class StepTracker:
-    """Follows one row token by token with the rule of statecore.steps.derive; holds the steps after its
+    """Follows one row token by token with the rule of statecore.steps; holds the steps after its
     prompt.
     """
 
@@ -325,8 +324,11 @@ def generate(
     if not rows:
         return []
     folder = None if isinstance(model, StateCoreForCausalLM) else Path(model)
-    tokenizer = _load_tokenizer(tokenizer, folder)
-    model = load_model(model, base)
+    if tokenizer is None and folder is None:
+        raise ValueError("a model that is already loaded needs its tokenizer: pass `tokenizer`")
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        tokenizer = load_tokenizer(folder if tokenizer is None else tokenizer)
+    model = load_state_transition_model(model, base)
     token_ids = _encode(tokenizer, [text for _, text in rows], folder, raw)
     show = output is None and not quiet
     results = []
@@ -355,24 +357,6 @@ def generate(
             results += generations
             progress.update(len(batch))
     return results
-
-
-def load_model(
-    model: str | os.PathLike | StateCoreForCausalLM, base: str | os.PathLike | None = None
-) -> StateCoreForCausalLM:
-    """A model from an adapter folder or a state-transition checkpoint, on the GPU where there is one."""
-    if isinstance(model, StateCoreForCausalLM):
-        return model
-    if is_adapter(model):
-        loaded = load_adapter(base, model)
-    else:
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
-    if not isinstance(loaded, StateCoreForCausalLM):
-        raise ValueError(
-            f"{model} must be a state-transition checkpoint or an adapter folder, got a plain {type(loaded).__name__}: "
-            "train one with `statecore train`"
-        )
-    return loaded.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class _StepPrinter:
@@ -460,25 +444,12 @@ def _append_line(output: Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
 
-def _load_tokenizer(
-    tokenizer: str | os.PathLike | PreTrainedTokenizerBase | None, folder: Path | None
-) -> PreTrainedTokenizerBase:
-    if tokenizer is None and folder is None:
-        raise ValueError("a model that is already loaded needs its tokenizer: pass `tokenizer`")
-    if tokenizer is None:
-        tokenizer = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
-    return AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, (str, os.PathLike)) else tokenizer
-
-
 def _encode(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], folder: Path | None, raw: bool
 ) -> list[list[int]]:
     """Token ids of prompts, put together as `statecore prepare` put them (patterns.json beside the model says how)."""
-
     if not raw:
-        described = folder / PATTERNS_FILE if folder is not None else None
-        known = json.loads(described.read_text(encoding="utf-8")) if described and described.is_file() else {}
-        form = PromptFormat(**known.get("prompt", {}))
+        form = load_prompt_format(folder)
         if form.template is None and not tokenizer.chat_template:
             raise ValueError("the tokenizer has no chat template and the model's folder no patterns.json: use `raw`")
         texts = [form.prompt_text(tokenizer, [{"role": "user", "content": text}]) for text in texts]

@@ -298,9 +298,9 @@ class StateCoreTrainer(Trainer):
 def split_inputs(inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """A collator's batch -> arguments of the student's and of the teacher's forward pass."""
     names = ("input_ids", "attention_mask", "position_ids", "seq_idx", "cu_seq_lens_q")
-    own = {name: inputs[name] for name in names if name in inputs}
+    own = {name: inputs[name] for name in ("step_ids", *names) if name in inputs}
     teacher = {name: inputs[f"teacher_{name}"] for name in names if f"teacher_{name}" in inputs}
-    return own | {"segment_ids": inputs["step_ids"]}, teacher
+    return own, teacher
 
 
 def last_hidden_state(model: nn.Module, state_model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:

@@ -44,7 +44,7 @@ from ..cache import StepCacheLayer
 from ..config import LAYER_TYPE as STEP_LAYER_TYPE
 from ..config import StateCoreLlamaConfig, check_pruned
 from ..modeling import LinearBranch, LlamaMixedAttention, Widen
-from ..steps import Segments
+from ..steps import StepContext
 
 SSD_LAYER_TYPE = "statecore_ssd"
 SSD, ATTENTION, MIXED_ATTENTION = KINDS = ("ssd", "attention", "mixed_attention")
@@ -502,7 +502,7 @@ class Pass:
     real: Tensor | None  # bool [B, T], None: no padding
     packing: Packing | None
     rotation: tuple[Tensor, Tensor] | None  # of the attention layers
-    segments: dict[str, Segments]  # by kind
+    step_contexts: dict[str, StepContext]  # by kind
 
 
 class SSDBlock(GradientCheckpointingLayer):
@@ -525,7 +525,7 @@ class SSDBlock(GradientCheckpointingLayer):
             mixed = self.mixer(normed, layer, now.real, now.packing)
         else:
             mixed, _ = self.mixer(
-                normed, now.rotation, past_key_values=past_key_values, segments=now.segments[self.kind]
+                normed, now.rotation, past_key_values=past_key_values, step_context=now.step_contexts[self.kind]
             )
         return (_at_least_float32(hidden_states) if self.residual_in_fp32 else hidden_states) + mixed
 
@@ -590,20 +590,21 @@ class SSDModel(SSDPreTrainedModel):
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
         past_key_values: DynamicCache | None = None, inputs_embeds: Tensor | None = None, use_cache: bool | None = None,
-        segment_ids: Tensor | None = None, cu_seq_lens_q: Tensor | None = None, seq_idx: Tensor | None = None,
+        step_ids: Tensor | None = None, cu_seq_lens_q: Tensor | None = None, seq_idx: Tensor | None = None,
         output_hidden_states: bool | None = None, **kwargs,
     ) -> BaseModelOutputWithPast:  # fmt: skip
         """attention_mask: [B, seen + T], 0 for padding, which stands before or behind a sequence. cu_seq_lens_q,
         seq_idx, or position_ids that begin anew: packed sequences, one row; each starts with empty states.
-        segment_ids: int [B, T], step ids for mixed attention layers in place of those derived from input_ids.
+        step_ids: int [B, T], for mixed attention layers in place of those derived from input_ids.
         """
+        step_ids = steps.accept_segment_ids(step_ids, kwargs)
         if "cache_params" in kwargs:
             raise ValueError("the cache is called past_key_values here, got cache_params")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected either input_ids or inputs_embeds")
         hidden = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         free = attention_mask is None and past_key_values is None
-        packed = steps.find_packed(cu_seq_lens_q, seq_idx, position_ids if free else None, len(hidden))
+        packed = steps.packed_cu_seqlens(cu_seq_lens_q, seq_idx, position_ids if free else None, len(hidden))
         if packed is not None:
             if past_key_values is not None:
                 raise ValueError("packed sequences cannot be cached: give each sequence a row of its own")
@@ -614,7 +615,7 @@ class SSDModel(SSDPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         self._check_cache(past_key_values)
-        now = self._plan(hidden, input_ids, attention_mask, position_ids, past_key_values, segment_ids, packed)
+        now = self._plan(hidden, input_ids, attention_mask, position_ids, past_key_values, step_ids, packed)
         every = [hidden]
         for block in self.layers:
             hidden = block(hidden, now=now, past_key_values=past_key_values)
@@ -634,10 +635,10 @@ class SSDModel(SSDPreTrainedModel):
 
     def _plan(
         self, hidden: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None, position_ids: Tensor | None,
-        cache: Cache | None, segment_ids: Tensor | None, packed: Tensor | None,
+        cache: Cache | None, step_ids: Tensor | None, packed: Tensor | None,
     ) -> Pass:  # fmt: skip
         time, kinds = hidden.shape[1], self.config.kinds
-        real = steps.real_tokens(attention_mask, hidden)
+        real = steps.valid_tokens(attention_mask, hidden)
         padded = attention_mask is not None and not bool(real.all())
         packing = None if packed is None else Packing.of(packed, time, self.config.conv_kernel - 1)
         if self.step_config is None:
@@ -646,21 +647,21 @@ class SSDModel(SSDPreTrainedModel):
             seen = 0 if cache is None else cache.get_seq_length()
             fresh = torch.arange(seen, seen + time, device=hidden.device)[None]
             position_ids = fresh if packed is None else steps.packed_positions(packed, time)
-        segments = {}
+        contexts = {}
         for kind in {*kinds} - {SSD}:
             slots = None if cache is None else cache.layers[kinds.index(kind)].slots
             mixed, config = kind == MIXED_ATTENTION, self.step_config
             if not mixed:
-                found = steps.given(torch.zeros_like(real, dtype=torch.int32), real)
-            elif segment_ids is not None:
-                found = steps.given(segment_ids, real)
+                found = steps.steps_from_ids(torch.zeros_like(real, dtype=torch.int32), real)
+            elif step_ids is not None:
+                found = steps.steps_from_ids(step_ids, real)
             else:
-                found = steps.derive(
+                found = steps.steps_from_markers(
                     self._step_rows(input_ids, real), len(config.step_start_token_ids), real, slots, packed
                 )
             alpha = config.alpha_table(hidden.device) if mixed else torch.zeros(1, device=hidden.device)
-            segments[kind] = steps.plan(found, slots, alpha, packed, mixed, cache is not None)
-        return Pass(real if padded else None, packing, self.rotary_emb(hidden, position_ids), segments)
+            contexts[kind] = steps.make_context(found, slots, alpha, packed, mixed, cache is not None)
+        return Pass(real if padded else None, packing, self.rotary_emb(hidden, position_ids), contexts)
 
     def _step_rows(self, input_ids: Tensor | None, real: Tensor) -> Tensor:
         """int64 [B, T]: index into the step tokens, -1 for ordinary tokens."""
@@ -690,15 +691,16 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
         past_key_values: DynamicCache | None = None, inputs_embeds: Tensor | None = None, labels: Tensor | None = None,
-        use_cache: bool | None = None, segment_ids: Tensor | None = None, cu_seq_lens_q: Tensor | None = None,
+        use_cache: bool | None = None, step_ids: Tensor | None = None, cu_seq_lens_q: Tensor | None = None,
         seq_idx: Tensor | None = None, logits_to_keep: int | Tensor = 0, output_hidden_states: bool | None = None,
         cache_params: None = None, **kwargs,
     ) -> CausalLMOutputWithPast:  # fmt: skip
         """The arguments of SSDModel.forward. labels: [B, T], not shifted, -100 where nothing is predicted."""
+        step_ids = steps.accept_segment_ids(step_ids, kwargs)
         if cache_params is not None:
             raise ValueError("the cache is called past_key_values here, got cache_params")
         outputs = self.backbone(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, segment_ids,
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, step_ids,
             cu_seq_lens_q, seq_idx, output_hidden_states,
         )  # fmt: skip
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
