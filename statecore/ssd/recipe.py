@@ -19,9 +19,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..data import PromptFormat
+from ..settings import read_yaml
 
 
 @dataclass
@@ -105,13 +104,9 @@ class Recipe:
 
 
 def read_recipe(path: str | Path) -> Recipe:
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).is_file():
         raise FileNotFoundError(f"there is no recipe {path}: recipes/ssd-tiny.yaml is one to start from")
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold `name: value` lines, got {type(values).__name__}")
-    return parse_recipe(values, str(path))
+    return parse_recipe(read_yaml(path), str(path))
 
 
 def parse_recipe(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
