@@ -14,8 +14,11 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Mamba2
 from transformers.models.mamba2 import modeling_mamba2
 
 from statecore import cache as caches
-from statecore.ssd import Packing, SSDCacheLayer, SSDConfig, SSDForCausalLM, SSDMixer, ssd_scan, ssd_step, ssm_states
-from statecore.ssd import train as ssd_train
+from statecore.ssd import SSDCacheLayer, SSDConfig, SSDForCausalLM, SSDMixer, evaluation, ssd_scan, ssd_step, ssm_states
+from statecore.ssd.model import Packing
+from statecore.ssd.recipe import Source, parse_recipe, read_recipe
+from statecore.ssd.rows import Row, passes, programs, rows_of
+from statecore.ssd.train import Curriculum, SkipNonFinite, run_recipe, ssd
 
 PAD, EOS = 0, 1
 SMALL = {
@@ -540,7 +543,7 @@ def changed(**values) -> dict:
 
 
 def train(values: dict, folder, **options) -> dict:
-    return ssd_train.run_recipe(ssd_train.parse_recipe(values), folder, **({"ablate": False, "seed": 0} | options))
+    return run_recipe(parse_recipe(values), folder, **({"ablate": False, "seed": 0} | options))
 
 
 def test_curriculum_trains_saves_and_compares(tmp_path):
@@ -576,8 +579,8 @@ def test_curriculum_starts_from_a_checkpoint_and_pads_or_packs_alike(tmp_path):
 
 
 def test_programs_are_solved_and_reproducible():
-    rows = [row for row, _ in zip(ssd_train.programs(steps=[3, 5], seed=4), range(50), strict=False)]
-    again = [row for row, _ in zip(ssd_train.programs(steps=[3, 5], seed=4), range(50), strict=False)]
+    rows = [row for row, _ in zip(programs(steps=[3, 5], seed=4), range(50), strict=False)]
+    again = [row for row, _ in zip(programs(steps=[3, 5], seed=4), range(50), strict=False)]
     assert rows == again
     for row in rows:
         *statements, question = row["problem"].split(".")
@@ -603,11 +606,11 @@ def test_filters():
         ({"bench": {"none_of": ["none"]}}, False),
         ({"bench": {"any_of": ["none", "x"]}, "tokens": {"max": 4}}, False),
     ]:
-        assert ssd_train.passes(row, conditions, "source") == expected, conditions
+        assert passes(row, conditions, "source") == expected, conditions
     with pytest.raises(ValueError, match="source: the filter needs field 'length'; the row has 'tokens', 'correct'"):
-        ssd_train.passes(row, {"length": 3}, "source")
+        passes(row, {"length": 3}, "source")
     with pytest.raises(ValueError, match="filter of 'tokens' has the unknown 'most'; known are min, max"):
-        ssd_train.passes(row, {"tokens": {"most": 3}}, "source")
+        passes(row, {"tokens": {"most": 3}}, "source")
 
 
 def test_sources_are_files_and_parts_do_not_overlap(tmp_path):
@@ -616,8 +619,8 @@ def test_sources_are_files_and_parts_do_not_overlap(tmp_path):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows) + "no json\n")
 
     def ids(**fields) -> list[str]:
-        found = ssd_train.rows_of(ssd_train.Source(source=str(file), **fields))
-        return [row["id"] for row in found if isinstance(row, dict)]
+        found = rows_of(Source(source=str(file), **fields))
+        return [row.id for row in found if isinstance(row, Row)]
 
     assert ids(rows=3) == ["1", "2", "3"]  # the first has no thinking
     low, high = ids(part=[0.0, 0.3]), ids(part=[0.3, 1.0])
@@ -627,7 +630,7 @@ def test_sources_are_files_and_parts_do_not_overlap(tmp_path):
 
 
 def test_updates_with_bad_gradients_are_skipped():
-    model, skip = small_model(torch.float32), ssd_train.SkipNonFinite()
+    model, skip = small_model(torch.float32), SkipNonFinite()
     for value, skipped in ((1.0, 0), (math.nan, 1), (math.inf, 2)):
         for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter)
@@ -664,32 +667,32 @@ def test_recipes_refuse(values, message, tmp_path):
 
 
 def test_held_out_loss_is_that_of_the_rows_one_by_one(tmp_path, monkeypatch):
-    recipe = ssd_train.parse_recipe(changed())
-    made = ssd_train.Curriculum(recipe, tmp_path, tmp_path, 0, lambda text: None)
+    recipe = parse_recipe(changed())
+    made = Curriculum(recipe, tmp_path, tmp_path, 0, lambda text: None)
     model, rows = small_model(vocab_size=len(made.tokenizer)), made.held_out[0][1]
     wanted = tokens_ = 0.0
     for row in rows:
         ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
         count = int((labels[0, 1:] >= 0).sum())
         wanted, tokens_ = wanted + model(ids, labels=labels).loss.item() * count, tokens_ + count
-    for largest in (1, 70, 10_000):
-        monkeypatch.setattr(ssd_train, "EVALUATED_TOKENS", largest)
-        assert ssd_train.held_out_loss(model, rows) == pytest.approx(wanted / tokens_, rel=1e-5)
+    for max_tokens in (1, 70, 10_000):
+        monkeypatch.setattr(evaluation, "MAX_PACK_TOKENS", max_tokens)
+        assert evaluation.held_out_loss(model, rows) == pytest.approx(wanted / tokens_, rel=1e-5)
 
 
 def test_programs_refuse():
     with pytest.raises(ValueError, match=r"steps must be .* got"):
-        next(ssd_train.programs(steps=[0, 3]))
+        next(programs(steps=[0, 3]))
     with pytest.raises(ValueError, match="operations may be"):
-        next(ssd_train.programs(steps=[1, 3], operations=["*"]))
+        next(programs(steps=[1, 3], operations=["*"]))
     with pytest.raises(ValueError, match=r"programs: .*unexpected keyword argument 'depth'"):
-        next(ssd_train.rows_of(ssd_train.Source(programs={"depth": 3}, rows=1)))
+        next(rows_of(Source(programs={"depth": 3}, rows=1)))
 
 
 def test_command_reads_every_committed_recipe(tmp_path):
     folder = Path(__file__).parents[1] / "recipes"
-    found = {path.name: ssd_train.read_recipe(path) for path in folder.glob("ssd-*.yaml")}
+    found = {path.name: read_recipe(path) for path in folder.glob("ssd-*.yaml")}
     assert {"ssd-tiny.yaml", "ssd-promptcot-mamba-7b.yaml"} <= found.keys()
     with pytest.raises(FileNotFoundError, match="there is no recipe"):
-        ssd_train.ssd(tmp_path / "none.yaml", output=tmp_path / "out")
+        ssd(tmp_path / "none.yaml", output_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -14,6 +14,7 @@
 #include <string>
 
 #include "common/dtype.h"
+#include "common/heads_view.h"
 
 namespace statecore {
 
@@ -118,6 +119,11 @@ inline DType element_dtype(const Tensor& q) {
 
 inline ScalarType state_type(DType dtype) {
   return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+}
+
+// x [B, T, H, D], whose last dimension check_last_contiguous() has accepted.
+inline HeadsView heads_view(const Tensor& x) {
+  return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
 }
 
 inline const int32_t* int32_data(const Tensor& t) { return static_cast<const int32_t*>(t.const_data_ptr()); }

@@ -8,14 +8,9 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/heads_view.h"
 
 namespace statecore {
-
-// A tensor [B, T, heads, width] whose last dimension is contiguous; strides count elements.
-struct HeadsView {
-  const void* data = nullptr;
-  int64_t batch = 0, time = 0, head = 0;
-};
 
 // B batch, T tokens, N sequences, Hq query, Hk key, Hv value heads, Ho = max(Hq, Hv), Dk and Dv widths.
 // Either Hk == Hv and Hq is a multiple of it (GQA), or Hq == Hk and Hv is a multiple of it (GVA). "Real" is

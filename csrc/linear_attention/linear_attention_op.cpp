@@ -11,8 +11,6 @@
 
 namespace statecore {
 
-HeadsView heads_view(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
-
 void check_head_groups(const char* const (&names)[3], int64_t query_heads, int64_t key_heads,
                        int64_t value_heads, bool grouped_values) {
   if (query_heads > 0 && key_heads > 0 && value_heads > 0) {

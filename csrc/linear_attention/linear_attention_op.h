@@ -15,8 +15,6 @@ namespace statecore {
 // Contiguous copies, in the type of the states, that a parameter struct points into; must outlive it.
 using HeldTensors = std::vector<Tensor>;
 
-HeadsView heads_view(const Tensor& x);  // x [B, T, heads, width]
-
 // ---- backends: what they take of tensors (`aligned` may be a copy), and their entry points
 #if defined(STATECORE_CPU_BACKEND)
 struct LinearAttentionOnCpu {

@@ -46,8 +46,7 @@
 #include <algorithm>
 
 #include "common/cuda_device.h"
-#include "common/hopper.cuh"
-#include "common/mma.cuh"
+#include "common/pipeline_sm90.cuh"
 #include "segment_attention/segment_attention_sm90.h"
 #include "segment_attention/segment_softmax.cuh"
 
@@ -56,8 +55,8 @@ namespace {
 
 constexpr int kGroups = 2;  // warpgroups that multiply; behind them comes that of the producer
 constexpr int kBlockThreads = 128 * (kGroups + 1);
-constexpr int kStages = 4;                      // tiles of keys and of values on their way or in use
-constexpr int kPanelBytes = kTileTokens * 128;  // 64 tokens x 64 columns
+constexpr int kStages = 4;  // tiles of keys and of values on their way or in use
+static_assert(kTileTokens == kTmaTileRows, "TMA loads a token tile at a time");
 constexpr int kVisibleEnds = kStages * kTileTokens;
 constexpr int kNoTile = INT32_MAX;
 
@@ -80,7 +79,7 @@ struct alignas(16) KeyTile {
 // Shared memory. Tiles are panels of 64 columns, one behind the other.
 template <int kWidth>
 struct Shared {
-  static constexpr int kTileBytes = kWidth / 64 * kPanelBytes;
+  static constexpr int kTileBytes = kTmaTileBytes<kWidth>;
   static constexpr int kBytes = (2 * kGroups + 2 * kStages) * kTileBytes;
 
   unsigned char* tiles;
@@ -106,15 +105,6 @@ struct Shared {
   __device__ __forceinline__ uint32_t stage_free(int stage) const { return keys_landed(stage) + 24; }
 };
 constexpr int kBarriers = 2 + 4 * kStages;
-
-// Whose turn it is among the stages, and the parity of its barriers' current phase.
-struct Turn {
-  int stage = 0;
-  unsigned parity = 0;
-  __device__ __forceinline__ void advance() {
-    if (++stage == kStages) stage = 0, parity ^= 1;
-  }
-};
 
 // ---- which tiles
 // Query tiles come in pairs of neighbours, those that see most first. -1: the last pair of a row lacks one.
@@ -143,20 +133,12 @@ struct Visits {
 
 // ---- the producer: a warp that decides and copies
 template <int kWidth>
-__device__ __forceinline__ void load_tile(unsigned char* tile, const TensorMap& map, int head, int token,
-                                          int row, uint32_t barrier) {
-#pragma unroll
-  for (int panel = 0; panel < kWidth / 64; ++panel)
-    tma_load(shared_address(tile + panel * kPanelBytes), map, {64 * panel, head, token, row}, barrier);
-}
-
-template <int kWidth>
 __device__ __forceinline__ void produce(const Shared<kWidth>& shared, const TensorMap& q, const TensorMap& k,
                                         const TensorMap& v, const SegmentAttentionParams& p,
                                         const DevicePlan& plan, int items) {
   constexpr int kTileBytes = Shared<kWidth>::kTileBytes;
   const int lane = lane_index(), kv_heads = int(p.kv_heads), heads = int(p.query_heads) / kv_heads;
-  Turn turn;
+  PipelineState<kStages> pipe;
   unsigned parity = 1;
   for (int item = int(blockIdx.x); item < items; item += int(gridDim.x)) {
     // ---- an item is two of the 2 x heads units of a pair of tiles
@@ -189,8 +171,10 @@ __device__ __forceinline__ void produce(const Shared<kWidth>& shared, const Tens
       mbarrier_arrive_expect_tx(shared.queries_landed(), kGroups * kTileBytes);
 #pragma unroll
       for (int g = 0; g < kGroups; ++g)
-        load_tile<kWidth>(shared.queries(g), q, kv_head * heads + (first + g) % heads,
-                          queries[g].begin - plan.first_query, queries[g].row, shared.queries_landed());
+        tma_load_tile<kWidth>(
+            shared_address(shared.queries(g)), q,
+            {0, kv_head * heads + (first + g) % heads, queries[g].begin - plan.first_query, queries[g].row},
+            shared.queries_landed());
     }
 
     while (tile != kNoTile) {
@@ -216,31 +200,31 @@ __device__ __forceinline__ void produce(const Shared<kWidth>& shared, const Tens
           if (key < keys.end) ends[i] = plan.visible_end[int64_t(keys.row) * plan.keys + key];
         }
 
-      mbarrier_wait(shared.stage_free(turn.stage), turn.parity ^ 1);
+      mbarrier_wait(shared.stage_free(pipe.stage), pipe.phase ^ 1);
       __syncwarp();  // no lane still waits when lane 0 starts the next phase
       if (lane == 0) {
-        mbarrier_expect_tx(shared.keys_landed(turn.stage), kTileBytes);
-        load_tile<kWidth>(shared.keys(turn.stage), k, kv_head, keys.begin, keys.row,
-                          shared.keys_landed(turn.stage));
-        mbarrier_expect_tx(shared.values_landed(turn.stage), kTileBytes);
-        load_tile<kWidth>(shared.values(turn.stage), v, kv_head, keys.begin, keys.row,
-                          shared.values_landed(turn.stage));
+        mbarrier_expect_tx(shared.keys_landed(pipe.stage), kTileBytes);
+        tma_load_tile<kWidth>(shared_address(shared.keys(pipe.stage)), k, {0, kv_head, keys.begin, keys.row},
+                              shared.keys_landed(pipe.stage));
+        mbarrier_expect_tx(shared.values_landed(pipe.stage), kTileBytes);
+        tma_load_tile<kWidth>(shared_address(shared.values(pipe.stage)), v,
+                              {0, kv_head, keys.begin, keys.row}, shared.values_landed(pipe.stage));
       }
       uint64_t hidden = 0;
       if (masked) {
         const uint32_t low = __ballot_sync(0xffffffffu, ends[0] <= first_query);
         hidden = low | uint64_t(__ballot_sync(0xffffffffu, ends[1] <= first_query)) << 32;
-        shared.visible_end[turn.stage * kTileTokens + lane] = ends[0];
-        shared.visible_end[turn.stage * kTileTokens + lane + 32] = ends[1];
+        shared.visible_end[pipe.stage * kTileTokens + lane] = ends[0];
+        shared.visible_end[pipe.stage * kTileTokens + lane + 32] = ends[1];
       }
-      if (lane == 0) shared.key_tiles[turn.stage] = {keys.begin, flags, hidden};
+      if (lane == 0) shared.key_tiles[pipe.stage] = {keys.begin, flags, hidden};
       __syncwarp();
       keys = next;
       if (lane == 0) {
-        mbarrier_arrive(shared.keys_landed(turn.stage));
-        mbarrier_arrive(shared.values_landed(turn.stage));
+        mbarrier_arrive(shared.keys_landed(pipe.stage));
+        mbarrier_arrive(shared.values_landed(pipe.stage));
       }
-      turn.advance();
+      pipe.advance();
     }
   }
   mbarrier_wait(shared.queries_read(), parity);
@@ -255,19 +239,19 @@ template <int kWidth>
 __device__ __forceinline__ void hide_values(const Shared<kWidth>& shared) {
   constexpr int kPieces = kWidth / 8;
   const int lane = lane_index();
-  Turn turn;
+  PipelineState<kStages> pipe;
   for (unsigned parity = 0;; parity ^= 1) {
     mbarrier_wait(shared.queries_landed(), parity);
     const bool over = shared.item->over;
     __syncwarp();
     if (lane == 0) mbarrier_arrive(shared.queries_read());
     if (over) return;
-    for (bool more = true; more; turn.advance()) {
-      mbarrier_wait(shared.values_landed(turn.stage), turn.parity);
-      const KeyTile keys = shared.key_tiles[turn.stage];
+    for (bool more = true; more; pipe.advance()) {
+      mbarrier_wait(shared.values_landed(pipe.stage), pipe.phase);
+      const KeyTile keys = shared.key_tiles[pipe.stage];
       more = keys.flags & kMore;
       if (keys.hidden) {
-        unsigned char* values = shared.values(turn.stage);
+        unsigned char* values = shared.values(pipe.stage);
 #pragma unroll 4
         for (int i = lane; i < kTileTokens * kPieces; i += 32) {
           const int row = i / kPieces, piece = i % kPieces;
@@ -278,7 +262,7 @@ __device__ __forceinline__ void hide_values(const Shared<kWidth>& shared) {
         fence_proxy_async();
       }
       __syncwarp();
-      if (lane == 0) mbarrier_arrive(shared.values_ready(turn.stage));
+      if (lane == 0) mbarrier_arrive(shared.values_ready(pipe.stage));
     }
   }
 }
@@ -306,17 +290,17 @@ __device__ __forceinline__ void attend(const Shared<kWidth>& shared, const Segme
   float row_lse[2];
 
   // The next tile that this warpgroup visits: its keys are there. The others are released unseen.
-  Turn turn;
+  PipelineState<kStages> pipe;
   KeyTile keys;
   bool more;
   const auto find = [&] {
     while (more) {
-      mbarrier_wait(shared.keys_landed(turn.stage), turn.parity);
-      keys = shared.key_tiles[turn.stage];
+      mbarrier_wait(shared.keys_landed(pipe.stage), pipe.phase);
+      keys = shared.key_tiles[pipe.stage];
       more = keys.flags & kMore;
       if (keys.flags & kVisited << group) return true;
-      release(turn.stage);
-      turn.advance();
+      release(pipe.stage);
+      pipe.advance();
     }
     return false;
   };
@@ -326,11 +310,11 @@ __device__ __forceinline__ void attend(const Shared<kWidth>& shared, const Segme
 #pragma unroll
     for (int d = 0; d < kDepths; ++d)
       wgmma<T, kTileTokens>(flat(score), q[d].r,
-                            k_major(shared_address(shared.keys(turn.stage)), kPanelBytes, 0, 16 * d), d > 0);
+                            k_major(shared_address(shared.keys(pipe.stage)), kPanelBytes, 0, 16 * d), d > 0);
     wgmma_commit();
   };
-  const auto multiply_values = [&](const Turn& of) {
-    mbarrier_wait(shared.values_ready(of.stage), of.parity);
+  const auto multiply_values = [&](const PipelineState<kStages>& of) {
+    mbarrier_wait(shared.values_ready(of.stage), of.phase);
     wgmma_fence_operand(flat(out));
     wgmma_fence();
 #pragma unroll
@@ -340,14 +324,14 @@ __device__ __forceinline__ void attend(const Shared<kWidth>& shared, const Segme
                                    true);
     wgmma_commit();
   };
-  const auto finish_values = [&](const Turn& of) {
+  const auto finish_values = [&](const PipelineState<kStages>& of) {
     wgmma_wait<0>();
     wgmma_fence_operand(flat(out));
     release(of.stage);
   };
   const auto weigh = [&](float (&keeps)[2]) {
     wgmma_fence_operand(flat(score));
-    const int32_t* ends = shared.visible_end + turn.stage * kTileTokens;
+    const int32_t* ends = shared.visible_end + pipe.stage * kTileTokens;
     if (keys.flags & kMasked << group)
       hide_scores(score, keys.begin, token,
                   [&](int column) { return *reinterpret_cast<const int2*>(ends + column); });
@@ -406,8 +390,8 @@ __device__ __forceinline__ void attend(const Shared<kWidth>& shared, const Segme
     wgmma_wait<0>();
     weigh(keeps);
     round_weights();
-    Turn values = turn;
-    turn.advance();
+    PipelineState<kStages> values = pipe;
+    pipe.advance();
     while (find()) {
       multiply_keys();
       multiply_values(values);
@@ -425,8 +409,8 @@ __device__ __forceinline__ void attend(const Shared<kWidth>& shared, const Segme
         finish_values(values);
       }
       round_weights();
-      values = turn;
-      turn.advance();
+      values = pipe;
+      pipe.advance();
     }
     multiply_values(values);
     finish_values(values);
@@ -477,34 +461,19 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
 #endif
 }
 
-// Dimensions of size 1 may have any stride; TMA wants to be told a possible one.
-bool addressable(const void* data, const int64_t (&sizes)[4], const int64_t (&strides)[3]) {
-  bool fits = reinterpret_cast<uintptr_t>(data) % 16 == 0;
-  for (int i = 0; i < 3; ++i)
-    fits &= sizes[i + 1] == 1 || (strides[i] > 0 && strides[i] % 8 == 0 && strides[i] < int64_t(1) << 39);
-  return fits;
-}
-
-template <class T>
-TensorMap map_of(const void* x, int64_t width, int64_t heads, int64_t tokens, int64_t batch,
-                 int64_t head_stride, int64_t token_stride, int64_t batch_stride) {
-  const int64_t any = (width + 7) / 8 * 8;
-  return make_tensor_map(
-      static_cast<const T*>(x), {width, heads, tokens, batch},
-      {heads == 1 ? any : head_stride, tokens == 1 ? any : token_stride, batch == 1 ? any : batch_stride},
-      {64, 1, kTileTokens, 1});
-}
-
 template <class T, int kWidth>
 void launch_forward(const SegmentAttentionParams& p, const DevicePlan& plan, void* stream) {
   const unsigned items = checked_blocks("segment_attention", pairs_of_tiles(p, plan) * p.query_heads);
   const unsigned blocks = std::min(items, unsigned(current_cuda_device().multiprocessors));
   launch("segment_attention_sm90", segment_forward_sm90<T, kWidth>,
          {dim3(blocks), dim3(kBlockThreads), size_t(Shared<kWidth>::kBytes)}, stream,
-         map_of<T>(p.q, p.key_width, p.query_heads, p.queries, p.batch, p.q_head, p.q_time, p.q_batch),
-         map_of<T>(p.k, p.key_width, p.kv_heads, p.keys, p.batch, p.k_head, p.k_time, p.k_batch),
-         map_of<T>(p.v, p.value_width, p.kv_heads, p.keys, p.batch, p.v_head, p.v_time, p.v_batch), p, plan,
-         int(items));
+         heads_tensor_map<T>(HeadsView{p.q, p.q_batch, p.q_time, p.q_head}, p.batch, p.queries, p.query_heads,
+                             p.key_width),
+         heads_tensor_map<T>(HeadsView{p.k, p.k_batch, p.k_time, p.k_head}, p.batch, p.keys, p.kv_heads,
+                             p.key_width),
+         heads_tensor_map<T>(HeadsView{p.v, p.v_batch, p.v_time, p.v_head}, p.batch, p.keys, p.kv_heads,
+                             p.value_width),
+         p, plan, int(items));
 }
 
 template <class T>
@@ -517,10 +486,9 @@ void launch_forward(const SegmentAttentionParams& p, const DevicePlan& plan, voi
 bool segment_attention_sm90_takes(const SegmentAttentionParams& p) {
   return current_cuda_device().arch == 90 && p.scale > 0 &&
          (p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16) &&
-         addressable(p.q, {p.key_width, p.query_heads, p.queries, p.batch},
-                     {p.q_head, p.q_time, p.q_batch}) &&
-         addressable(p.k, {p.key_width, p.kv_heads, p.keys, p.batch}, {p.k_head, p.k_time, p.k_batch}) &&
-         addressable(p.v, {p.value_width, p.kv_heads, p.keys, p.batch}, {p.v_head, p.v_time, p.v_batch});
+         tma_addressable(HeadsView{p.q, p.q_batch, p.q_time, p.q_head}, p.batch, p.queries, p.query_heads) &&
+         tma_addressable(HeadsView{p.k, p.k_batch, p.k_time, p.k_head}, p.batch, p.keys, p.kv_heads) &&
+         tma_addressable(HeadsView{p.v, p.v_batch, p.v_time, p.v_head}, p.batch, p.keys, p.kv_heads);
 }
 
 void segment_attention_sm90(const SegmentAttentionParams& p, const DevicePlan& plan, void* stream) {
