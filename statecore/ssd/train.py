@@ -54,7 +54,7 @@ from transformers import (
 
 from ..data import PromptFormat
 from ..outputs import write_json, write_text
-from ..traces import Fields, RowProblem, parse_trace, read_lines
+from ..traces import RowFields, RowProblem, parse_trace, read_lines
 from ..train import IGNORED, MuonAndAdamW
 from .model import SSDConfig, SSDForCausalLM
 
@@ -73,7 +73,7 @@ class Source:
 
     source: str | None = None  # a .jsonl, .jsonl.gz or .parquet file, or a hub dataset
     split: str = "train"
-    fields: dict[str, Any] = field(default_factory=dict)  # of traces.Fields: where a row keeps its parts
+    fields: dict[str, Any] = field(default_factory=dict)  # of traces.RowFields: where a row keeps its parts
     programs: dict[str, Any] | None = None  # arguments of `programs`: synthetic problems
     filter: dict[str, Any] = field(default_factory=dict)  # see `passes`
     part: tuple[float, float] = (0.0, 1.0)  # of all prompts, by their hash: keeps evaluation apart from training
@@ -266,7 +266,7 @@ def rows_of(source: Source) -> Iterator[dict[str, str] | RowProblem]:
             raise ValueError(f"programs: {str(error).partition('() ')[2]}") from error
     else:
         numbered = read_lines(source.source, source.split)
-    where = make(Fields, source.fields, f"fields of {source.title}")
+    where = make(RowFields, source.fields, f"fields of {source.title}")
     taken = 0
     for line, row in numbered:
         if taken == source.rows:
