@@ -313,7 +313,7 @@ def completion(row: dict, opened: bool = True) -> str:
 
 
 def parse(row: dict, **fields) -> traces.Trace:
-    return traces.parse_trace(row, traces.Fields(**fields), "rows.jsonl", 4)
+    return traces.parse_trace(row, traces.RowFields(**fields), "rows.jsonl", 4)
 
 
 def test_one_field_for_thinking_and_answer():
@@ -350,7 +350,7 @@ def test_completions_that_cannot_be_used(text, reason):
 
 def test_a_chat_template_may_refuse_a_row():
     tokenizer = byte_pair_tokenizer("{{ raise_exception('no system message') }}")
-    fields, form = traces.Fields(), PromptFormat()
+    fields, form = traces.RowFields(), PromptFormat()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(traces, "read_lines", lambda source, split: enumerate(chains(1), 1))
         ((line, problem),) = traces.read_traces("rows.jsonl", "train", fields, form, tokenizer)

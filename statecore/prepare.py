@@ -28,15 +28,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from . import patterns as pattern_clusters
 from . import segmentation
 from .data import PATTERNS_FILE, PromptFormat
+from .labels import label_agreement, read_labels
 from .outputs import new_folder, write_json
 from .traces import (
     BadRow,
-    Fields,
+    RowFields,
     RowProblem,
     StepRules,
     Tokenised,
     Trace,
-    read_jsonl,
     read_traces,
     tokenise,
 )
@@ -127,7 +127,7 @@ def prepare(
     _check_settings(settings)
     clock = _Clock()
     base_tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-    fields = Fields(prompt_field, thinking_field, answer_field, id_field, completion_field, tuple(think_tags))
+    fields = RowFields(prompt_field, thinking_field, answer_field, id_field, completion_field, tuple(think_tags))
     form = PromptFormat(prompt_template, think_open, think_close)
     if prompt_template is None and not base_tokenizer.chat_template:
         raise ValueError(f"the tokenizer {tokenizer} has no chat template: give prompt_template, with {{prompt}} in it")
@@ -162,10 +162,8 @@ def prepare(
 
         with clock("tokens and steps"):
             rules = StepRules(
-                segmentation.transition_test(chosen, opening_unit),
-                opening_unit,
-                min_step_tokens,
-                max_step_tokens,
+                segmentation.Transitions(chosen, opening_unit),
+                segmentation.StepOptions(min_step_tokens, max_step_tokens),
                 language.tokenizer if opening_unit == "token" else None,
             )
             rows = list(_tokenise_all(traces, base_tokenizer, think_close, rules, max_tokens, left_out))
@@ -252,8 +250,8 @@ def prepare(
             "tokenizer": {"tokens": len(base_tokenizer), "first_marker": start_ids[0], "last_marker": end_ids[-1]},
         }
         if labels is not None:
-            report["label_agreement"] = segmentation.label_agreement(
-                {row.trace.id: row.step_chars[1:] for row in rows}, _read_labels(Path(labels))
+            report["label_agreement"] = label_agreement(
+                {row.trace.id: row.step_chars[1:] for row in rows}, read_labels(labels)
             )
         report["seconds"] = clock.seconds
         report["peak_memory_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
@@ -321,7 +319,7 @@ def _read_all(
     sources: Sequence[str],
     split: str,
     limit: int | None,
-    fields: Fields,
+    fields: RowFields,
     form: PromptFormat,
     tokenizer: Any,
     left_out: _LeftOut,
@@ -381,15 +379,6 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
         for name, needs in (("embedding", "hidden_states"), ("opening_unit", "token")):
             if settings[name] == needs:
                 raise ValueError(f"{name}={needs!r} needs a language model: give `model`")
-
-
-def _read_labels(path: Path) -> dict[str, Any]:
-    labels = {}
-    for line, row in read_jsonl(path):
-        if isinstance(row, RowProblem) or not {"id", "spans"} <= row.keys():
-            raise ValueError(f'{path}, line {line}: expected an object with "id" and "spans", got {row}')
-        labels[row["id"]] = row["spans"]
-    return labels
 
 
 def _notes(rows: Sequence[Tokenised], unknown: int | None, longest: int) -> dict[str, int]:
