@@ -6,10 +6,9 @@
 
 #include "common/range.h"
 #include "linear_attention/linear_attention.h"
+#include "linear_attention/step_end.h"
 
 namespace statecore {
-
-constexpr int32_t kNoStep = -1;  // no step ends here
 
 struct TokenChunk {
   int64_t begin;   // first token of the row
