@@ -43,15 +43,15 @@ void prepare_for(LinearAttentionInputs& p, const Tensor& q, const Tensor& k, con
     *view = heads_view(held.emplace_back(Backend::aligned(*x)));
 }
 
-// Refuses what statecore/ops.py says, on the CPU also by contents. The structs point into the tensors and
-// into `held`.
+// Refuse what statecore/ops.py says, on the CPU also by contents. The structs point into the tensors and into
+// `held`.
 LinearAttentionInputs checked_linear_inputs(const Tensor& q, const Tensor& k, const Tensor& v,
                                             const std::optional<Tensor>& log_decay,
                                             const std::optional<Tensor>& initial_state,
                                             const std::optional<Tensor>& cu_seqlens,
                                             std::optional<double> scale, HeldTensors& held);
 
-// `names` of q, k and v in messages.
+// `names` are those of q, k and v in messages.
 LinearAttentionInputs checked_step_linear_inputs(const char* const (&names)[3], const Tensor& q,
                                                  const Tensor& k, const Tensor& v, const Tensor& step_ids,
                                                  const Tensor& alpha,
@@ -60,7 +60,7 @@ LinearAttentionInputs checked_step_linear_inputs(const char* const (&names)[3], 
                                                  const std::optional<Tensor>& cu_seqlens,
                                                  std::optional<double> scale, HeldTensors& held);
 
-// `grouped_values`: groups of value heads (GVA) are allowed too.
+// `grouped_values`: GVA is allowed too.
 void check_head_groups(const char* const (&names)[3], int64_t query_heads, int64_t key_heads,
                        int64_t value_heads, bool grouped_values);
 
