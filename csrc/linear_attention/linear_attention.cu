@@ -16,6 +16,7 @@
 #include "linear_attention/linear_schedule.h"
 #include "linear_attention/linear_splits.h"
 #include "linear_attention/linear_sweep.h"
+#include "linear_attention/linear_sweep_sm90.h"
 
 namespace statecore {
 namespace {
@@ -85,10 +86,10 @@ struct SplitStates {
 };
 
 SplitStates take_split_states(const LinearAttentionInputs& p, const Splits& splits,
-                              ScratchAllocator& scratch) {
+                              ScratchAllocator& allocator) {
   if (splits.length == 0) return {};
   const int64_t heads = splits.capacity * p.value_heads;
-  return {scratch.take<float>(p.states * heads * state_size(p)), scratch.take<float>(9 * heads)};
+  return {allocator.take<float>(p.states * heads * state_size(p)), allocator.take<float>(9 * heads)};
 }
 
 struct ScaledStates {
@@ -113,10 +114,10 @@ void compute_split_states(SweepParams local_state, const LinearAttentionInputs& 
 }
 
 // Sweeps run one after another, so that all use the same memory.
-void take_step_states(std::initializer_list<SweepParams*> sweeps, ScratchAllocator& scratch) {
+void take_step_states(std::initializer_list<SweepParams*> sweeps, ScratchAllocator& allocator) {
   int64_t floats = 0;
   for (const SweepParams* sweep : sweeps) floats = std::max(floats, sweep_step_state_floats(*sweep));
-  float* const step_states = scratch.take<float>(floats);
+  float* const step_states = allocator.take<float>(floats);
   for (SweepParams* sweep : sweeps) sweep->step_states = step_states;
 }
 
@@ -127,13 +128,13 @@ struct Forward {
   SweepParams local_state, out;
 };
 
-Forward prepare_forward(const LinearAttentionParams& p, ScratchAllocator& scratch) {
+Forward prepare_forward(const LinearAttentionParams& p, ScratchAllocator& allocator) {
   Forward f;
   const int64_t v_tiles = value_tiles(int(p.value_width));
   const ScheduleCosts costs{{{out_heads(p) * v_tiles, 1}}, {{p.value_heads * v_tiles, kLocalStateChunkTime}}};
-  f.plan = make_split_plan(p, choose_split_length(p, costs), scratch);
+  f.plan = make_split_plan(p, choose_split_length(p, costs), allocator);
   const Splits& splits = f.plan.splits;
-  f.split_states = take_split_states(p, splits, scratch);
+  f.split_states = take_split_states(p, splits, allocator);
   f.local_state = make_sweep(SweepResult::kLocalState, p, {}, splits);
   f.out = make_sweep(SweepResult::kOut, p, {}, splits);
 
@@ -147,9 +148,9 @@ Forward prepare_forward(const LinearAttentionParams& p, ScratchAllocator& scratc
   f.out.out = p.out, f.out.out_factor = float(p.scale);
   f.out.gate = p.gate, f.out.segment_out = p.segment_out, f.out.gated_out = p.gated_out;
   if (splits.length > 0)
-    take_step_states({&f.local_state, &f.out}, scratch);
+    take_step_states({&f.local_state, &f.out}, allocator);
   else
-    take_step_states({&f.out}, scratch);
+    take_step_states({&f.out}, allocator);
   return f;
 }
 
@@ -174,10 +175,10 @@ int32_t backward_split_length(const LinearAttentionInputs& p) {
 }
 
 // The forward state, for dq.
-void prepare_forwards(Backward& b, const LinearAttentionBackwardParams& p, ScratchAllocator& scratch) {
+void prepare_forwards(Backward& b, const LinearAttentionBackwardParams& p, ScratchAllocator& allocator) {
   const Splits& splits = b.plan.splits;
   const int64_t heads = b.grad_q.state_heads;
-  if (p.log_decay.data) b.final_states = scratch.take<float>(p.sequences * p.value_heads * state_size(p));
+  if (p.log_decay.data) b.final_states = allocator.take<float>(p.sequences * p.value_heads * state_size(p));
   b.grad_q.out_factor = float(p.scale);
   if (splits.length > 0) {
     b.grad_q.initial = sweep_states(p, b.split_states.states, splits.capacity, heads, true, 1);
@@ -207,32 +208,32 @@ void prepare_reverse(Backward& b, const LinearAttentionBackwardParams& p) {
     b.grad_v.final = sweep_states(p, p.grad_initial_states, p.sequences, b.grad_v.state_heads, false, scale);
 }
 
-Backward prepare_backward(const LinearAttentionBackwardParams& p, ScratchAllocator& scratch) {
+Backward prepare_backward(const LinearAttentionBackwardParams& p, ScratchAllocator& allocator) {
   Backward b;
-  b.plan = make_split_plan(p, backward_split_length(p), scratch);
+  b.plan = make_split_plan(p, backward_split_length(p), allocator);
   const Splits& splits = b.plan.splits;
-  b.split_states = take_split_states(p, splits, scratch);
+  b.split_states = take_split_states(p, splits, allocator);
   b.local_state = make_sweep(SweepResult::kLocalState, p, p.grad_out, splits);
   b.grad_q = make_sweep(SweepResult::kGradQ, p, p.grad_out, splits);
   b.grad_local_state = make_sweep(SweepResult::kGradLocalState, p, p.grad_out, splits);
   b.grad_v = make_sweep(SweepResult::kGradV, p, p.grad_out, splits);
   b.grad_k = make_sweep(SweepResult::kGradK, p, p.grad_out, splits);
-  prepare_forwards(b, p, scratch);
+  prepare_forwards(b, p, allocator);
   prepare_reverse(b, p);
 
   const int64_t rows = p.batch * p.tokens;
   b.grad_v.out = p.grad_v;
   if (p.value_heads > p.key_heads) {
-    b.group_addends = scratch.take<float>(rows * p.value_heads * p.key_width);
+    b.group_addends = allocator.take<float>(rows * p.value_heads * p.key_width);
     b.grad_q.out_float = b.grad_k.out_float = b.group_addends;
   } else {
     b.grad_q.out = p.grad_q, b.grad_k.out = p.grad_k;
   }
   if (p.log_decay.data) {
-    b.grad_q.row_dots = scratch.take<float>(p.key_width / 16 * rows * out_heads(p));
-    b.grad_k.row_dots = scratch.take<float>(p.key_width / 16 * rows * p.value_heads);
+    b.grad_q.row_dots = allocator.take<float>(p.key_width / 16 * rows * out_heads(p));
+    b.grad_k.row_dots = allocator.take<float>(p.key_width / 16 * rows * p.value_heads);
   }
-  take_step_states({&b.local_state, &b.grad_q, &b.grad_local_state, &b.grad_v, &b.grad_k}, scratch);
+  take_step_states({&b.local_state, &b.grad_q, &b.grad_local_state, &b.grad_v, &b.grad_k}, allocator);
   return b;
 }
 
@@ -252,14 +253,14 @@ DecayGradient decay_gradient_of(const Backward& b, const LinearAttentionBackward
 }  // namespace
 
 int64_t linear_attention_cuda_scratch(const LinearAttentionParams& p) {
-  ScratchAllocator scratch(nullptr);
-  prepare_forward(p, scratch);
-  return scratch.bytes();
+  ScratchAllocator allocator(nullptr);
+  prepare_forward(p, allocator);
+  return allocator.bytes();
 }
 
-void linear_attention_cuda(const LinearAttentionParams& p, void* memory, void* stream) {
-  ScratchAllocator scratch(memory);
-  const Forward f = prepare_forward(p, scratch);
+void linear_attention_cuda(const LinearAttentionParams& p, void* scratch, void* stream) {
+  ScratchAllocator allocator(scratch);
+  const Forward f = prepare_forward(p, allocator);
   launch_split_plan(f.plan, stream);
   if (f.plan.splits.length > 0)
     compute_split_states(f.local_state, p, f.split_states, {p.initial_states, 1}, {p.final_states, 1},
@@ -268,14 +269,14 @@ void linear_attention_cuda(const LinearAttentionParams& p, void* memory, void* s
 }
 
 int64_t linear_attention_backward_cuda_scratch(const LinearAttentionBackwardParams& p) {
-  ScratchAllocator scratch(nullptr);
-  prepare_backward(p, scratch);
-  return scratch.bytes();
+  ScratchAllocator allocator(nullptr);
+  prepare_backward(p, allocator);
+  return allocator.bytes();
 }
 
-void linear_attention_backward_cuda(const LinearAttentionBackwardParams& p, void* memory, void* stream) {
-  ScratchAllocator scratch(memory);
-  const Backward b = prepare_backward(p, scratch);
+void linear_attention_backward_cuda(const LinearAttentionBackwardParams& p, void* scratch, void* stream) {
+  ScratchAllocator allocator(scratch);
+  const Backward b = prepare_backward(p, allocator);
   const bool split = b.plan.splits.length > 0;
   const int64_t key_rows = p.batch * p.tokens * p.key_heads;
   const int group = int(p.value_heads / p.key_heads);

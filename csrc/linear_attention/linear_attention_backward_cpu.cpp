@@ -68,9 +68,9 @@ struct BackwardCall {
       value_group > 1 ? 1
                       : std::clamp<int64_t>(p.sequences * p.key_heads / thread_count(), 1, kMaxBlockHeads);
   const int64_t head_blocks = ceil_div(p.key_heads, block_heads);
-  const HeadsView grad_q = dense(p.grad_q, p.tokens, p.query_heads, dk);
-  const HeadsView grad_k = dense(p.grad_k, p.tokens, p.key_heads, dk);
-  const HeadsView grad_v = dense(p.grad_v, p.tokens, p.value_heads, dv);
+  const HeadsView grad_q = contiguous_heads(p.grad_q, p.tokens, p.query_heads, dk);
+  const HeadsView grad_k = contiguous_heads(p.grad_k, p.tokens, p.key_heads, dk);
+  const HeadsView grad_v = contiguous_heads(p.grad_v, p.tokens, p.value_heads, dv);
   std::vector<double> pair_sum, split_pair_sum, final_pair_sum;
 };
 

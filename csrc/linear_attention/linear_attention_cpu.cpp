@@ -207,9 +207,9 @@ class ForwardSweep {
   const int64_t v_ld_ = tile_ld(dv_), head_size_ = dk_ * v_ld_;
   const int64_t query_group_ = p_.query_heads / p_.key_heads, value_group_ = p_.value_heads / p_.key_heads;
   const int64_t out_heads_ = std::max(p_.query_heads, p_.value_heads);
-  const HeadsView out_ = dense(p_.out, p_.tokens, out_heads_, dv_);
-  const HeadsView segment_out_ = dense(p_.segment_out, p_.tokens, out_heads_, dv_);
-  const HeadsView gated_out_ = dense(p_.gated_out, p_.tokens, out_heads_, dv_);
+  const HeadsView out_ = contiguous_heads(p_.out, p_.tokens, out_heads_, dv_);
+  const HeadsView segment_out_ = contiguous_heads(p_.segment_out, p_.tokens, out_heads_, dv_);
+  const HeadsView gated_out_ = contiguous_heads(p_.gated_out, p_.tokens, out_heads_, dv_);
   const int64_t key_heads_ = value_group_ == 1 ? head_blocks_.heads : 1;  // of a block, at most
   HeadTiles<Operand> q_{key_heads_ * query_group_, dk_}, k_{key_heads_, dk_}, v_{head_blocks_.heads, dv_};
   Scratch<Operand> k_transposed_ = make_scratch<Operand>(depth<Operand>(dk_) * kTransposedLd);

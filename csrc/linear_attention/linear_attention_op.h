@@ -4,16 +4,12 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
-#include <vector>
 
 #include "common/cuda_backend.h"
-#include "common/tensor_checks.h"
+#include "common/op_inputs.h"
 #include "linear_attention/linear_attention.h"
 
 namespace statecore {
-
-// Contiguous copies, in the type of the states, that a parameter struct points into; must outlive it.
-using HeldTensors = std::vector<Tensor>;
 
 // ---- backends: what they take of tensors (`aligned` may be a copy), and their entry points
 #if defined(STATECORE_CPU_BACKEND)
@@ -33,15 +29,6 @@ struct LinearAttentionOnCuda {
   static void run(const LinearAttentionBackwardParams& p, const Tensor& q);
 };
 #endif
-
-// Hands q, k and v to the backend's kernels, which may refuse them or want copies.
-template <class Backend>
-void prepare_for(LinearAttentionInputs& p, const Tensor& q, const Tensor& k, const Tensor& v,
-                 HeldTensors& held) {
-  Backend::check(p);
-  for (const auto& [view, x] : {std::pair{&p.q, &q}, std::pair{&p.k, &k}, std::pair{&p.v, &v}})
-    *view = heads_view(held.emplace_back(Backend::aligned(*x)));
-}
 
 // Refuse what statecore/ops.py says, on the CPU also by contents. The structs point into the tensors and into
 // `held`.

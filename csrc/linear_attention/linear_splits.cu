@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kThreads) plan_splits_kernel(SplitPlan p) {
 
 }  // namespace
 
-SplitPlan make_split_plan(const LinearAttentionInputs& p, int32_t split_length, ScratchAllocator& scratch) {
+SplitPlan make_split_plan(const LinearAttentionInputs& p, int32_t split_length, ScratchAllocator& allocator) {
   SplitPlan plan{};
   Splits& s = plan.splits;
   s.sequences = s.capacity = p.sequences;
@@ -127,9 +127,9 @@ SplitPlan make_split_plan(const LinearAttentionInputs& p, int32_t split_length, 
     s.capacity = p.cu_seqlens ? p.tokens / s.length + p.sequences
                               : p.sequences * ceil_div<int64_t>(p.tokens, s.length);
   if (p.step_ids || (p.cu_seqlens && s.length > 0))
-    s.planned = plan.planned_splits = scratch.take<PlannedSplit>(s.capacity);
+    s.planned = plan.planned_splits = allocator.take<PlannedSplit>(s.capacity);
   if (p.step_ids) {
-    s.chunks = plan.planned_chunks = scratch.take<PlannedChunk>(p.batch * p.tokens + p.sequences);
+    s.chunks = plan.planned_chunks = allocator.take<PlannedChunk>(p.batch * p.tokens + p.sequences);
     plan.chunk_length = sweep_chunk_length(element_bytes(p.dtype));
     plan.step_ids = p.step_ids, plan.ids_batch = p.ids_batch;
     plan.initial_step = p.initial_step;

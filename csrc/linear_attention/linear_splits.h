@@ -51,7 +51,7 @@ struct SplitPlan {
 
 // split_length 0: every sequence is one split.
 SplitPlan make_split_plan(const LinearAttentionInputs& inputs, int32_t split_length,
-                          ScratchAllocator& scratch);
+                          ScratchAllocator& allocator);
 void launch_split_plan(const SplitPlan& plan, void* stream);
 
 }  // namespace statecore

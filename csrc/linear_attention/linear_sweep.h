@@ -93,10 +93,6 @@ inline int64_t sweep_step_state_floats(const SweepParams& p) {
   return p.states == 3 ? sweep_blocks(p) * 2 * kSweepValues * padded_key_width(p.key_width) : 0;
 }
 
-void linear_sweep(const SweepParams& params, void* stream);  // linear_sweep.cu
-
-// linear_sweep_sm90.cu: whether it takes these parameters on the current GPU.
-bool linear_sweep_sm90_supports(const SweepParams& params);
-void linear_sweep_sm90(const SweepParams& params, void* stream);
+void linear_sweep(const SweepParams& params, void* stream);
 
 }  // namespace statecore

@@ -50,6 +50,7 @@
 #include "common/cuda_device.h"
 #include "common/pipeline_sm90.cuh"
 #include "linear_attention/linear_sweep_block.cuh"
+#include "linear_attention/linear_sweep_sm90.h"
 
 namespace statecore {
 namespace {

@@ -21,17 +21,12 @@ constexpr int kBand = 16;  // rows of a lower triangle that are multiplied toget
 // ---- addresses
 
 inline const void* head_at(const HeadsView& x, DType dtype, int64_t row, int64_t t, int64_t head) {
-  return static_cast<const char*>(x.data) +
-         (row * x.batch + t * x.time + head * x.head) * element_bytes(dtype);
-}
-
-inline HeadsView dense(const void* data, int64_t tokens, int64_t heads, int64_t width) {
-  return {data, tokens * heads * width, heads * width, width};
+  return static_cast<const char*>(x.data) + x.offset(row, t, head) * element_bytes(dtype);
 }
 
 inline void* writable(const void* p) { return const_cast<void*>(p); }
 
-// The chunk's rows of one head of a dense result.
+// The chunk's rows of one head of a result.
 inline void zero_rows(const HeadsView& x, DType dtype, int64_t row, const TokenChunk& chunk, int64_t head,
                       int64_t width) {
   for (int64_t t = chunk.begin; t < chunk.begin + chunk.length; ++t) {
