@@ -195,10 +195,10 @@ void test_correct_kernel() {
 
 void test_livelock() {
   float* out = static_cast<float*>(simt::alloc_global(32 * sizeof(float), "out"));
-  simt::schedule().patience = 0.2;
+  simt::schedule().timeout = 0.2;
   const std::string message = found([&] { launch("spin", spin, {dim3(1), dim3(64)}, nullptr, out); });
   expect(message.find("livelock") != std::string::npos, "a warp that spins: " + message);
-  simt::schedule().patience = simt::Schedule{}.patience;
+  simt::schedule().timeout = simt::Schedule{}.timeout;
   simt::free_global(out);
 }
 
