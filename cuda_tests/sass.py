@@ -169,7 +169,7 @@ def _from_cache(cached: Path, made_by: list) -> list[Function] | None:
 
 
 def _own_dependencies(dependencies: Path, source: Path) -> list[str]:
-    """Ours among those of the compilation; the others belong to the compiler, whose version is part of `made_by`."""
+    """Files of this repository that the source includes; `made_by` covers those of the compiler by its version."""
     names = dependencies.read_text().replace("\\\n", " ").split(":", 1)[1].split()
     return [path for path in names if any(Path(path).is_relative_to(at) for at in (HEADERS, source.resolve().parent))]
 

@@ -67,7 +67,7 @@ void set_states(StateUpdateParams& p, const Tensor& states, const Tensor& q) {
   check_dim("states", states, 5, "[3 or 1, P, Hv, Dk, Dv]");
   p.state_kinds = states.size(0), p.pool = states.size(1);
   if (p.state_kinds != 1 && p.state_kinds != 3)
-    refuse("states must have 3 states a slot, or 1 where nothing is corrected, got shape ",
+    refuse("states must have 3 states a slot, or 1 without momentum correction, got shape ",
            shape_text(states));
   check_shape("states", states, {p.state_kinds, p.pool, p.value_heads, p.key_width, p.value_width});
   check_dtype("states", states, state_type(p.dtype));
@@ -88,7 +88,7 @@ const Tensor& checked_rows(const char* name, const Tensor& x, int64_t batch, con
 void check_ends_step(const int32_t* ends_step, int64_t batch) {
   for (int64_t b = 0; b < batch; ++b)
     if (ends_step[b] < -1)
-      refuse("ends_step must be >= 0, or -1 where the step goes on, got ", ends_step[b], " at [", b, "]");
+      refuse("ends_step must be >= 0, or -1 if the step continues, got ", ends_step[b], " at [", b, "]");
 }
 
 // Slots are -1 or in the pool, and none occurs twice: the result would depend on the order of updates.
