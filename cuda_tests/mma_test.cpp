@@ -40,7 +40,7 @@ struct Problem {
   Bug bug;
 
   __device__ bool a_transposed() const { return source == Source::kTransposedTile; }
-  __device__ bool from_accumulators() const {
+  __device__ bool uses_accumulators() const {
     return source == Source::kAccumulators || source == Source::kSplitAccumulators;
   }
 };
@@ -97,7 +97,7 @@ template <class T>
 __device__ void load_a(const Problem<T>& p, const unsigned char* a_tile, int k, statecore::OperandA<T>& a,
                        statecore::SplitA<T>& split) {
   using namespace statecore;
-  if (p.from_accumulators()) {
+  if (p.uses_accumulators()) {
     float tiles[kMmaK<T> / 8][4];
     for (int n = 0; n < kMmaK<T> / 8; ++n)
       for (int i = 0; i < 4; ++i)
