@@ -32,7 +32,8 @@ def read_yaml(path: str | Path, known: Collection[str] | None = None) -> dict[st
         raise ValueError(f"{path} must hold `name: value` lines, got {type(values).__name__}")
     unknown = sorted(str(name) for name in values if known is not None and name not in known)
     if unknown:
-        raise ValueError(f"{path} has unknown names: {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        hint = f"; known are {', '.join(sorted(known))}" if len(known) <= 50 else ""
+        raise ValueError(f"{path} has unknown names: {', '.join(unknown)}{hint}")
     return values
 
 
