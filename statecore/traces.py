@@ -258,6 +258,10 @@ class Tokenised:
         """Tokens of each step, without its markers."""
         return [end - begin for begin, end in pairwise([*self.steps, self.answer])]
 
+    def marked_length(self) -> int:
+        """Tokens of the row with the two markers of each step."""
+        return len(self.ids) + 2 * len(self.steps)
+
 
 @dataclass(frozen=True)
 class StepRules:
