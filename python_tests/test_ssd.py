@@ -1,4 +1,4 @@
-"""SSD models: the operator against its recurrence, the models against transformers' Mamba2, one pass against decoding,
+"""SSD models: the scan against its recurrence, models against transformers' Mamba2, full passes against decoding,
 hybrids, and the curriculum.
 """
 
@@ -43,11 +43,11 @@ HYBRIDS = {
     "mixed": {"layer_list": ["mixed_attention", "ssd", "mixed_attention"], "attention": ATTENTION | STEP_TOKENS},
     "all": {"layer_list": ["attention", "ssd", "mixed_attention"], "attention": ATTENTION | STEP_TOKENS},
 }
-# Everything that changes a formula, in combinations that a pure product would only repeat.
+# Every field that changes a formula; a full product would add no coverage.
 GRID = {
     "one group": {"n_groups": 1},
     "groups": {"n_groups": 2, "num_heads": 6},
-    "a group a head": {"n_groups": 6},
+    "one group per head": {"n_groups": 6},
     "biases": {"use_bias": True, "use_conv_bias": False},
     "short convolution": {"conv_kernel": 2},
     "wide state, tied": {"state_size": 33, "tie_word_embeddings": True},
@@ -58,7 +58,7 @@ GRID = {
 
 
 def randomise(model: torch.nn.Module) -> torch.nn.Module:
-    """Every parameter random, so that none drops out of a comparison."""
+    """Makes every parameter random: zeros and ones would hide errors."""
     for name, parameter in model.named_parameters():
         if name.endswith(("norm.weight", "norm_f.weight", ".D")):
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
@@ -76,7 +76,7 @@ def small_model(dtype: torch.dtype = torch.float64, **fields) -> SSDForCausalLM:
     return randomise(SSDForCausalLM(SSDConfig(**(SMALL | fields)))).to(dtype)
 
 
-def both(dtype: torch.dtype, **fields) -> tuple[SSDForCausalLM, Mamba2ForCausalLM]:
+def ours_and_theirs(dtype: torch.dtype, **fields) -> tuple[SSDForCausalLM, Mamba2ForCausalLM]:
     theirs = randomise(Mamba2ForCausalLM(Mamba2Config(**(SMALL | fields)))).to(dtype)
     ours = SSDForCausalLM(SSDConfig.from_mamba2(theirs.config)).to(dtype).eval()
     ours.load_state_dict(theirs.state_dict(), strict=True)
@@ -88,7 +88,7 @@ def tokens(batch: int, time: int) -> torch.Tensor:
 
 
 def chain(time: int) -> torch.Tensor:
-    """Ordinary tokens with step tokens among them."""
+    """Ordinary tokens and step tokens."""
     ids = tokens(1, time)
     ids[0, 5::9], ids[0, 11::9] = 30, 31
     return ids
@@ -102,8 +102,8 @@ def in_pieces(model: SSDForCausalLM, ids: torch.Tensor, lengths: list[int]) -> t
 
 
 class Float64Torch:
-    """The torch module as seen by transformers' Mamba2, which rounds to float32 in many places whatever the dtype of
-    the model: here these are float64, so that its formulas can be compared exactly.
+    """The torch module for transformers' Mamba2, whose code converts to float32 in many places whatever the model's
+    dtype. With float64 in their place its formulas can be compared exactly.
     """
 
     float32 = torch.float64
@@ -119,7 +119,7 @@ def in_float64(monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The operator
+# Scan
 
 
 def scan_case(batch=2, time=23, heads=6, groups=2, width=5, size=7):
@@ -150,7 +150,7 @@ def test_scan_equals_recurrence(time, groups):
         assert relative_error(got, wanted) < EXACT
 
 
-def test_scan_goes_over_into_steps_at_any_token():
+def test_decoding_continues_a_scan_at_any_token():
     *case, state = scan_case()
     whole, final = ssd_scan(*case, state)
     A = case.pop(2)
@@ -168,8 +168,8 @@ def test_scan_goes_over_into_steps_at_any_token():
 def test_scan_without_decay_is_linear_attention_without_feature_map():
     x, dt, _, B, C, _ = scan_case(groups=6)
     out, state = ssd_scan(x, torch.ones_like(dt), torch.zeros(6, dtype=torch.float64), B, C)
-    weights = torch.einsum("bihn,bjhn->bhij", C, B).tril()
-    assert relative_error(out, torch.einsum("bhij,bjhp->bihp", weights, x)) < EXACT
+    scores = torch.einsum("bihn,bjhn->bhij", C, B).tril()
+    assert relative_error(out, torch.einsum("bhij,bjhp->bihp", scores, x)) < EXACT
     assert relative_error(state, torch.einsum("bjhn,bjhp->bhnp", B, x)) < EXACT
 
 
@@ -180,7 +180,7 @@ def test_scan_without_decay_is_linear_attention_without_feature_map():
 @pytest.mark.parametrize("name", GRID)
 @torch.no_grad()
 def test_float64_logits_equal_transformers(name, in_float64):
-    ours, theirs = both(torch.float64, **GRID[name])
+    ours, theirs = ours_and_theirs(torch.float64, **GRID[name])
     ids = tokens(2, 29)
     wanted = theirs(ids).logits
     assert wanted.dtype == torch.float64
@@ -190,7 +190,7 @@ def test_float64_logits_equal_transformers(name, in_float64):
     torch.testing.assert_close(in_pieces(ours, ids, [3, 1, 1, 8, 2, 14]), wanted, **close)
     torch.testing.assert_close(in_pieces(ours, ids, [7] + [1] * 22), wanted, **close)
     torch.testing.assert_close(in_pieces(ours, ids, [1] * 29), wanted, **close)
-    if name != "dt limits":  # transformers forgets them in decoding
+    if name != "dt limits":  # transformers does not apply them in decoding
         cache = DynamicCache(config=theirs.config)
         decoded = [theirs(piece, cache_params=cache, use_cache=True).logits for piece in ids.split([7] + [1] * 22, 1)]
         torch.testing.assert_close(torch.cat(decoded, 1), wanted, **close)
@@ -199,7 +199,7 @@ def test_float64_logits_equal_transformers(name, in_float64):
 @pytest.mark.parametrize("name", GRID)
 @torch.no_grad()
 def test_float32_logits_equal_transformers(name):
-    ours, theirs = both(torch.float32, **GRID[name])
+    ours, theirs = ours_and_theirs(torch.float32, **GRID[name])
     ids = tokens(2, 50)
     wanted = theirs(ids).logits
     for got in (ours(ids).logits, in_pieces(ours, ids, [20, 13] + [1] * 17)):
@@ -207,7 +207,7 @@ def test_float32_logits_equal_transformers(name):
 
 
 def test_gradients_equal_transformers(in_float64):
-    ours, theirs = both(torch.float64)
+    ours, theirs = ours_and_theirs(torch.float64)
     ids = tokens(2, 21)
     for model in (ours, theirs):
         model(ids, labels=ids, use_cache=False).loss.backward()
@@ -218,7 +218,7 @@ def test_gradients_equal_transformers(in_float64):
 
 @torch.no_grad()
 def test_bfloat16_is_as_close_as_transformers():
-    exact, _ = both(torch.float32, num_hidden_layers=2)
+    exact, _ = ours_and_theirs(torch.float32, num_hidden_layers=2)
     ids = tokens(2, 60)
     wanted = exact(ids).logits
     low = copy.deepcopy(exact).to(torch.bfloat16)
@@ -239,8 +239,8 @@ def test_autocast_trains_float32_weights_in_bfloat16():
 
 
 @torch.no_grad()
-def test_checkpoints_go_both_ways(tmp_path):
-    ours, theirs = both(torch.float32)
+def test_checkpoints_load_in_both_directions(tmp_path):
+    ours, theirs = ours_and_theirs(torch.float32)
     ids = tokens(1, 12)
     theirs.save_pretrained(tmp_path / "theirs")
     loaded, report = SSDForCausalLM.from_pretrained(tmp_path / "theirs", output_loading_info=True)
@@ -256,7 +256,7 @@ def test_checkpoints_go_both_ways(tmp_path):
 
 @pytest.mark.parametrize("name", [*HYBRIDS, "norm groups"])
 @torch.no_grad()
-def test_what_mamba2_cannot_say_keeps_its_own_type(name, tmp_path):
+def test_models_beyond_mamba2_keep_their_own_type(name, tmp_path):
     model = small_model(torch.float32, **(HYBRIDS.get(name) or {"norm_groups": 2}))
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -267,7 +267,7 @@ def test_what_mamba2_cannot_say_keeps_its_own_type(name, tmp_path):
 
 
 @torch.no_grad()
-def test_new_weights_are_the_reference_blocks():
+def test_new_weights_are_initialised_as_in_the_reference():
     torch.manual_seed(1)
     mixer = SSDForCausalLM(SSDConfig(**(SMALL | {"num_heads": 384, "head_dim": 2, "hidden_size": 384}))).backbone
     mixer = mixer.layers[1].mixer
@@ -291,12 +291,12 @@ def test_norm_groups():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# One pass, pieces, packed, padded
+# Full passes, pieces, packed and padded sequences
 
 
 @pytest.mark.parametrize("name", ["dt limits", *HYBRIDS])
 @torch.no_grad()
-def test_one_pass_equals_pieces(name):
+def test_full_pass_equals_pieces(name):
     model = small_model(**(HYBRIDS.get(name) or GRID[name]))
     ids = chain(50)
     whole = model(ids).logits
@@ -305,7 +305,7 @@ def test_one_pass_equals_pieces(name):
 
 
 @pytest.mark.parametrize("name", ["ssd", *HYBRIDS])
-def test_packed_sequences_know_nothing_of_each_other(name):
+def test_packed_sequences_are_independent(name):
     model = small_model(**HYBRIDS.get(name, {}))
     lengths = [9, 1, 2, 17, 3]
     ids = chain(sum(lengths))
@@ -326,11 +326,11 @@ def test_packed_sequences_know_nothing_of_each_other(name):
 
 
 @torch.no_grad()
-def test_packed_sequences_go_on_from_their_own_states():
+def test_packed_sequences_continue_from_their_own_states():
     model = small_model()
     mixer, hidden = model.backbone.layers[0].mixer, torch.randn(1, 20, 24, dtype=torch.float64)
     layers = [SSDCacheLayer() for _ in range(3)]
-    first, second = [4, 2, 3], [5, 0, 6]  # one gets nothing more
+    first, second = [4, 2, 3], [5, 0, 6]  # the second is not continued
     wanted, parts = [], hidden.split([4, 2, 3, 5, 6], 1)
     for layer, part in zip(layers, parts[:3], strict=True):
         mixer(part, layer)
@@ -390,7 +390,7 @@ def test_gradient_checkpointing_changes_no_gradient(name):
 
 @torch.no_grad()
 def test_generate_equals_transformers():
-    ours, theirs = both(torch.float32)
+    ours, theirs = ours_and_theirs(torch.float32)
     ids = tokens(3, 9)
     mask = torch.ones_like(ids)
     ids[0, :4], mask[0, :4] = PAD, 0
@@ -406,7 +406,7 @@ def test_generate_equals_transformers():
 
 @pytest.mark.parametrize("name", HYBRIDS)
 @torch.no_grad()
-def test_hybrids_generate_what_a_full_pass_says(name):
+def test_hybrids_generate_what_full_passes_predict(name):
     model = small_model(**HYBRIDS[name])
     model.generation_config.eos_token_id = None
     ids = chain(14)
@@ -416,13 +416,16 @@ def test_hybrids_generate_what_a_full_pass_says(name):
     cache = DynamicCache(config=model.config)
     model.generate(ids[:, :14], max_new_tokens=5, do_sample=False, past_key_values=cache)
     assert cache.get_seq_length() == 18
-    options = {"do_sample": False, "attention_mask": torch.ones(1, 19, dtype=torch.long)}  # or it guesses from the ids
+    options = {
+        "do_sample": False,
+        "attention_mask": torch.ones(1, 19, dtype=torch.long),
+    }  # otherwise generate() infers it from the ids
     assert torch.equal(model.generate(ids[:, :19], max_new_tokens=7, past_key_values=cache, **options), ids)
     assert torch.equal(model.generate(ids[:, :14], max_new_tokens=12, prefill_chunk_size=4, do_sample=False), ids)
 
 
 @torch.no_grad()
-def test_cache_keeps_its_size_and_shows_its_states():
+def test_cache_has_constant_size_and_exposes_its_states():
     model = small_model(torch.float32)
     cache, sizes = DynamicCache(config=model.config), []
     for piece in tokens(2, 40).split([1, 9, 1, 28, 1], 1):
@@ -443,7 +446,7 @@ def test_cache_keeps_its_size_and_shows_its_states():
 
 @pytest.mark.parametrize("name", ["ssd", "all"])
 @torch.no_grad()
-def test_snapshot_and_fork_do_not_see_later_tokens(name):
+def test_snapshots_and_forks_are_unaffected_by_later_tokens(name):
     model = small_model(**HYBRIDS.get(name, {}))
     cache, ids, more = DynamicCache(config=model.config), chain(10), chain(6)
     model(ids, past_key_values=cache, use_cache=True)
@@ -566,7 +569,7 @@ def test_curriculum_trains_saves_and_compares(tmp_path):
     assert "| easy + hard |" in (tmp_path / "report.md").read_text()
 
 
-def test_curriculum_starts_from_a_checkpoint_and_pads_or_packs_alike(tmp_path):
+def test_curriculum_starts_from_a_checkpoint_and_padding_equals_packing(tmp_path):
     small_model(torch.float32, vocab_size=300, tie_word_embeddings=True).save_pretrained(tmp_path / "base")
     losses = []
     for packed in (True, False):
@@ -579,8 +582,8 @@ def test_curriculum_starts_from_a_checkpoint_and_pads_or_packs_alike(tmp_path):
 
 
 def test_programs_are_solved_and_reproducible():
-    rows = [row for row, _ in zip(programs(steps=[3, 5], seed=4), range(50), strict=False)]
-    again = [row for row, _ in zip(programs(steps=[3, 5], seed=4), range(50), strict=False)]
+    rows = list(programs(steps=[3, 5], seed=4, count=50))
+    again = list(programs(steps=[3, 5], seed=4, count=50))
     assert rows == again
     for row in rows:
         *statements, question = row["problem"].split(".")
@@ -666,18 +669,18 @@ def test_recipes_refuse(values, message, tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
-def test_held_out_loss_is_that_of_the_rows_one_by_one(tmp_path, monkeypatch):
+def test_held_out_loss_equals_that_of_single_rows(tmp_path, monkeypatch):
     recipe = parse_recipe(changed())
-    made = Curriculum(recipe, tmp_path, tmp_path, 0, lambda text: None)
-    model, rows = small_model(vocab_size=len(made.tokenizer)), made.held_out[0][1]
-    wanted = tokens_ = 0.0
+    curriculum = Curriculum(recipe, tmp_path, tmp_path, 0, lambda text: None)
+    model, rows = small_model(vocab_size=len(curriculum.tokenizer)), curriculum.held_out[0][1]
+    total = predicted = 0.0
     for row in rows:
         ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
         count = int((labels[0, 1:] >= 0).sum())
-        wanted, tokens_ = wanted + model(ids, labels=labels).loss.item() * count, tokens_ + count
+        total, predicted = total + model(ids, labels=labels).loss.item() * count, predicted + count
     for max_tokens in (1, 70, 10_000):
         monkeypatch.setattr(evaluation, "MAX_PACK_TOKENS", max_tokens)
-        assert evaluation.held_out_loss(model, rows) == pytest.approx(wanted / tokens_, rel=1e-5)
+        assert evaluation.held_out_loss(model, rows) == pytest.approx(total / predicted, rel=1e-5)
 
 
 def test_programs_refuse():

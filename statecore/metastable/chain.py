@@ -326,8 +326,9 @@ class OutcomeOptions:
 
     Args:
         outcomes: .jsonl, .jsonl.gz or .parquet file that says by id which answers are right; prepared data do not.
-        id_field, correct_field: where a row of it keeps the trace's id, and true, false or null.
-        group_fields: right and wrong traces are compared within equal values of these fields of it.
+        id_field: its field that holds the trace's id.
+        correct_field: its field that holds true, false or null.
+        group_fields: right and wrong traces are compared within equal values of these of its fields.
     """
 
     outcomes: str | Path | None = None

@@ -37,10 +37,10 @@ class WorldShape:
         clusters: clusters of states (the paper's K), at least 2.
         size: states in a cluster (M).
         epsilon: probability of a sparse edge, in (0, 1).
-        graph: which clusters are linked, all forward: "path" k -> k+1; "grid", right and down in the squarest
+        graph: which clusters are linked, all forward: "path", k to k + 1; "grid", right and down in the squarest
             K = rows x columns; "expander", `degree` random permutations of the clusters.
-        bidirectional: links also lead back; on a path the walk then diffuses. (We do not know the paper's condition
-            that prevents this. Forward paths follow its rates.)
+        bidirectional: links also lead back; on a path the walk then diffuses. (Forward paths follow the paper's rates;
+            its condition against diffusion is not known to us.)
         sources: sparse edges per link (the paper's n_out for a path).
         spread: cluster sizes are drawn from M (1 - spread) .. M (1 + spread).
         dense: rows inside a cluster: "uniform", where times have closed forms, or "random", entries that differ by up

@@ -32,7 +32,7 @@ from .report import draw_chain, draw_outcomes, draw_times, traces_text
 
 @dataclass(frozen=True)
 class ChainOptions:
-    """How the chain is looked at.
+    """How the chain is analysed.
 
     Args:
         sets: number of metastable sets; default: before the largest drop among the first 8 eigenvalues.
@@ -63,16 +63,16 @@ def traces(
     seed: int = 0,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Looks at the chain between the thinking patterns of real traces: metastable sets, time scales, rare transitions.
+    """Analyse the chain between the thinking patterns of real traces: metastable sets, time scales, rare transitions.
 
     Writes the chain, its time scales and, with outcomes, how right and wrong traces differ, as pictures, each with its
-    JSON, and a report. Returns what the report says.
+    JSON, and a report. Returns the report's figures.
 
     Args:
-        prepared: the folder that `statecore prepare` wrote.
-        output_dir: the folder to write; it appears when everything is written.
+        prepared: folder that `statecore prepare` wrote.
+        output_dir: folder to write; it appears once it is complete.
         seed: of everything drawn.
-        overwrite: replace such a folder if it exists.
+        overwrite: replace a folder of an earlier run.
     """
     walked, patterns = read_patterns(prepared)
     longest = int(np.bincount(walked.trace).max())

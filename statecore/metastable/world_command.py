@@ -1,4 +1,4 @@
-"""`statecore metastable world`: makes a metastable world (theory.py) and takes the paper's way through it."""
+"""`statecore metastable world`: makes a metastable world (theory.py) and runs the paper's algorithms on it."""
 
 from __future__ import annotations
 
@@ -53,17 +53,17 @@ def world(
     seed: int = 0,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Makes a metastable world and takes the paper's way through it: pretraining, search, fine-tuning, distillation.
+    """Make a metastable world and run the paper's algorithms on it: pretraining, search, fine-tuning, distillation.
 
-    Writes world, search and scaling as pictures, each with its JSON, and a report. Returns what the report says.
+    Writes world, search and scaling as pictures, each with its JSON, and a report. Returns the report's figures.
 
     Args:
-        output_dir: the folder to write; it appears when everything is written.
+        output_dir: folder to write; it appears once it is complete.
         epsilon_max: probability that search and fine-tuning raise sparse edges to.
         walks: walks that check the exact time, all at once.
         samples: transitions to pretrain on, in each stage; default K M^2 / epsilon^2.
         seed: of everything drawn.
-        overwrite: replace such a folder if it exists.
+        overwrite: replace a folder of an earlier run.
     """
     if not shape.epsilon < epsilon_max < 1:
         raise ValueError(

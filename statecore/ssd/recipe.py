@@ -29,7 +29,7 @@ class Source:
 
     source: str | None = None  # a .jsonl, .jsonl.gz or .parquet file, or a hub dataset
     split: str = "train"
-    fields: dict[str, Any] = field(default_factory=dict)  # of traces.Fields: where a row keeps its parts
+    fields: dict[str, Any] = field(default_factory=dict)  # of traces.RowFields: where a row keeps its parts
     programs: dict[str, Any] | None = None  # arguments of rows.programs: synthetic problems
     filter: dict[str, Any] = field(default_factory=dict)  # conditions of rows.passes
     part: tuple[float, float] = (0.0, 1.0)  # of all prompts, by their hash: keeps evaluation apart from training

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..data import PromptFormat
-from ..traces import Fields, RowProblem, parse_trace, read_lines
+from ..traces import RowFields, RowProblem, parse_trace, read_lines
 from ..train import IGNORED
 from .recipe import Phase, Recipe, Source, argument_error, from_mapping
 
@@ -43,7 +43,7 @@ def rows_of(source: Source) -> Iterator[Row | RowProblem]:
     """The rows that a source's filter, part and number let through; a RowProblem stands for a row that cannot be
     used.
     """
-    fields = from_mapping(Fields, source.fields, f"fields of {source.title}")
+    fields = from_mapping(RowFields, source.fields, f"fields of {source.title}")
     low, high = source.part
     taken = 0
     for line, raw in _raw_rows(source):
