@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from transformers import DataCollatorWithFlattening
 
-from ..train import IGNORED
+from ..losses import IGNORED
 from .model import SSDForCausalLM
 from .rows import Row, RowEncoder
 

@@ -20,8 +20,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..data import PromptFormat
+from ..losses import IGNORED
 from ..traces import RowFields, RowProblem, parse_trace, read_lines
-from ..train import IGNORED
 from .recipe import Phase, Recipe, Source, argument_error, from_mapping
 
 PAD, EOS = "<|pad|>", "<|end|>"
