@@ -2,7 +2,7 @@
 // the summaries of its neighbours. A search ends at the first tile with another id, so it costs a warp one
 // load of 16 bytes per 64 tokens of its step and prompt, negligible next to attending to them.
 //
-// Padding may lie anywhere: only valid tokens are asked, and tiles of padding are skipped.
+// Padding may be anywhere: only valid tokens are considered, and tiles of padding are skipped.
 #include <algorithm>
 #include <stdexcept>
 
