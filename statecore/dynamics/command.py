@@ -151,10 +151,10 @@ def _text(name: str, text: str, words: Any, options: TextOptions, markers: tuple
     bounds = np.array([end for _, end in spans])
     sentences = segmentation.sentence_starts(text)
     places = np.searchsorted(bounds, sentences, side="right").tolist()
-    is_transition = segmentation.transition_test(segmentation.DEFAULT_TRANSITIONS, "word")
+    transitions = segmentation.choose_transitions()
     opens: dict[int, bool] = {}
     for place, opening in zip(places, segmentation.sentence_openings(text, sentences, "word"), strict=True):
-        opens[place] = opens.get(place, False) or is_transition(opening)
+        opens[place] = opens.get(place, False) or opening in transitions
     opens.pop(len(ids), None)
     if not opens:
         return Text(name, ids, [len(ids)])

@@ -25,7 +25,7 @@ from ..adapter import is_adapter, load_adapter
 from ..data import PATTERNS_FILE, Prepared, PromptFormat, load_prepared
 from ..modeling import StateCoreForCausalLM
 from ..outputs import new_file, new_folder, write_json
-from ..traces import Fields, RowProblem, StepRules, Tokenised, parse_trace, read_jsonl, read_lines, tokenise
+from ..traces import RowFields, RowProblem, StepRules, Tokenised, parse_trace, read_jsonl, read_lines, tokenise
 from .gains import Method, StepGains, mark_steps, prompted_gains, step_gains
 from .report import RESULT_FILE, Chain, Summary, draw_summary, draw_trace, report, steps_text
 
@@ -43,7 +43,7 @@ class TextReader:
     """
 
     tokenizer: Any
-    fields: Fields
+    fields: RowFields
     form: PromptFormat
     rules: StepRules
     model: StateCoreForCausalLM | None = None  # puts step tokens around the steps
@@ -319,13 +319,12 @@ def flow(
             raise ValueError("the tokenizer has no chat template: give prompt_template, with {prompt} in it")
         if words.eos_token_id is None:
             raise ValueError("the tokenizer must have an end-of-sequence token, so that an answer can end")
-        chosen = segmentation.load_transitions(transitions) if transitions else segmentation.DEFAULT_TRANSITIONS
-        test = segmentation.transition_test(chosen, opening_unit)
+        chosen = segmentation.choose_transitions(segmentation.TransitionOptions(transitions, opening_unit))
         reader = TextReader(
             words,
-            Fields(prompt_field, thinking_field, answer_field, id_field, completion_field, tuple(think_tags)),
+            RowFields(prompt_field, thinking_field, answer_field, id_field, completion_field, tuple(think_tags)),
             form,
-            StepRules(test, opening_unit, min_step_tokens, max_step_tokens, words),
+            StepRules(chosen, segmentation.StepOptions(min_step_tokens, max_step_tokens)),
             language if with_steps else None,
             correct_field,
             score_end,
