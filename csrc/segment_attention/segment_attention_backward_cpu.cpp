@@ -8,6 +8,7 @@
 // splits their sums are then added in order. How sequences are split depends on shapes and ids only, so no
 // result depends on the number of threads.
 
+#include "common/ceil_div.h"
 #include "common/huge_pages.h"
 #include "segment_attention/segment_tiles.h"
 
@@ -60,8 +61,7 @@ SplitPlan plan_splits(const SegmentPlan& plan, int64_t kv_heads) {
     int64_t sequence_work = 0, done = 0;
     for (int64_t t = sequence.tiles.begin; t < sequence.tiles.end; ++t)
       sequence_work += plan.keys_of(plan.tiles[t]);
-    const int64_t splits =
-        std::max<int64_t>((sequence_work * kMinWorkTiles + total_work - 1) / total_work, 1);
+    const int64_t splits = std::max<int64_t>(ceil_div(sequence_work * kMinWorkTiles, total_work), 1);
     const int64_t first_split = result.splits.size();
     result.splits.push_back({.tiles = {sequence.tiles.begin, sequence.tiles.begin}});
     for (int64_t t = sequence.tiles.begin; t < sequence.tiles.end; ++t) {
@@ -165,7 +165,7 @@ Range key_block(const Sequence& sequence, int64_t block) {
   return {begin, std::min(begin + kBlockKeys, sequence.keys.end)};
 }
 
-int64_t key_blocks(const Sequence& sequence) { return (sequence.keys.size() + kBlockKeys - 1) / kBlockKeys; }
+int64_t key_blocks(const Sequence& sequence) { return ceil_div<int64_t>(sequence.keys.size(), kBlockKeys); }
 
 template <class Operand>
 class BackwardWorker {

@@ -12,6 +12,7 @@
 // blocks, ... No pair depends on another, so results are bitwise reproducible.
 #pragma once
 
+#include "common/ceil_div.h"
 #include "common/pipeline_sm90.cuh"
 #include "segment_attention/segment_tiles.cuh"
 
@@ -69,7 +70,7 @@ __device__ __forceinline__ int m_block_of_pair(const DevicePlan& plan, int pair,
 // Number of pairs of work tiles.
 inline int64_t work_pairs(const SegmentAttentionInputs& p, const DevicePlan& plan) {
   const int64_t m_block_pairs =
-      p.cu_seqlens ? (plan.tiles + 1) / 2 : p.batch * ((plan.query_tiles_per_row + 1) / 2);
+      p.cu_seqlens ? ceil_div(plan.tiles, 2) : p.batch * ceil_div(plan.query_tiles_per_row, 2);
   return m_block_pairs * p.query_heads;
 }
 
