@@ -1,6 +1,6 @@
-// The CUDA kernels of linear attention under the emulator against the CPU backend in float64, on the same
-// parameter structs, forward and backward. Built twice: with the plain emulator (all cases), and with the one
-// that checks accesses (the small ones).
+// The CUDA kernels of linear attention on the emulator against the CPU backend in float64, with the same
+// parameter structs, forward and backward. Built twice: with the plain emulator for all cases, and with the
+// one that checks every access for the small ones.
 
 #include "linear_attention/linear_attention.h"
 
@@ -28,14 +28,14 @@ void expect(bool right, const std::string& what) {
   if (!right && ++failures <= 20) std::printf("FAILED: %s\n", what.c_str());
 }
 
-constexpr int kSmallGpu = 1,
-              kLargeGpu = 132;  // SMs: few are filled by whole sequences, many by segments only
+// SMs: whole sequences fill the small GPU; to fill the large one they have to be split.
+constexpr int kSmallGpu = 1, kLargeGpu = 132;
 
 struct Case {
   const char* name;
   DType dtype;
   int64_t batch, tokens, query_heads, key_heads, value_heads, key_width, value_width;
-  double decay = 0;                 // mean of -log_decay, 0: not given
+  double decay = 0;                 // mean of -log_decay; 0: no log_decay
   std::vector<int32_t> lengths{};   // of packed sequences
   std::vector<int32_t> step_ids{};  // [tokens], the same in every row; empty: no steps
   bool initial = true, gate = false;
@@ -43,7 +43,7 @@ struct Case {
   double scale = 0.3;
 };
 
-// Elements in the emulator's global memory, in the dtype of the case, and what they are in float64.
+// A tensor in the emulator's global memory, and the same elements in float64.
 struct Values {
   Values(const char* name, DType dtype, int64_t count, const std::function<double()>& value)
       : dtype(dtype), memory(simt::alloc_global(std::max<int64_t>(count, 1) * element_bytes(dtype), name)) {
@@ -57,7 +57,7 @@ struct Values {
       exact.assign(x.begin(), x.begin() + count);
     }
   }
-  // Of results: not set.
+  // A result, not initialised.
   Values(const char* name, DType dtype, int64_t count)
       : dtype(dtype),
         memory(simt::alloc_global(std::max<int64_t>(count, 1) * element_bytes(dtype), name)),
@@ -75,10 +75,10 @@ struct Values {
 
   DType dtype;
   void* memory;
-  std::vector<double> exact;  // for the oracle
+  std::vector<double> exact;  // what the CPU backend reads and writes
 };
 
-// One call, its gradients, and both on either backend.
+// One call and its gradients: on the CPU backend when constructed, on the emulator by run().
 class Call {
  public:
   explicit Call(const Case& c)
@@ -92,13 +92,12 @@ class Call {
     for (int64_t b = 0; b < c.batch; ++b) ids_.insert(ids_.end(), c.step_ids.begin(), c.step_ids.end());
     const auto normal = [&](double size) { return [this, size] { return size * normal_(random_); }; };
     const int64_t states = kinds_ * sequences_ * c.value_heads * c.key_width * c.value_width;
-    // No numbers where nobody may look: in padding, and in a gap after each token, which a kernel that takes
-    // tensors for dense would read.
+    // Poison padding and a gap after each token with NaN; kernels must not read them.
     const auto add_tokens = [&](const char* name, int64_t width, int64_t gap, double size) {
       add(name, c.dtype, rows_ * (width + gap), [&, i = int64_t(0)]() mutable {
         const int64_t token = i / (width + gap), column = i++ % (width + gap);
-        const bool there = column < width && (ids_.empty() || ids_[token] >= 0);
-        return there ? size * normal_(random_) : std::numeric_limits<double>::quiet_NaN();
+        const bool valid = column < width && (ids_.empty() || ids_[token] >= 0);
+        return valid ? size * normal_(random_) : std::numeric_limits<double>::quiet_NaN();
       });
     };
     add_tokens("q", c.query_heads * c.key_width, 16, 1);
@@ -143,7 +142,7 @@ class Call {
     return bits;
   }
 
-  // Relative errors of what run() has left.
+  // The errors of the last run().
   void check(const std::string& how) {
     for (size_t i = 0; i < results_.size(); ++i) {
       const std::string& name = result_names_[i];
@@ -160,7 +159,7 @@ class Call {
       }
       const double error = std::sqrt(difference), norm = std::sqrt(size);
       const bool gradient = name.rfind("grad", 0) == 0;
-      // 16-bit results are as good as the exact ones rounded. States have float32 or better in them.
+      // 16-bit results are as accurate as rounded exact ones. States are computed in float32 or better.
       double allowed = (c_.dtype == DType::kFloat32 ? (gradient ? 1e-4 : 1e-5) : 1e-4) * norm;
       if (name == "grad_log_decay" && c_.dtype != DType::kFloat32) allowed = 1e-3 * norm;
       if (results_[i]->dtype != DType::kFloat32)
@@ -242,7 +241,7 @@ class Call {
   std::normal_distribution<double> normal_;
   std::uniform_real_distribution<double> uniform_;
   std::vector<int32_t> offsets_, ids_;
-  std::vector<double> alpha_ = {7, 7, 0.125, 0.5, 0, 0.75};  // entries 0 and 1 mean nothing
+  std::vector<double> alpha_ = {7, 7, 0.125, 0.5, 0, 0.75};  // entries 0 and 1 are not used
   std::vector<float> alpha32_ = std::vector<float>(6);
   std::vector<std::unique_ptr<Values>> values_;
   std::vector<std::string> names_, result_names_;
@@ -251,7 +250,7 @@ class Call {
   LinearAttentionBackwardParams backward_{};
 };
 
-// On an sm_90 the 16-bit sweeps are others.
+// sm_90 has its own sweep for 16-bit elements.
 void test_equals_cpu(const Case& c, int arch) {
   Call call(c);
   for (int sms : {kSmallGpu, kLargeGpu}) {
@@ -272,14 +271,14 @@ void test_equals_cpu(const Case& c, int arch) {
           (arch == 90 ? std::count_if(launches.begin(), launches.end(),
                                       [](const auto& x) { return x.rfind("linear_sweep", 0) == 0; })
                       : 0);
-      expect(right || c.tokens == 0, name + ": another sweep was taken");
+      expect(right || c.tokens == 0, name + ": ran the sweep of another architecture");
       if (i == 0) call.check(name + " with " + std::to_string(sms) + " SMs"), first = bits;
-      expect(bits == first, name + ": other bits in another order of threads");
+      expect(bits == first, name + ": results depend on the order of threads");
     }
   }
 }
 
-// A prompt, steps of changing lengths and padding, ids that leave out values.
+// A prompt and steps of different lengths, with padding in between; ids skip values.
 std::vector<int32_t> ids_of(int64_t tokens) {
   std::vector<int32_t> ids(tokens, -1);
   const int lengths[] = {70, 3, 40, 1, 90, 64, 17};
@@ -299,18 +298,18 @@ std::vector<Case> cases() {
     all.push_back({"packed", dtype, 1, 100, 1, 1, 1, 32, 16, 0.05, {1, 0, 65, 34}});
   }
   if (simt::checks_races()) {
-    all.push_back({"segments", kBFloat16, 1, 280, 1, 1, 1, 64, 16, 0, {}, ids_of(280)});
+    all.push_back({"splits", kBFloat16, 1, 280, 1, 1, 1, 64, 16, 0, {}, ids_of(280)});
     return all;
   }
   for (DType dtype : {kBFloat16, kFloat16, kFloat32}) {
     all.push_back({"wide", dtype, 2, 65, 1, 1, 1, 128, 128, 0.1});
-    all.push_back({"segments of steps", dtype, 1, 700, 2, 1, 1, 64, 64, 0, {}, ids_of(700), true, true});
-    all.push_back({"segments, packed", dtype, 1, 600, 2, 2, 2, 64, 32, 0.01, {257, 3, 340}});
+    all.push_back({"splits of steps", dtype, 1, 700, 2, 1, 1, 64, 64, 0, {}, ids_of(700), true, true});
+    all.push_back({"splits, packed", dtype, 1, 600, 2, 2, 2, 64, 32, 0.01, {257, 3, 340}});
     all.push_back({"strong decay", dtype, 1, 130, 2, 1, 1, 32, 32, 8.0, {}, {}, false});
     all.push_back({"no scale", dtype, 1, 70, 1, 1, 1, 16, 16, 0, {}, {}, true, false, 1, 0});
-    all.push_back({"nothing", dtype, 1, 0, 1, 1, 1, 16, 16});
+    all.push_back({"no tokens", dtype, 1, 0, 1, 1, 1, 16, 16});
   }
-  // States beyond 65504, and so small that float16 has few bits for them.
+  // States beyond 65504, the largest float16, and so small that float16 has few bits for them.
   all.push_back({"large numbers", kFloat16, 1, 130, 2, 1, 1, 64, 32, 0.02, {}, {}, true, false, 60, 1e-3});
   all.push_back({"small numbers", kFloat16, 1, 130, 2, 1, 1, 64, 32, 0.02, {}, {}, true, false, 2e-3, 1e3});
   return all;

@@ -1,6 +1,6 @@
-// The CUDA kernels of segment_attention under the emulator: their plan against its definition, results
-// against the CPU backend in float64. Built twice, with the plain emulator and with the one that checks
-// accesses, which runs the smaller cases.
+// The CUDA kernels of segment_attention on the emulator: their plan against its definition, results against
+// the CPU backend in float64. Built twice, with the plain emulator and with the one that checks accesses,
+// which runs the smaller cases.
 
 #include "segment_attention/segment_attention.h"
 
@@ -30,7 +30,7 @@ void expect(bool right, const std::string& what) {
   if (!right && ++failures <= 30) std::printf("FAILED: %s\n", what.c_str());
 }
 
-// Global memory of the emulator that lives as long as this.
+// Global memory of the emulator.
 class Buffer {
  public:
   Buffer(const char* name, int64_t bytes) : data_(simt::alloc_global(bytes, name)), bytes_(bytes) {}
@@ -39,7 +39,7 @@ class Buffer {
   char* data() const { return static_cast<char*>(data_); }
   int64_t bytes() const { return bytes_; }
   std::string copy() const { return {data(), size_t(bytes_)}; }
-  void reset() const { std::memset(data_, 0xff, bytes_); }
+  void poison() const { std::memset(data_, 0xff, bytes_); }
 
  private:
   void* data_;
@@ -49,14 +49,14 @@ class Buffer {
 // ---- ids
 using Ids = std::vector<int32_t>;
 
-// A prompt of lengths[0] tokens (id `first`), then a step of each further length.
+// A prompt of lengths[0] tokens (id `first`), then one step per further length.
 Ids ids_of(const std::vector<int>& lengths, int32_t first = 0) {
   Ids ids;
   for (int length : lengths) ids.insert(ids.end(), length, first++);
   return ids;
 }
 
-Ids random_ids(int length, int prompt, int longest, double holes, std::mt19937& random) {
+Ids random_ids(int length, int prompt, int longest, double padding, std::mt19937& random) {
   Ids ids;
   int32_t id = 0;
   int left = prompt;
@@ -66,11 +66,11 @@ Ids random_ids(int length, int prompt, int longest, double holes, std::mt19937& 
     ids.push_back(id);
   }
   for (int32_t& x : ids)
-    if (random() % 1000 < holes * 1000) x = -1;
+    if (random() % 1000 < padding * 1000) x = -1;
   return ids;
 }
 
-void make_holes(Ids& ids, int begin, int end) { std::fill(ids.begin() + begin, ids.begin() + end, -1); }
+void set_padding(Ids& ids, int begin, int end) { std::fill(ids.begin() + begin, ids.begin() + end, -1); }
 
 Ids joined(const std::vector<Ids>& parts) {
   Ids ids;
@@ -95,8 +95,8 @@ struct PlanProblem {
     ScratchAllocator count(nullptr);
     device_plan(p, count);
     scratch = std::make_unique<Buffer>("scratch", count.bytes());
-    ScratchAllocator parts(scratch->data());
-    plan = device_plan(p, parts);
+    ScratchAllocator allocator(scratch->data());
+    plan = device_plan(p, allocator);
     simt::forget_blocks();
     if (watched) {
       simt::watch_blocks(plan.visible_end, batch * p.keys * 4, "visible_end");
@@ -105,7 +105,7 @@ struct PlanProblem {
     make_plan(plan, nullptr);
   }
 
-  SegmentAttentionParams p{};
+  SegmentAttentionInputs p{};
   Buffer ids_buffer, cu_buffer;
   std::unique_ptr<Buffer> scratch;
   DevicePlan plan;
@@ -114,60 +114,60 @@ struct PlanProblem {
 void test_plan(const std::string& name, int64_t batch, int64_t queries, const Ids& ids,
                const Ids& cu_seqlens) {
   const PlanProblem problem(batch, queries, ids, cu_seqlens);
-  const SegmentAttentionParams& p = problem.p;
+  const SegmentAttentionInputs& p = problem.p;
   const DevicePlan& plan = problem.plan;
   const SegmentPlan wanted = plan_segments(p);
   std::vector<int> covered(batch * p.keys);
   for (int64_t i = 0; i < batch * p.keys; ++i)
     expect(plan.visible_end[i] == wanted.visible_end[i],
-           name + ": token " + std::to_string(i) + " is seen up to " + std::to_string(plan.visible_end[i]) +
-               ", not " + std::to_string(wanted.visible_end[i]));
+           name + ": token " + std::to_string(i) + " is visible up to " +
+               std::to_string(plan.visible_end[i]) + ", not " + std::to_string(wanted.visible_end[i]));
   std::vector<int> times(plan.tiles);
   for (int64_t i = 0; i < query_tiles(p, plan); ++i) ++times.at(plan.query_tile(int(i)));
-  for (int number = 0; number < plan.tiles; ++number) {
-    const TokenTile& tile = plan.tile[number];
-    const int64_t row = int64_t(tile.row) * p.keys;
-    const std::string where = name + ": tile " + std::to_string(number);
+  for (int index = 0; index < plan.tiles; ++index) {
+    const TokenTile& tile = plan.tile[index];
+    const int64_t row = int64_t(tile.batch) * p.keys;
+    const std::string where = name + ": tile " + std::to_string(index);
     expect(tile.begin >= 0 && tile.end - tile.begin <= kTileTokens && tile.end <= p.keys,
            where + " lies outside");
-    expect(times[number] == (tile.end > plan.first_query || (!cu_seqlens.empty() && queries > 0)),
-           where + " is computed " + std::to_string(times[number]) + " times");
+    expect(times[index] == (tile.end > plan.first_query || (!cu_seqlens.empty() && queries > 0)),
+           where + " is computed " + std::to_string(times[index]) + " times");
     if (tile.begin >= tile.end) continue;
-    int max_end = 0, min_end = INT32_MAX, there = -1;
+    int max_end = 0, min_end = INT32_MAX, first_valid = -1;
     for (int t = tile.begin; t < tile.end; ++t) {
       ++covered[row + t];
       max_end = std::max<int>(max_end, wanted.visible_end[row + t]);
       min_end = std::min<int>(min_end, wanted.visible_end[row + t]);
-      if (wanted.visible_end[row + t] && there < 0) there = t;
+      if (wanted.visible_end[row + t] && first_valid < 0) first_valid = t;
     }
     expect(tile.max_end == max_end && tile.min_end == min_end, where + ": ends");
-    // Tiles of keys: those that somebody may see, each once, in order.
+    // k_blocks: those with visible keys, each once, in order.
     std::vector<int> visited;
     for (int t = tile.prompt_begin; t < tile.prompt_end; ++t) visited.push_back(t);
-    for (int t = tile.own_begin; t <= number; ++t) visited.push_back(t);
+    for (int t = tile.own_begin; t <= index; ++t) visited.push_back(t);
     expect(std::is_sorted(visited.begin(), visited.end(), std::less_equal<int>()), where + ": order");
     std::vector<int> useful;
-    for (int other = 0; other <= number && there >= 0; ++other) {
+    for (int other = 0; other <= index && first_valid >= 0; ++other) {
       const TokenTile& keys = plan.tile[other];
-      bool sees = false;
-      for (int j = keys.begin; j < keys.end && keys.row == tile.row; ++j)
+      bool visible = false;
+      for (int j = keys.begin; j < keys.end && keys.batch == tile.batch; ++j)
         for (int i = std::max(j, tile.begin); i < tile.end; ++i)
-          sees |= wanted.visible_end[row + i] != 0 && i < wanted.visible_end[row + j];
-      if (sees) useful.push_back(other);
+          visible |= wanted.visible_end[row + i] != 0 && i < wanted.visible_end[row + j];
+      if (visible) useful.push_back(other);
     }
     expect(std::includes(visited.begin(), visited.end(), useful.begin(), useful.end()),
-           where + " does not visit all that it sees");
-    // More only where tiles without anybody, or steps between the first and the last of the tile, lie
-    // between.
-    expect(visited.empty() == useful.empty(), where + " visits for nothing");
+           where + " misses visible keys");
+    // Others are visited only in between, where tiles of padding, or steps between the tile's first and last
+    // one, lie.
+    expect(visited.empty() == useful.empty(), where + " visits k_blocks without visible keys");
     if (!useful.empty() && !visited.empty())
-      expect(visited.front() == useful.front() && visited.back() == number, where + " visits too much");
+      expect(visited.front() == useful.front() && visited.back() == index, where + " visits too much");
     size_t tokens_between = 0;
     for (int other : visited)
       if (!std::binary_search(useful.begin(), useful.end(), other))
         for (int j = plan.tile[other].begin; j < plan.tile[other].end; ++j)
           tokens_between += ids[row + j] >= 0;
-    expect(tokens_between == 0, where + " visits tokens that nobody sees");
+    expect(tokens_between == 0, where + " visits tokens that none of its queries sees");
   }
   expect(std::all_of(covered.begin(), covered.end(), [](int n) { return n == 1; }),
          name + ": tokens in tiles");
@@ -181,39 +181,40 @@ void test_plans() {
   test_plan("no sequences", 1, 0, {}, {0});
   test_plan("causal", 1, 1000, ids_of({0, 1000}), {});
   test_plan("a prompt alone", 1, 130, ids_of({130}), {});
-  test_plan("nobody", 2, 100, Ids(200, -1), {});
+  test_plan("only padding", 2, 100, Ids(200, -1), {});
   test_plan("steps of a tile", 1, 640, ids_of({64, 64, 128, 64, 320}), {});
   test_plan("far neighbours", 1, 12000, ids_of({5000, 7000}), {});
   Ids gaps = ids_of({300, 9000, 12000});
-  make_holes(gaps, 100, 200), make_holes(gaps, 290, 9000), make_holes(gaps, 9500, 21000);
-  test_plan("empty tiles between", 1, 300, gaps, {});
+  set_padding(gaps, 100, 200), set_padding(gaps, 290, 9000), set_padding(gaps, 9500, 21000);
+  test_plan("tiles of padding in between", 1, 300, gaps, {});
   for (int i = 0; i < (simt::checks_races() ? 15 : 200); ++i) {
     const int length = int(random() % 700), batch = 1 + int(random() % 3);
-    const double holes = i % 4 == 0 ? 0.3 : i % 4 == 1 ? 0.97 : 0;
+    const double padding = i % 4 == 0 ? 0.3 : i % 4 == 1 ? 0.97 : 0;
     std::vector<Ids> rows;
     const int prompt = int(random() % (i % 3 ? 50 : 400)), longest = int(random() % (i % 2 ? 5 : 200)) + 1;
     for (int b = 0; b < batch; ++b) {
-      rows.push_back(random_ids(length, prompt, longest, holes, random));
+      rows.push_back(random_ids(length, prompt, longest, padding, random));
       if (i % 5 == 0 && length > 0) {
         const int from = int(random() % length);
-        make_holes(rows.back(), from, from + int(random() % (length - from)));
+        set_padding(rows.back(), from, from + int(random() % (length - from)));
       }
     }
     const std::string name = "random ids " + std::to_string(i);
     test_plan(name, batch, length ? int(random() % (length + 1)) : 0, joined(rows), {});
-    std::vector<Ids> pieces;
+    std::vector<Ids> sequences;
     Ids cu_seqlens{0};
     for (int n = int(random() % 12); n > 0; --n) {
-      pieces.push_back(
-          random_ids(random() % 3 ? int(random() % 150) : 0, prompt % 30, longest, holes, random));
-      cu_seqlens.push_back(cu_seqlens.back() + int(pieces.back().size()));
+      sequences.push_back(
+          random_ids(random() % 3 ? int(random() % 150) : 0, prompt % 30, longest, padding, random));
+      cu_seqlens.push_back(cu_seqlens.back() + int(sequences.back().size()));
     }
-    const Ids packed = joined(pieces);
+    const Ids packed = joined(sequences);
     test_plan(name + ", packed", 1, packed.size(), packed, cu_seqlens);
   }
 }
 
-// What is not looked at without STATECORE_CHECK=1 may give other results, but touches nothing outside.
+// Invalid contents, which are only refused with STATECORE_CHECK=1, give wrong results but no access out of
+// bounds.
 void test_wrong_contents() {
   std::mt19937 random(8);
   for (int i = 0; i < 40; ++i) {
@@ -225,10 +226,10 @@ void test_wrong_contents() {
         const PlanProblem problem(1, tokens, ids, cu_seqlens, /*watched=*/false);  // sequences may overlap
         for (int t = 0; t < problem.plan.tiles; ++t) {
           const TokenTile& tile = problem.plan.tile[t];
-          expect(tile.row == 0 && 0 <= tile.begin && tile.begin <= tile.end && tile.end <= tokens &&
+          expect(tile.batch == 0 && 0 <= tile.begin && tile.begin <= tile.end && tile.end <= tokens &&
                      tile.end - tile.begin <= kTileTokens && 0 <= tile.prompt_begin &&
                      tile.prompt_end <= t + 1 && tile.own_begin >= tile.prompt_end && tile.max_end <= tokens,
-                 "wrong contents: a tile leads outside");
+                 "wrong contents: a tile lies outside");
         }
       } catch (const simt::Error& error) {
         expect(false, std::string("wrong contents: ") + error.what());
@@ -244,10 +245,10 @@ struct Case {
   int64_t batch, queries;
   Ids ids;
   Ids cu_seqlens{};
-  double scale = 0;  // 0: the usual one
+  double scale = 0;  // 0: 1 / sqrt(Dk)
   double q_factor = 1;
-  bool poison = false;                // holes hold NaN and infinity
-  double tolerance = 1;               // more for scores so large that their last bits count
+  bool poison = false;                // padding holds NaN and infinity, which must not be read
+  double tolerance = 1;               // factor, for scores so large that their last bits count
   DType out_dtype = DType::kFloat64;  // kFloat64: dtype
 };
 
@@ -282,8 +283,8 @@ double relative_error(const std::vector<double>& got, const std::vector<double>&
   return difference == 0 ? 0 : std::sqrt(difference / norm);  // NaN stays NaN
 }
 
-// Tensors of a case [B, T, H, D], in float64 for the CPU and in the case's type, with gaps between rows, for
-// the kernels. Values are those that the type can hold.
+// A tensor of a case [B, T, H, D], in float64 for the CPU and in the case's type, with gaps between rows, for
+// the kernels. The values are representable in that type.
 class Input {
  public:
   Input(const char* name, DType dtype, int64_t batch, int64_t time, int64_t heads, int64_t width,
@@ -305,13 +306,15 @@ class Input {
     std::fill_n(exact.begin() + (row_of_batch * time_ + t) * heads_ * width_, heads_ * width_, value);
     store();
   }
-  int64_t time_stride() const { return heads_ * width_ + gap_; }
+  HeadsView exact_view() const { return contiguous_heads(exact.data(), time_, heads_, width_); }
+  HeadsView view() const { return {buffer.data(), time_ * time_stride(), time_stride(), width_}; }
 
  private:
   int64_t batch_, time_, heads_, width_;
   DType dtype_;
   int64_t gap_;
 
+  int64_t time_stride() const { return heads_ * width_ + gap_; }
   void store() {
     for (int64_t i = 0; i < batch_ * time_; ++i)
       to_dtype(dtype_, {exact.begin() + i * heads_ * width_, exact.begin() + (i + 1) * heads_ * width_},
@@ -323,7 +326,7 @@ class Input {
   Buffer buffer;
 };
 
-// Compares results with those in float64: for float32 up to `limit`, for 16-bit results up to `factor` times
+// Compares results with those in float64: float32 results up to `limit`, 16-bit results up to `factor` times
 // the error of rounding the exact ones.
 void expect_close(const std::string& what, DType dtype, double limit, double factor,
                   const std::vector<double>& got, const std::vector<double>& wanted) {
@@ -342,7 +345,7 @@ struct Run {
 constexpr Run kRuns[] = {{simt::Order::kForward, simt::Async::kLate},
                          {simt::Order::kReverse, simt::Async::kEarly},
                          {simt::Order::kRandom, simt::Async::kRandom}};
-// ... and where warps have roles:
+// ... and for specialised warps:
 constexpr Run kMoreRuns[] = {{simt::Order::kForward, simt::Async::kEarly},
                              {simt::Order::kReverse, simt::Async::kLate},
                              {simt::Order::kRandom, simt::Async::kLate}};
@@ -376,8 +379,8 @@ class Problem {
     out_elements_ = c.batch * c.queries * c.query_heads * c.value_width;
     lse_elements_ = c.batch * c.queries * c.query_heads;
     exact_out_.resize(out_elements_), exact_lse_.resize(lse_elements_);
-    SegmentAttentionParams p = params(DType::kFloat64);
-    p.out = exact_out_.data(), p.lse = exact_lse_.data();
+    SegmentAttentionParams p{inputs(DType::kFloat64)};
+    p.out = exact_out_.data(), p.out_dtype = DType::kFloat64, p.lse = exact_lse_.data();
     segment_attention_cpu(p);
 
     std::normal_distribution<double> normal;
@@ -386,12 +389,9 @@ class Problem {
     exact_grad_q_.resize(c.batch * c.queries * c.query_heads * c.key_width);
     exact_grad_k_.resize(c.batch * keys_ * c.kv_heads * c.key_width);
     exact_grad_v_.resize(c.batch * keys_ * c.kv_heads * c.value_width);
-    SegmentAttentionBackwardParams b{};
-    b.forward = p;
-    b.grad_out = grad_out_.exact.data();
-    b.grad_out_head = c.value_width, b.grad_out_time = c.query_heads * c.value_width;
-    b.grad_out_batch = c.queries * b.grad_out_time;
-    b.grad_lse = grad_lse_.data();
+    SegmentAttentionBackwardParams b{inputs(DType::kFloat64)};
+    b.out = p.out, b.lse = p.lse;
+    b.grad_out = grad_out_.exact_view(), b.grad_lse = grad_lse_.data();
     b.grad_q = exact_grad_q_.data(), b.grad_k = exact_grad_k_.data(), b.grad_v = exact_grad_v_.data();
     segment_attention_backward_cpu(b);
   }
@@ -399,15 +399,15 @@ class Problem {
   void test_forward(const simt::Device& device = {}) {
     simt::device() = device;
     Buffer out("out", out_elements_ * element_bytes(out_dtype_)), lse("lse", lse_elements_ * 4);
-    SegmentAttentionParams p = params(c_.dtype);
-    p.out = out.data(), p.lse = lse.data();
+    SegmentAttentionParams p{inputs(c_.dtype)};
+    p.out = out.data(), p.out_dtype = out_dtype_, p.lse = lse.data();
     std::string first;
     std::vector<Run> runs(std::begin(kRuns), std::end(kRuns));
     if (device.arch == 90) runs.insert(runs.end(), std::begin(kMoreRuns), std::end(kMoreRuns));
     for (const Run& run : runs) {
       simt::schedule() = {run.order, 7, run.async};
       Buffer scratch("scratch", segment_attention_cuda_scratch(p));
-      out.reset(), lse.reset();
+      out.poison(), lse.poison();
       simt::forget_blocks();
       simt::watch_blocks(out.data(), out.bytes(), "out");
       simt::watch_blocks(lse.data(), lse.bytes(), "lse");
@@ -440,13 +440,9 @@ class Problem {
     to_dtype(c_.dtype, exact_out_, out.data());
     to_dtype(DType::kFloat32, exact_lse_, lse.data());
     to_dtype(DType::kFloat32, grad_lse_, grad_lse.data());
-    SegmentAttentionBackwardParams b{};
-    b.forward = params(c_.dtype);
-    b.forward.out = out.data(), b.forward.lse = lse.data();
-    b.grad_out = grad_out_.buffer.data();
-    b.grad_out_time = grad_out_.time_stride(), b.grad_out_head = c_.value_width;
-    b.grad_out_batch = c_.queries * b.grad_out_time;
-    b.grad_lse = grad_lse.data();
+    SegmentAttentionBackwardParams b{inputs(c_.dtype)};
+    b.out = out.data(), b.lse = lse.data();
+    b.grad_out = grad_out_.view(), b.grad_lse = grad_lse.data();
     b.grad_q = grad_q.data(), b.grad_k = grad_k.data(), b.grad_v = grad_v.data();
     std::string first;
     for (const Run& run : kRuns) {
@@ -454,7 +450,7 @@ class Problem {
       Buffer scratch("scratch", segment_attention_backward_cuda_scratch(b));
       simt::forget_blocks();
       for (Buffer* x : {&grad_q, &grad_k, &grad_v}) {
-        x->reset();
+        x->poison();
         simt::watch_blocks(x->data(), x->bytes(), "gradients");
       }
       try {
@@ -477,23 +473,17 @@ class Problem {
   }
 
  private:
-  // Without results.
-  SegmentAttentionParams params(DType dtype) {
-    SegmentAttentionParams p{};
-    p.dtype = dtype, p.out_dtype = dtype == DType::kFloat64 ? dtype : out_dtype_;
+  SegmentAttentionInputs inputs(DType dtype) const {
+    SegmentAttentionInputs p{};
+    p.dtype = dtype;
     p.batch = c_.batch, p.queries = c_.queries, p.keys = keys_;
     p.query_heads = c_.query_heads, p.kv_heads = c_.kv_heads;
     p.key_width = c_.key_width, p.value_width = c_.value_width;
     p.scale = c_.scale != 0 ? c_.scale : 1 / std::sqrt(double(c_.key_width));
     const bool exact = dtype == DType::kFloat64;
-    p.q = exact ? static_cast<const void*>(q_.exact.data()) : q_.buffer.data();
-    p.k = exact ? static_cast<const void*>(k_.exact.data()) : k_.buffer.data();
-    p.v = exact ? static_cast<const void*>(v_.exact.data()) : v_.buffer.data();
-    p.q_time = exact ? c_.query_heads * c_.key_width : q_.time_stride();
-    p.k_time = exact ? c_.kv_heads * c_.key_width : k_.time_stride();
-    p.v_time = exact ? c_.kv_heads * c_.value_width : v_.time_stride();
-    p.q_batch = c_.queries * p.q_time, p.k_batch = keys_ * p.k_time, p.v_batch = keys_ * p.v_time;
-    p.q_head = p.k_head = c_.key_width, p.v_head = c_.value_width;
+    p.q = exact ? q_.exact_view() : q_.view();
+    p.k = exact ? k_.exact_view() : k_.view();
+    p.v = exact ? v_.exact_view() : v_.view();
     p.step_ids = reinterpret_cast<const int32_t*>(ids_.data());
     p.ids_batch = keys_, p.sequences = c_.batch;
     if (!c_.cu_seqlens.empty()) {
@@ -515,15 +505,15 @@ class Problem {
 std::vector<Case> cases() {
   using enum DType;
   std::mt19937 random(9);
-  Ids holes = random_ids(150, 30, 40, 0.3, random);
+  Ids scattered = random_ids(150, 30, 40, 0.3, random);
   Ids padded_row = ids_of({20, 30, 40, 10});
-  make_holes(padded_row, 0, 7), make_holes(padded_row, 90, 100);
+  set_padding(padded_row, 0, 7), set_padding(padded_row, 90, 100);
   std::vector<Case> all{
       {"bfloat16 64", kBFloat16, 2, 1, 64, 64, 1, 150, ids_of({70, 50, 30})},
       {"float16 128", kFloat16, 1, 1, 128, 128, 1, 100, ids_of({30, 70})},
       {"float 64", kFloat32, 2, 1, 48, 64, 1, 130, ids_of({10, 60, 3, 57})},
-      {"holes", kFloat16, 2, 2, 32, 16, 1, 150, holes, {}, 0, 1, true},
-      {"a cache with holes", kBFloat16, 3, 1, 16, 64, 1, 40, holes, {}, 0, 1, true},
+      {"scattered padding", kFloat16, 2, 2, 32, 16, 1, 150, scattered, {}, 0, 1, true},
+      {"a cache with padding", kBFloat16, 3, 1, 16, 64, 1, 40, scattered, {}, 0, 1, true},
       {"padding", kFloat32, 1, 1, 16, 16, 2, 100, joined({padded_row, ids_of({0, 100})}), {}, 0, 1, true},
       {"packed",
        kBFloat16,
@@ -536,7 +526,7 @@ std::vector<Case> cases() {
        joined({ids_of({3, 20}), ids_of({0, 1}), ids_of({40, 80}), ids_of({0, 6})}),
        {0, 0, 23, 24, 24, 144, 150}},
       {"one query", kFloat16, 2, 1, 64, 64, 2, 1, joined({ids_of({10, 60}), ids_of({70})})},
-      {"nobody", kBFloat16, 1, 1, 16, 16, 1, 70, Ids(70, -1), {}, 0, 1, true},
+      {"only padding", kBFloat16, 1, 1, 16, 16, 1, 70, Ids(70, -1), {}, 0, 1, true},
       {"no queries", kBFloat16, 1, 1, 16, 16, 2, 0, Ids(140, 1)},
       {"nothing", kBFloat16, 1, 1, 16, 16, 0, 0, {}},
       {"large scores", kFloat32, 1, 1, 16, 16, 1, 80, ids_of({20, 60}), {}, 0, 300, false, 10},
@@ -550,17 +540,17 @@ std::vector<Case> cases() {
        32,
        2,
        130,
-       joined({holes, ids_of({9, 30, 60, 51})}),
+       joined({scattered, ids_of({9, 30, 60, 51})}),
        {},
        0,
        1,
        true},
   };
-  // Keys whose work is cut into pieces, wholly and in part.
-  all.push_back({"pieces", kBFloat16, 6, 1, 16, 16, 1, 260, ids_of({70, 100, 90})});
+  // k_blocks whose work is split, all of them and some.
+  all.push_back({"splits", kBFloat16, 6, 1, 16, 16, 1, 260, ids_of({70, 100, 90})});
   if (!simt::checks_races()) {
-    all.push_back({"pieces of float", kFloat32, 12, 2, 16, 16, 2, 70, ids_of({40, 30, 60, 10})});
-    all.push_back({"pieces of packed sequences",
+    all.push_back({"splits of float", kFloat32, 12, 2, 16, 16, 2, 70, ids_of({40, 30, 60, 10})});
+    all.push_back({"splits of packed sequences",
                    kFloat16,
                    5,
                    1,
@@ -588,7 +578,7 @@ std::vector<Case> cases() {
 
 }  // namespace
 
-// With an argument: only the cases whose name has it in it, and how long each took.
+// With an argument: only the cases whose name contains it, and how long each took.
 int main(int argc, char** argv) {
   const std::string part = argc > 1 ? argv[1] : "";
   const auto run = [&](const std::string& name, const auto& test) {
@@ -611,7 +601,7 @@ int main(int argc, char** argv) {
     if (c.dtype != DType::kFloat32)
       run(c.name + ", sm_90", [&] {
         std::mt19937 random(4);
-        const simt::Device device{.arch = 90, .multiprocessors = 3};  // few: blocks have several items
+        const simt::Device device{.arch = 90, .multiprocessors = 3};  // few: blocks have several work tiles
         Problem(c, random).test_forward(device);
       });
   std::printf("%s: %d failures\n", simt::checks_races() ? "checked" : "plain", failures);

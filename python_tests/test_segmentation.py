@@ -11,6 +11,7 @@ import torch
 from text_cases import CHARACTERS, chains, character_tokenizer, tiny_model
 
 from statecore import segmentation
+from statecore.labels import label_agreement
 from statecore.segmentation import OpeningEntropy
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -193,12 +194,12 @@ def test_transitions_from_files(tmp_path):
 
 
 def test_words_are_compared_without_case_and_tokens_with_it():
-    word, token = (segmentation.transition_test(["Wait"], unit) for unit in ("word", "token"))
-    assert word("wait")
-    assert not word("waiting")
-    assert not word(None)
-    assert token("Wait")
-    assert not token("wait")
+    word, token = (segmentation.Transitions(["Wait"], unit) for unit in ("word", "token"))
+    assert "wait" in word
+    assert "waiting" not in word
+    assert None not in word
+    assert "Wait" in token
+    assert "wait" not in token
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -266,7 +267,7 @@ def test_agreement_with_labels():
         "b": [[0, 5, "Start"], [6, 9, "Deduction"]],
         "not prepared": [[0, 5, "Start"]],
     }
-    got = segmentation.label_agreement({"a": [7, 10, 15], "b": [6], "not labelled": [3]}, labels)
+    got = label_agreement({"a": [7, 10, 15], "b": [6], "not labelled": [3]}, labels)
     assert (got["traces"], got["boundaries"], got["labelled_sentences"]) == (2, 4, 4)
     assert got["boundaries_on_a_sentence_start"] == 0.75
     assert got["category_change_precision"] == 0.5  # of four boundaries, those at a's 15 and b's 6

@@ -19,8 +19,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .config import StepConfig
+from .families import causal_lm_class
 from .modeling import (
-    CAUSAL_LM_CLASSES,
     LinearBranch,
     StateCoreForCausalLM,
     StepEmbedding,
@@ -59,7 +59,7 @@ def convert(
     step_fields["step_end_token_ids"] = list(step_end_token_ids)
     loaded = isinstance(base, PreTrainedModel)
     base_config = base.config if loaded else AutoConfig.from_pretrained(base)
-    model_class = _class_for(base_config)
+    model_class = causal_lm_class(base_config)
     config = _step_config(model_class, base_config, step_fields)
     if loaded:
         model = model_class(config).to(dtype=base.dtype, device=base.device)
@@ -189,13 +189,6 @@ def _tables(model: StateCoreForCausalLM) -> list[StepEmbedding | StepHead]:
     """The embedding and, where it has weights of its own, the head."""
     embedding, head = model.model.embed_tokens, model.lm_head
     return [embedding] if head.step_weight is embedding.step_weight else [embedding, head]
-
-
-def _class_for(base_config: PreTrainedConfig) -> type[StateCoreForCausalLM]:
-    classes = {causal_lm.config_class.base_model_type: causal_lm for causal_lm in CAUSAL_LM_CLASSES}
-    if base_config.model_type not in classes:
-        raise ValueError(f"the base must be one of {', '.join(classes)}, got {base_config.model_type!r}")
-    return classes[base_config.model_type]
 
 
 def _step_config(model_class: type, base_config: PreTrainedConfig, step_fields: dict) -> StepConfig:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from .config import LAYER_TYPE
-from .steps import Segments, Slots
+from .steps import Slots, StepContext
 
 
 class StepCacheLayer(DynamicLayer):
@@ -41,14 +41,14 @@ class StepCacheLayer(DynamicLayer):
         self.peak_kv_bytes = 0
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, segments: Segments | None = None, *args, **kwargs
+        self, key_states: Tensor, value_states: Tensor, step_context: StepContext | None = None, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
-        """Appends [B, Hk, T, D] keys and values and returns all of them. `segments` is None in full attention."""
-        if self.seen and (segments is None) != (self.slots is None):
-            made, used = ("segments", "full attention") if segments is None else ("full attention", "segments")
+        """Appends [B, Hk, T, D] keys and values and returns all of them. Full attention has no step context."""
+        if self.seen and (step_context is None) != (self.slots is None):
+            made, used = ("segments", "full attention") if step_context is None else ("full attention", "segments")
             raise ValueError(f"a cache filled with {made} cannot go on with {used}: start with a new cache")
-        if self.seen and segments is not None and segments.linear == (self.states is None):
-            made = "off" if segments.linear else "on"
+        if self.seen and step_context is not None and step_context.linear == (self.states is None):
+            made = "off" if step_context.linear else "on"
             raise ValueError(f"the cache was made with the linear branch {made}: start with a new cache")
         keys, values = super().update(key_states, value_states)
         self.seen += key_states.shape[-2]

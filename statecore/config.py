@@ -9,7 +9,7 @@ error instead of running plain attention.
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor
-from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import PreTrainedConfig
 
 LAYER_TYPE = "statecore_step"
 PROJECTIONS = ("base_plus_low_rank", "low_rank")
@@ -114,23 +114,10 @@ def check_pruned(
             raise ValueError(f"state_ranks of layer {layer} must lie in 1 .. {width}, got {state_ranks[layer]}")
 
 
-@strict
-class StateCoreQwen2Config(StepConfig, Qwen2Config):
-    model_type = "statecore_qwen2"
-    base_model_type = "qwen2"
+def __getattr__(name: str):
+    # The configurations of the families: families.py imports this module, so they are looked up when asked for.
+    if name.startswith("StateCore"):
+        from . import families
 
-
-@strict
-class StateCoreQwen3Config(StepConfig, Qwen3Config):
-    model_type = "statecore_qwen3"
-    base_model_type = "qwen3"
-
-
-@strict
-class StateCoreLlamaConfig(StepConfig, LlamaConfig):
-    model_type = "statecore_llama"
-    base_model_type = "llama"
-
-
-for _config in (StateCoreQwen2Config, StateCoreQwen3Config, StateCoreLlamaConfig):
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+        return getattr(families, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,28 @@ class PromptFormat:
             text = self.template.replace("{prompt}", "\n".join(message["content"] for message in messages))
         opening = self.think_open.strip()
         return text if opening and text.rstrip().endswith(opening) else text + self.think_open
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """A prompt format as a command takes it: what is None is as the command knows it already.
+
+    Args:
+        template: a text with {prompt} in it; default: the tokenizer's chat template.
+        think_open, think_close: what stands around the thinking.
+    """
+
+    template: str | None = field(default=None, metadata={"option": "prompt_template"})
+    think_open: str | None = None
+    think_close: str | None = None
+
+    def __post_init__(self):
+        if self.template is not None and "{prompt}" not in self.template:
+            raise ValueError(f"prompt_template: expected {{prompt}} in it, got {self.template!r}")
+
+    def given(self) -> dict[str, str]:
+        """The fields of a PromptFormat that are not None."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)

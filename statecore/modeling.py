@@ -18,18 +18,16 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.llama import modeling_llama as llama
-from transformers.models.qwen2 import modeling_qwen2 as qwen2
-from transformers.models.qwen3 import modeling_qwen3 as qwen3
+from transformers.models.llama.modeling_llama import rotate_half
 
 from . import ops, steps
 from .cache import StepCacheLayer
-from .config import LAYER_TYPE, StateCoreLlamaConfig, StateCoreQwen2Config, StateCoreQwen3Config, StepConfig
-from .steps import Segments, Slots
+from .config import LAYER_TYPE, StepConfig
+from .steps import Slots, StepContext
 
 
 @dataclass
@@ -201,10 +199,10 @@ class MixedAttention:
 
     def forward(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], attention_mask: Tensor | None = None,
-        past_key_values: DynamicCache | None = None, segments: Segments | None = None, **kwargs,
+        past_key_values: DynamicCache | None = None, step_context: StepContext | None = None, **kwargs,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """[B, T, hidden] -> [B, T, hidden]; without `segments` the base's own attention."""
-        if segments is None:
+        """[B, T, hidden] -> [B, T, hidden]; without a step context it is the base's own attention."""
+        if step_context is None:
             return super().forward(
                 hidden_states=hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask,
                 past_key_values=past_key_values, **kwargs,
@@ -214,7 +212,7 @@ class MixedAttention:
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = self.normalise(q, k)
-        linear = self.la(hidden_states, q, k) if segments.linear else None
+        linear = self.la(hidden_states, q, k) if step_context.linear else None
         if linear is None or not self.config.la_rope:
             q, k = rotate([q, k], position_embeddings)
         else:
@@ -223,35 +221,35 @@ class MixedAttention:
         layer = None
         if past_key_values is not None:
             layer = past_key_values.layers[self.layer_idx]
-            k, v = past_key_values.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx, segments)
+            k, v = past_key_values.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx, step_context)
             k, v = k.transpose(1, 2), v.transpose(1, 2)
         if linear is None:
-            out, _ = ops.segment_attention(q, k, v, segments.step_ids, segments.cu_seqlens, scale=self.scaling)
+            out, _ = ops.segment_attention(q, k, v, step_context.step_ids, step_context.cu_seqlens, scale=self.scaling)
             states = None
         else:
-            out, states = self.mix(q, k, v, *linear, segments, layer.states if layer else None)
+            out, states = self.mix(q, k, v, *linear, step_context, layer.states if layer else None)
         if layer is not None:
-            layer.finish_step_pass(segments.slots, segments.keep, states)
+            layer.finish_step_pass(step_context.slots, step_context.keep, states)
         return self.o_proj(out.flatten(2)), None
 
     def mix(
         self, q: Tensor, k: Tensor, v: Tensor, lin_q: Tensor, lin_k: Tensor, lin_v: Tensor, gate: Tensor | None,
-        segments: Segments, states: Tensor | None,
+        context: StepContext, states: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Segment attention + gated linear attention: out [B, T, Hq, D] and the three states [3, N, Hk, D, D], of a
         pruned branch [3, N, its heads, its rank, D].
         """
-        initial_step = segments.initial_step if states is not None else None
+        initial_step = context.initial_step if states is not None else None
         if gate is not None and self.la.norm is None and self.la.whole:
             return ops.mixed_attention(
-                q, k, v, lin_q, lin_k, lin_v, gate, segments.step_ids, segments.alpha, states, initial_step,
-                segments.cu_seqlens, scale=self.scaling, lin_scale=self.scaling,
+                q, k, v, lin_q, lin_k, lin_v, gate, context.step_ids, context.alpha, states, initial_step,
+                context.cu_seqlens, scale=self.scaling, lin_scale=self.scaling,
             )  # fmt: skip
-        out, _ = ops.segment_attention(q, k, v, segments.step_ids, segments.cu_seqlens, scale=self.scaling)
-        own_ids = segments.step_ids[:, segments.step_ids.shape[1] - q.shape[1] :]
+        out, _ = ops.segment_attention(q, k, v, context.step_ids, context.cu_seqlens, scale=self.scaling)
+        own_ids = context.step_ids[:, context.step_ids.shape[1] - q.shape[1] :]
         lin_q, lin_k = self.la.project(lin_q, lin_k)
         lin_out, states = ops.step_linear_attention(
-            lin_q, lin_k, lin_v, own_ids, segments.alpha, states, initial_step, segments.cu_seqlens, scale=self.scaling
+            lin_q, lin_k, lin_v, own_ids, context.alpha, states, initial_step, context.cu_seqlens, scale=self.scaling
         )
         lin_out = lin_out if self.la.norm is None else self.la.norm(lin_out)
         lin_out = lin_out if gate is None else gate.sigmoid() * lin_out
@@ -264,7 +262,7 @@ def rotate(heads: list[Tensor], position_embeddings: tuple[Tensor, Tensor]) -> t
     """RoPE on several [B, T, H, D] at once, the same in all families; keeps the dtype, which autocast would not."""
     cos, sin = (x.unsqueeze(2) for x in position_embeddings)
     together = torch.cat(heads, 2)
-    rotated = (together * cos + llama.rotate_half(together) * sin).to(together.dtype)
+    rotated = (together * cos + rotate_half(together) * sin).to(together.dtype)
     return rotated.split([x.shape[2] for x in heads], 2)
 
 
@@ -320,6 +318,11 @@ class StateCoreModel(Switches):
 
     def __init__(self, config: StepConfig):
         super().__init__(config)
+        if type(self.embed_tokens) is not nn.Embedding:
+            raise TypeError(
+                f"{type(self).__name__} replaces its base's embedding, which must be a plain nn.Embedding, "
+                f"got {type(self.embed_tokens).__name__}"
+            )
         self.mode = Mode()
         self.embed_tokens = StepEmbedding(config, self.mode)
         for index, layer in enumerate(self.layers):
@@ -333,52 +336,59 @@ class StateCoreModel(Switches):
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
         past_key_values: DynamicCache | None = None, inputs_embeds: Tensor | None = None, use_cache: bool | None = None,
-        segment_ids: Tensor | None = None, cu_seq_lens_q: Tensor | None = None, seq_idx: Tensor | None = None, **kwargs,
+        step_ids: Tensor | None = None, cu_seq_lens_q: Tensor | None = None, seq_idx: Tensor | None = None, **kwargs,
     ) -> BaseModelOutputWithPast:  # fmt: skip
         """The base's forward with steps.
 
-        attention_mask: [B, seen + T], 0 for padding. segment_ids: int [B, T], step ids in place of those derived from
-        input_ids (0 prompt, 1.. steps, then the answer, -1 padding). cu_seq_lens_q, seq_idx, or position_ids that begin
-        anew: packed sequences, one row.
+        attention_mask: [B, seen + T], 0 for padding.
+        step_ids: int [B, T], 0 the prompt, 1 .. n the steps, n + 1 the answer, -1 padding; default: those that the step
+        tokens in input_ids define.
+        cu_seq_lens_q, seq_idx, or position_ids that restart: packed sequences, in one row.
         """
+        step_ids = steps.accept_segment_ids(step_ids, kwargs)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         packable = attention_mask is None and past_key_values is None
-        packed = steps.find_packed(cu_seq_lens_q, seq_idx, position_ids if packable else None, inputs_embeds.shape[0])
-        if packed is not None:
+        cu_seqlens = steps.packed_cu_seqlens(
+            cu_seq_lens_q, seq_idx, position_ids if packable else None, inputs_embeds.shape[0]
+        )
+        if cu_seqlens is not None:
             if past_key_values is not None:
                 raise ValueError("packed sequences cannot be cached: give each sequence a row of its own")
             use_cache = False
             if position_ids is None:
-                position_ids = steps.packed_positions(packed, inputs_embeds.shape[1])
+                position_ids = steps.packed_positions(cu_seqlens, inputs_embeds.shape[1])
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if self.mode.full_attention:
-            segments = None
-            # The base tells packed sequences by positions that begin anew, and only where it gets no mask; padding at
-            # the end of a sequence is seen by nobody anyway.
-            is_packed = packed is not None
+            step_context = None
+            # The base finds packed sequences by positions that restart, and only without a mask. Causal attention
+            # hides padding at the end of a sequence anyway.
+            is_packed = cu_seqlens is not None
             mask = create_causal_mask(
                 config=self.config, inputs_embeds=inputs_embeds, attention_mask=None if is_packed else attention_mask,
                 past_key_values=past_key_values,
-                position_ids=steps.packed_positions(packed, inputs_embeds.shape[1]) if is_packed else position_ids,
+                position_ids=steps.packed_positions(cu_seqlens, inputs_embeds.shape[1]) if is_packed else position_ids,
             )  # fmt: skip
         else:
-            real = steps.real_tokens(attention_mask, inputs_embeds)
+            valid = steps.valid_tokens(attention_mask, inputs_embeds)
             slots = past_slots(past_key_values)
-            if segment_ids is not None:
-                found = steps.given(segment_ids, real)
+            if step_ids is not None:
+                tokens = steps.steps_from_ids(step_ids, valid)
             else:
-                no_rows = torch.full_like(real, -1, dtype=torch.long)
-                rows = no_rows if input_ids is None else self.embed_tokens.step_rows(input_ids)
-                found = steps.derive(rows, len(self.config.step_start_token_ids), real, slots, packed)
-            alpha = self.config.alpha_table(real.device) if self.mode.momentum else torch.zeros(1, device=real.device)
-            segments = steps.plan(found, slots, alpha, packed, self.mode.linear_attention, past_key_values is not None)
+                no_markers = torch.full_like(valid, -1, dtype=torch.long)
+                markers = no_markers if input_ids is None else self.embed_tokens.step_rows(input_ids)
+                patterns = len(self.config.step_start_token_ids)
+                tokens = steps.steps_from_markers(markers, patterns, valid, slots, cu_seqlens)
+            alpha = self.config.alpha_table(valid.device) if self.mode.momentum else torch.zeros(1, device=valid.device)
+            step_context = steps.make_context(
+                tokens, slots, alpha, cu_seqlens, self.mode.linear_attention, past_key_values is not None
+            )
             mask = torch.empty(0, 0, 0, 0)  # never read; Llama would build a [T, T] mask for None
         return super().forward(
             inputs_embeds=inputs_embeds, attention_mask=self.layer_mask(mask), position_ids=position_ids,
-            past_key_values=past_key_values, use_cache=use_cache, segments=segments, **kwargs,
+            past_key_values=past_key_values, use_cache=use_cache, step_context=step_context, **kwargs,
         )  # fmt: skip
 
 
@@ -413,14 +423,14 @@ class StateCoreForCausalLM(Switches):
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
         past_key_values: DynamicCache | None = None, inputs_embeds: Tensor | None = None, labels: Tensor | None = None,
-        use_cache: bool | None = None, segment_ids: Tensor | None = None, cu_seq_lens_q: Tensor | None = None,
+        use_cache: bool | None = None, step_ids: Tensor | None = None, cu_seq_lens_q: Tensor | None = None,
         seq_idx: Tensor | None = None, logits_to_keep: int | Tensor = 0, **kwargs,
     ) -> CausalLMOutputWithPast:  # fmt: skip
         """As the base's, with the arguments of StateCoreModel.forward."""
         return super().forward(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
             past_key_values=past_key_values, inputs_embeds=inputs_embeds, labels=labels, use_cache=use_cache,
-            segment_ids=segment_ids, cu_seq_lens_q=cu_seq_lens_q, seq_idx=seq_idx,
+            step_ids=step_ids, cu_seq_lens_q=cu_seq_lens_q, seq_idx=seq_idx,
             logits_to_keep=logits_to_keep, **kwargs,
         )  # fmt: skip
 
@@ -453,53 +463,12 @@ class StateCoreForCausalLM(Switches):
         return embeddings
 
 
-class Qwen2MixedAttention(MixedAttention, qwen2.Qwen2Attention):
-    pass
+def __getattr__(name: str):
+    if not name.startswith("__") and hasattr(families, name):
+        return getattr(families, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-class StateCoreQwen2Model(StateCoreModel, qwen2.Qwen2Model):
-    config_class = StateCoreQwen2Config
-    attention_class = Qwen2MixedAttention
-
-
-class StateCoreQwen2ForCausalLM(StateCoreForCausalLM, qwen2.Qwen2ForCausalLM):
-    config_class = StateCoreQwen2Config
-    model_class = StateCoreQwen2Model
-
-
-class Qwen3MixedAttention(MixedAttention, qwen3.Qwen3Attention):
-    def normalise(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return self.q_norm(q), self.k_norm(k)
-
-
-class StateCoreQwen3Model(StateCoreModel, qwen3.Qwen3Model):
-    config_class = StateCoreQwen3Config
-    attention_class = Qwen3MixedAttention
-
-
-class StateCoreQwen3ForCausalLM(StateCoreForCausalLM, qwen3.Qwen3ForCausalLM):
-    config_class = StateCoreQwen3Config
-    model_class = StateCoreQwen3Model
-
-
-class LlamaMixedAttention(MixedAttention, llama.LlamaAttention):
-    pass
-
-
-class StateCoreLlamaModel(StateCoreModel, llama.LlamaModel):
-    config_class = StateCoreLlamaConfig
-    attention_class = LlamaMixedAttention
-
-    def layer_mask(self, mask: Tensor | None) -> Tensor | None:
-        return mask
-
-
-class StateCoreLlamaForCausalLM(StateCoreForCausalLM, llama.LlamaForCausalLM):
-    config_class = StateCoreLlamaConfig
-    model_class = StateCoreLlamaModel
-
-
-CAUSAL_LM_CLASSES = (StateCoreQwen2ForCausalLM, StateCoreQwen3ForCausalLM, StateCoreLlamaForCausalLM)
-for _causal_lm in CAUSAL_LM_CLASSES:
-    AutoModel.register(_causal_lm.config_class, _causal_lm.model_class, exist_ok=True)
-    AutoModelForCausalLM.register(_causal_lm.config_class, _causal_lm, exist_ok=True)
+# Registers every family with transformers' Auto classes. families.py builds on this module, hence the import at its end
+# and the lookup above: whichever of the two is imported first, the other one's names are not there yet.
+from . import families  # noqa: E402

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from sklearn.preprocessing import normalize
 from tokenizers import AddedToken
 from tqdm.auto import tqdm
 
+from .figures import new_figure
 from .segmentation import context_size, encode, window_batches
 
 # Word weights and singular vectors are fitted on a sample; every step is then mapped with them, in chunks.
@@ -188,6 +190,48 @@ def typical_steps(
     return chosen
 
 
+@dataclass(frozen=True)
+class PatternOptions:
+    """How steps are grouped into thinking patterns.
+
+    Args:
+        count: number of thinking patterns; each adds two tokens to the tokenizer.
+        embedding: "hidden_states" of the model or "tfidf"; default: hidden states where there is a model.
+        layer: the model's layer whose states are used; default: the middle one.
+        elbow: numbers of patterns to compare in the report.
+    """
+
+    count: int = field(default=128, metadata={"option": "patterns"})
+    embedding: Literal["tfidf", "hidden_states"] | None = None
+    layer: int | None = field(default=None, metadata={"option": "embedding_layer"})
+    elbow: Sequence[int] = (16, 32, 64, 128, 256)
+
+    def __post_init__(self):
+        if self.count < 1:
+            raise ValueError(f"patterns: expected 1 or more, got {self.count}")
+
+
+@dataclass(frozen=True)
+class ThinkingPatterns:
+    """Patterns of steps, the largest first."""
+
+    of_step: np.ndarray  # [steps] int32, the pattern of each
+    sizes: list[int]
+    examples: list[list[str]]  # the most typical steps of each
+    elbow: list[dict[str, float]]  # see `elbow`
+
+
+def find_patterns(embeddings: np.ndarray, steps: Sequence[str], options: PatternOptions, seed: int) -> ThinkingPatterns:
+    of_step, centres = cluster_steps(embeddings, options.count, seed=seed)
+    typical = typical_steps(embeddings, of_step, centres, steps)
+    return ThinkingPatterns(
+        of_step,
+        np.bincount(of_step, minlength=options.count).tolist(),
+        [[steps[i] for i in chosen] for chosen in typical],
+        elbow(embeddings, options.elbow, seed=seed),
+    )
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Tokens and figures
 
@@ -218,10 +262,8 @@ def pattern_tokens(pattern: int) -> tuple[str, str]:
 
 def draw_figures(folder: Path, table: Sequence[dict[str, float]], sizes: Sequence[int]) -> None:
     """Writes `elbow.png` (inertia and silhouette against the number of patterns) and `pattern_sizes.png`."""
-    from matplotlib.figure import Figure  # here, not above: reading a prepared set should not wait for matplotlib
-
     folder.mkdir(parents=True, exist_ok=True)
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = new_figure((6, 4))
     left = figure.add_subplot(xlabel="thinking patterns", ylabel="inertia a step", xscale="log")
     right = left.twinx()
     right.set_ylabel("silhouette")
@@ -233,7 +275,7 @@ def draw_figures(folder: Path, table: Sequence[dict[str, float]], sizes: Sequenc
     figure.legend(handles=lines, loc="outside upper center", ncols=2)
     figure.savefig(folder / "elbow.png", dpi=120)
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = new_figure((6, 4))
     axes = figure.add_subplot(xlabel="thinking pattern, by size", ylabel="steps")
     axes.bar(range(len(sizes)), sizes, width=1.0, color="tab:blue")
     figure.savefig(folder / "pattern_sizes.png", dpi=120)

@@ -12,9 +12,10 @@ import json
 import math
 import re
 from bisect import bisect_left, bisect_right
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -291,14 +292,177 @@ def load_transitions(path: str | Path) -> list[str]:
     return words
 
 
-def transition_test(transitions: Iterable[str], unit: OpeningUnit) -> Callable[[str | None], bool]:
-    """Whether a sentence opening is a transition. Words are compared without regard to case, tokens as they are."""
-    known = {word.casefold() if unit == "word" else word for word in transitions}
-    return lambda opening: opening is not None and opening in known
+@dataclass(frozen=True)
+class Transitions:
+    """What steps open with: words, compared without regard to case, or tokens (`unit`).
+
+    entropies: where the choice was made by them, those of all openings, highest first.
+    """
+
+    openings: Sequence[str] = DEFAULT_TRANSITIONS
+    unit: OpeningUnit = "word"
+    entropies: Sequence[OpeningEntropy] = ()
+
+    def key(self, opening: str) -> str:
+        """What two spellings of an opening have in common."""
+        return opening.casefold() if self.unit == "word" else opening
+
+    @cached_property
+    def _keys(self) -> frozenset[str]:
+        return frozenset(map(self.key, self.openings))
+
+    def __contains__(self, opening: str | None) -> bool:
+        return opening is not None and opening in self._keys
+
+
+@dataclass(frozen=True)
+class TransitionOptions:
+    """What steps open with.
+
+    Args:
+        transitions: file of transition words, one a line or JSON; default: the built-in list.
+        opening_unit: what opens a sentence, its first "word" or its first "token".
+    """
+
+    transitions: str | Path | None = None
+    opening_unit: OpeningUnit = "word"
+
+
+@dataclass(frozen=True)
+class EntropyOptions(TransitionOptions):
+    """What steps open with, where a language model may choose.
+
+    Args:
+        transitions: file of transition words, one a line or JSON; then no entropies are computed.
+        opening_unit: what opens a sentence, its first "word" or its first "token" of the model.
+        entropy_rows: rows to measure entropies on, drawn at random.
+        top_transitions: how many openings with the highest mean entropy are transitions.
+        entropy_threshold_bits: take all openings of at least this mean entropy instead.
+        min_opening_count: openings seen less often are no transitions.
+    """
+
+    entropy_rows: int = 500
+    top_transitions: int = 16
+    entropy_threshold_bits: float | None = None
+    min_opening_count: int = 20
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What transitions may be learned from: rows of text (`traces.Trace`) and the language model that reads them
+    (`language.LanguageModel`), where there is one.
+    """
+
+    traces: Sequence[Any]
+    language: Any = None
+    seed: int = 0
+
+    def sample(self, rows: int) -> list[Any]:
+        """Traces drawn at random, in their order."""
+        chosen = np.random.default_rng(self.seed).permutation(len(self.traces))[:rows]
+        return [self.traces[i] for i in np.sort(chosen)]
+
+
+def transitions_of_file(options: TransitionOptions, corpus: Corpus | None) -> Transitions | None:
+    if options.transitions is None:
+        return None
+    return Transitions(load_transitions(options.transitions), options.opening_unit)
+
+
+def transitions_by_entropy(options: TransitionOptions, corpus: Corpus | None) -> Transitions | None:
+    if not isinstance(options, EntropyOptions) or corpus is None or corpus.language is None:
+        return None
+    table = corpus.language.opening_entropies(corpus.sample(options.entropy_rows), options.opening_unit)
+    by_rank = options.entropy_threshold_bits is None
+    chosen = select_transitions(
+        table,
+        top=options.top_transitions if by_rank else None,
+        threshold_bits=options.entropy_threshold_bits,
+        min_count=options.min_opening_count,
+    )
+    return Transitions([row.opening for row in chosen], options.opening_unit, table)
+
+
+def built_in_transitions(options: TransitionOptions, corpus: Corpus | None) -> Transitions | None:
+    return Transitions(DEFAULT_TRANSITIONS, options.opening_unit)
+
+
+# In the order in which they are asked.
+STRATEGIES: tuple[Callable[[TransitionOptions, Corpus | None], Transitions | None], ...] = (
+    transitions_of_file,
+    transitions_by_entropy,
+    built_in_transitions,
+)
+
+
+def choose_transitions(options: TransitionOptions = TransitionOptions(), corpus: Corpus | None = None) -> Transitions:
+    """What steps open with, by the first strategy that the options ask for and the corpus has the means for.
+
+    A new strategy is a function like those above, which returns None where it is not asked for, an entry in
+    `STRATEGIES` before those that it takes precedence over, and its options: fields of TransitionOptions, which every
+    command that finds steps then has, or of a subclass like EntropyOptions, for commands with a corpus. Nothing else
+    needs to know of it.
+    """
+    return next(found for strategy in STRATEGIES if (found := strategy(options, corpus)) is not None)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Steps
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """How short and how long a step may be, in tokens without markers.
+
+    Args:
+        min_step_tokens: a shorter step joins the one before it.
+        max_step_tokens: a longer step is halved at a sentence.
+    """
+
+    min_step_tokens: int = 32
+    max_step_tokens: int = 512
+
+    def __post_init__(self):
+        if not 1 <= 2 * self.min_step_tokens <= self.max_step_tokens:
+            raise ValueError(
+                f"max_step_tokens: expected at least twice min_step_tokens ({self.min_step_tokens}), so that a long "
+                f"step can be halved, got {self.max_step_tokens}"
+            )
+
+
+@dataclass(frozen=True)
+class StepStart:
+    """Where a step starts, as a token and as a character of the text, and what it opens with."""
+
+    token: int
+    char: int
+    opening: str | None
+
+
+def find_steps(
+    sentences: Sequence[int],
+    openings: Sequence[str | None],
+    spans: Sequence[tuple[int, int]],
+    end: int,
+    transitions: Transitions,
+    options: StepOptions,
+) -> list[StepStart]:
+    """The steps of a text from the characters at which its sentences start and what they open with.
+
+    `spans` are the character spans of the text's tokens. The last step ends before token `end`; there is no step where
+    not even the first sentence starts before it. Of sentences that start in one token, one with a transition counts.
+    """
+    ends = [stop for _, stop in spans]
+    starts: dict[int, StepStart] = {}
+    for char, opening in zip(sentences, openings, strict=True):
+        token = bisect_right(ends, char)
+        if token < end and (token not in starts or opening in transitions):
+            starts[token] = StepStart(token, char, opening)
+    if not starts:
+        return []
+    opens = [start.opening in transitions for start in starts.values()]
+    steps = split_steps(list(starts), opens, end, shortest=options.min_step_tokens, longest=options.max_step_tokens)
+    return [starts[token] for token in steps]
 
 
 def split_steps(sentences: Sequence[int], opens: Sequence[bool], end: int, *, shortest: int, longest: int) -> list[int]:
@@ -325,64 +489,3 @@ def split_steps(sentences: Sequence[int], opens: Sequence[bool], end: int, *, sh
         return halve(begin, middle) + halve(middle, stop)
 
     return [start for begin, stop in pairwise([*steps, end]) for start in halve(begin, stop)]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Agreement with people's or a model's sentence labels
-
-
-def label_agreement(
-    boundaries: Mapping[str, Sequence[int]], labels: Mapping[str, Sequence[Sequence[Any]]]
-) -> dict[str, Any]:
-    """How the step boundaries lie to labelled sentences.
-
-    `boundaries[id]` are character offsets in the thinking at which steps 2, 3, ... start; `labels[id]` are spans
-    `[start, end, category]` or `[start, end, category, entropy]` over the same text. Gives, over the ids in both: the
-    share of boundaries that fall on the start of a labelled sentence; precision and recall of the boundaries against
-    the sentences whose category differs from that of the sentence before; for each category its share of all labelled
-    sentences after the first, its share of the boundaries, and the share of its sentences that start a step; and, where
-    there are entropies, the mean entropy of sentences at a boundary and of the others.
-    """
-    total, on_start, changes, change_hits = 0, 0, 0, 0
-    sentences, hits = Counter(), Counter()
-    entropies: dict[bool, list[float]] = {True: [], False: []}
-    shared = sorted(boundaries.keys() & labels.keys())
-    for key in shared:
-        wanted = set(boundaries[key])
-        total += len(wanted)
-        for before, span in pairwise(labels[key]):
-            hit = span[0] in wanted
-            sentences[span[2]] += 1
-            hits[span[2]] += hit
-            on_start += hit
-            changes += span[2] != before[2]
-            change_hits += hit and span[2] != before[2]
-            if len(span) > 3:
-                entropies[hit].append(float(span[3]))
-
-    def share(part: float, whole: float) -> float | None:
-        return round(part / whole, 4) if whole else None
-
-    result: dict[str, Any] = {
-        "traces": len(shared),
-        "boundaries": total,
-        "labelled_sentences": sentences.total(),
-        "boundaries_on_a_sentence_start": share(on_start, total),
-        "category_change_precision": share(change_hits, total),
-        "category_change_recall": share(change_hits, changes),
-        "categories": {
-            name: {
-                "sentences": count,
-                "share_of_sentences": share(count, sentences.total()),
-                "share_of_boundaries": share(hits[name], on_start),
-                "start_a_step": share(hits[name], count),
-            }
-            for name, count in sentences.most_common()
-        },
-    }
-    if entropies[True] or entropies[False]:
-        result["entropy"] = {
-            name: {"sentences": len(entropies[at]), "mean": share(sum(entropies[at]), len(entropies[at]))}
-            for name, at in (("at_boundaries", True), ("elsewhere", False))
-        }
-    return result

@@ -9,8 +9,9 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -48,20 +49,40 @@ class BadRow:
 
 
 @dataclass(frozen=True)
-class Fields:
+class RowFields:
     """Where a row keeps its parts.
 
-    Either the thinking and the answer stand in fields of their own, or `completion` names one field that holds both,
-    with the thinking between `think_tags`: a text, or a list of chat messages whose last one is the assistant's (the
-    messages before it are then the prompt, and the `prompt` field is not read).
+    Thinking and answer either have fields of their own, or `completion` names one field that holds both, with the
+    thinking between `think_tags`: a text, or a list of chat messages that ends with the assistant's. The messages
+    before it are then the prompt, and the `prompt` field is not read.
+
+    Args:
+        prompt, thinking, answer, id: where a row keeps its parts.
+        completion: a field with thinking and answer in one, a text or a list of chat messages.
+        think_tags: what encloses the thinking in `completion_field`.
     """
 
-    prompt: str = "problem"
-    thinking: str = "thinking"
-    answer: str = "answer"
-    id: str = "id"
-    completion: str | None = None
+    prompt: str = field(default="problem", metadata={"option": "prompt_field"})
+    thinking: str = field(default="thinking", metadata={"option": "thinking_field"})
+    answer: str = field(default="answer", metadata={"option": "answer_field"})
+    id: str = field(default="id", metadata={"option": "id_field"})
+    completion: str | None = field(default=None, metadata={"option": "completion_field"})
     think_tags: tuple[str, str] = ("<think>", "</think>")
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """Which rows of a source are read.
+
+    Args:
+        split: split of a hub dataset.
+        limit: read no more rows than this.
+        strict: stop at the first row that cannot be used.
+    """
+
+    split: str = "train"
+    limit: int | None = None
+    strict: bool = False
 
 
 @dataclass
@@ -126,7 +147,7 @@ def _parse_line(line: bytes) -> Any:
     return row if isinstance(row, dict) else RowProblem("broken_json", f"expected an object, got {type(row).__name__}")
 
 
-def parse_trace(row: Mapping[str, Any], fields: Fields, source: str, line: int) -> Trace:
+def parse_trace(row: Mapping[str, Any], fields: RowFields, source: str, line: int) -> Trace:
     """The parts of a row. Raises RowProblem where it has no prompt, thinking or answer."""
     if fields.completion is None:
         prompt = [{"role": "user", "content": _text(row, fields.prompt, "no_prompt")}]
@@ -151,7 +172,7 @@ def parse_trace(row: Mapping[str, Any], fields: Fields, source: str, line: int) 
 
 
 def read_traces(
-    source: str, split: str, fields: Fields, form: PromptFormat, tokenizer: Any
+    source: str, split: str, fields: RowFields, form: PromptFormat, tokenizer: Any
 ) -> Iterator[tuple[int, Trace | RowProblem]]:
     """Numbered traces of a source, with their heads; a RowProblem stands for a row that cannot be used."""
     for line, row in read_lines(source, split):
@@ -196,7 +217,7 @@ def _conversation(messages: list[Any], name: str) -> tuple[list[dict[str, str]],
     return [{"role": role, "content": text} for role, text in turns[:-1]], turns[-1][1]
 
 
-def _split_completion(text: str, fields: Fields) -> tuple[str, str]:
+def _split_completion(text: str, fields: RowFields) -> tuple[str, str]:
     opening, closing = fields.think_tags
     before, opened, rest = text.partition(opening)
     if not opened:
@@ -237,62 +258,56 @@ class Tokenised:
         """Tokens of each step, without its markers."""
         return [end - begin for begin, end in pairwise([*self.steps, self.answer])]
 
+    def marked_length(self) -> int:
+        """Tokens of the row with the two markers of each step."""
+        return len(self.ids) + 2 * len(self.steps)
 
-@dataclass
+
+@dataclass(frozen=True)
 class StepRules:
-    """What starts a step and how short or long it may be, in tokens without markers."""
+    """Where steps start: at which openings, how short and how long they may be, and whose tokens an opening of
+    `unit="token"` is (None: those of the text itself).
+    """
 
-    is_transition: Any  # of a sentence's opening
-    unit: segmentation.OpeningUnit
-    shortest: int
-    longest: int
-    opening_tokenizer: Any  # whose tokens `unit="token"` means
+    transitions: segmentation.Transitions
+    steps: segmentation.StepOptions
+    opening_tokenizer: Any = None
 
 
 def tokenise(
     traces: Sequence[Trace], tokenizer: Any, think_close: str, rules: StepRules
 ) -> Iterator[Tokenised | RowProblem]:
-    """Tokenises each trace as a whole and places its step boundaries; a RowProblem stands for a row that cannot be
-    used.
+    """Tokenises each trace as a whole and finds its steps; a RowProblem stands for a row that cannot be used.
 
-    A boundary lies before the token that holds the first visible character of the sentence (of the end of thinking, for
-    the last one), so a space or line break that the tokenizer glues to a word goes with the word.
+    A boundary lies before the token that holds the first visible character of the sentence (for the last one: of the
+    end of thinking), so a space or line break that the tokenizer glues to a word goes with the word.
     """
     texts = [trace.text() + think_close + trace.answer for trace in traces]
-    all_ids, all_offsets = segmentation.encode(tokenizer, texts)
-    opening_offsets: Sequence[Any] = [None] * len(texts)
-    if rules.unit == "token":
-        same = rules.opening_tokenizer is tokenizer
-        opening_offsets = all_offsets if same else segmentation.encode(rules.opening_tokenizer, texts)[1]
+    all_ids, all_spans = segmentation.encode(tokenizer, texts)
+    opening_spans = all_spans
+    if rules.transitions.unit == "token" and rules.opening_tokenizer not in (None, tokenizer):
+        opening_spans = segmentation.encode(rules.opening_tokenizer, texts)[1]
     forbidden = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-    eos = tokenizer.eos_token_id
-    for trace, text, ids, offsets, spans in zip(traces, texts, all_ids, all_offsets, opening_offsets, strict=True):
-        before, thinking_end = len(trace.head), len(trace.text())
-        sentences = [before + start for start in segmentation.sentence_starts(trace.thinking)]
-        closing = thinking_end + len(text[thinking_end:]) - len(text[thinking_end:].lstrip())
-        ends = np.array([end for _, end in offsets])
-        positions = np.searchsorted(ends, [*sentences, closing], side="right").tolist()
-        answer = positions.pop()
-        openings = segmentation.sentence_openings(text, sentences, rules.unit, spans)
-        starts: dict[int, tuple[int, str | None]] = {}  # token position -> character offset in the thinking, opening
-        for position, start, opening in zip(positions, sentences, openings, strict=True):
-            if position not in starts or rules.is_transition(opening):
-                starts[position] = (start - before, opening)
-        if answer <= positions[0]:
+    for trace, text, ids, spans, own_openings in zip(traces, texts, all_ids, all_spans, opening_spans, strict=True):
+        thinking, thinking_end = len(trace.head), len(trace.text())
+        closing = len(text) - len(text[thinking_end:].lstrip())
+        answer = bisect_right([end for _, end in spans], closing)
+        sentences = [thinking + start for start in segmentation.sentence_starts(trace.thinking)]
+        openings = segmentation.sentence_openings(text, sentences, rules.transitions.unit, own_openings)
+        steps = segmentation.find_steps(sentences, openings, spans, answer, rules.transitions, rules.steps)
+        if not steps:
             yield RowProblem("no_thinking", "the thinking is not a token of its own")
             continue
-        special = sorted(forbidden.intersection(ids[positions[0] :]))
+        special = sorted(forbidden.intersection(ids[steps[0].token :]))
         if special:
             yield RowProblem("special_tokens", f"thinking or answer hold {tokenizer.decode([special[0]])!r} as a text")
             continue
-        opens = [rules.is_transition(opening) for _, opening in starts.values()]
-        steps = segmentation.split_steps(list(starts), opens, answer, shortest=rules.shortest, longest=rules.longest)
         yield Tokenised(
             trace,
-            np.array(ids if ids[-1] == eos else [*ids, eos], dtype=np.int32),
-            glued=offsets[steps[0]][0] < before,
-            steps=steps,
+            np.array(ids if ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id], dtype=np.int32),
+            glued=spans[steps[0].token][0] < thinking,
+            steps=[step.token for step in steps],
             answer=answer,
-            step_chars=[starts[step][0] for step in steps],
-            openings=[starts[step][1] for step in steps],
+            step_chars=[step.char - thinking for step in steps],
+            openings=[step.opening for step in steps],
         )

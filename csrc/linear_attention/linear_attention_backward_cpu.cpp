@@ -1,104 +1,110 @@
-// Chunked linear attention, backward, in two sweeps that store no state a chunk. Forwards, the same as
-// linear_attention_cpu.cpp with (dO, v, k) in the place of (q, k, v) and the state transposed gives dq.
-// Backwards, with R the gradient of the state after a chunk:
+// Chunked linear attention, backward, in two sweeps that store no states of chunks. Forwards, the same as
+// linear_attention_cpu.cpp with (dO, v, k) in the place of (q, k, v) and the state transposed gives dq. In
+// reverse, with R the gradient of the state after a chunk:
 //
 //   dv_j = exp(G_last - G_j) k_j R   + sum_{i >= j} exp(G_i - G_j) scale (q_i . k_j) dO_i
 //   dk_j = exp(G_last - G_j) v_j R^T + sum_{i >= j} exp(G_i - G_j) scale (dO_i . v_j) q_i
 //   R   <- exp(G_last) R + sum_i exp(G_i) scale q_i^T dO_i
 //
-// The gradient of log_decay_t is the sum over all pairs j < t <= i of
+// The gradient of log_decay_t is a sum over all pairs of tokens j < t <= i, the pair sum of t, of
 //
 //   exp(G_i - G_j) scale (q_i . k_j) (dO_i . v_j)
 //
-// with the initial state as an earliest j and the gradient of the final state as a latest i. Pairs inside one
-// chunk are summed there. The sum over the others, going backwards, grows at t by what q_t reads, <q_t, dq_t>
-// through the state, and shrinks by what k_t and v_t have written, <k_t, dk_t> = <v_t, dv_t> through the
-// state. Kept apart, the two kinds leave nothing large to cancel where the decay is strong. It starts from
-// <S, dS> of the final state.
+// with the initial state as an earliest j and the gradient of the final state as a latest i. Pairs within one
+// chunk are summed there. The sum over all other pairs, going backwards, grows at t by what q_t reads,
+// <q_t, dq_t> through the state, and shrinks by what k_t and v_t have written, <k_t, dk_t> = <v_t, dv_t>
+// through the state. Because the two kinds are kept apart, nothing large has to cancel where the decay is
+// strong. The sum starts from <S, dS> of the final state.
 //
-// A unit is one key head with all the heads that share it, or some key heads where nothing is shared by value
-// heads.
+// A head block is one key head with all the heads that share it, or some key heads where value heads are not
+// grouped.
 
 #include <algorithm>
+#include <array>
+#include <vector>
 
+#include "common/ceil_div.h"
 #include "common/huge_pages.h"
 #include "linear_attention/carry.h"
 #include "linear_attention/linear_attention.h"
+#include "linear_attention/linear_decay.h"
 #include "linear_attention/linear_tiles.h"
 #include "linear_attention/step_end.h"
 
 namespace statecore {
 namespace {
 
-constexpr int64_t kUnitHeads = 4;  // key heads whose states stay in the L2 cache beside their tiles
+constexpr int64_t kMaxBlockHeads = 4;  // key heads whose states stay in the L2 cache beside their tiles
 
-// What both sweeps of all threads know of one call.
+// One call, shared by both sweeps and all threads.
 template <class Operand>
-struct Call {
+struct BackwardCall {
   using Real = RealOf<Operand>;
 
-  Call(const LinearAttentionBackwardParams& params)
+  BackwardCall(const LinearAttentionBackwardParams& params)
       : p(params),
         plan(plan_linear(params, kChunk<Operand>)),
-        flow(decays ? p.batch * p.tokens * p.value_heads : 0),
-        segment_flow(decays ? plan.segments.size() * p.value_heads : 0),
-        final_flow(decays ? p.sequences * p.value_heads : 0) {}
+        pair_sum(has_decay ? p.batch * p.tokens * p.value_heads : 0),
+        split_pair_sum(has_decay ? plan.splits.size() * p.value_heads : 0),
+        final_pair_sum(has_decay ? p.sequences * p.value_heads : 0) {}
 
-  // Of the gradient of log_decay: what flows over token t, from inside its segment only.
-  double& flow_at(int64_t row, int64_t t, int64_t head) {
-    return flow[(row * p.tokens + t) * p.value_heads + head];
+  // For the gradient of log_decay: the pair sum of token t, over pairs within its split. Until the reverse
+  // sweep it holds what q_t reads.
+  double& pair_sum_at(int64_t row, int64_t t, int64_t head) {
+    return pair_sum[(row * p.tokens + t) * p.value_heads + head];
   }
-  double& segment_flow_at(int64_t segment, int64_t head) {
-    return segment_flow[segment * p.value_heads + head];
+  double& split_pair_sum_at(int64_t split, int64_t head) {
+    return split_pair_sum[split * p.value_heads + head];
   }
 
   const LinearAttentionBackwardParams& p;
   const LinearPlan plan;
-  const bool decays = p.log_decay.data != nullptr;
+  const bool has_decay = p.log_decay.data != nullptr;
   const int dk = int(p.key_width), dv = int(p.value_width);
   const int64_t k_ld = tile_ld(dk), v_ld = tile_ld(dv);
   const int64_t query_group = p.query_heads / p.key_heads, value_group = p.value_heads / p.key_heads;
-  // Key heads of a unit: without influence on results, so that it may depend on the number of threads.
-  const int64_t unit_heads =
-      value_group > 1 ? 1 : std::clamp<int64_t>(p.sequences * p.key_heads / thread_count(), 1, kUnitHeads);
-  const int64_t units = (p.key_heads + unit_heads - 1) / unit_heads;
-  const HeadsView grad_q = dense(p.grad_q, p.tokens, p.query_heads, dk);
-  const HeadsView grad_k = dense(p.grad_k, p.tokens, p.key_heads, dk);
-  const HeadsView grad_v = dense(p.grad_v, p.tokens, p.value_heads, dv);
-  std::vector<double> flow, segment_flow, final_flow;
+  // Key heads of a block. Results do not depend on it, so that it may depend on the number of threads.
+  const int64_t block_heads =
+      value_group > 1 ? 1
+                      : std::clamp<int64_t>(p.sequences * p.key_heads / thread_count(), 1, kMaxBlockHeads);
+  const int64_t head_blocks = ceil_div(p.key_heads, block_heads);
+  const HeadsView grad_q = contiguous_heads(p.grad_q, p.tokens, p.query_heads, dk);
+  const HeadsView grad_k = contiguous_heads(p.grad_k, p.tokens, p.key_heads, dk);
+  const HeadsView grad_v = contiguous_heads(p.grad_v, p.tokens, p.value_heads, dv);
+  std::vector<double> pair_sum, split_pair_sum, final_pair_sum;
 };
 
-// What both sweeps have: a unit, tiles, and the sum of a tile over the value heads of a group.
+// What both sweeps have: a head block, tiles, and the sum of a tile over the value heads of a group.
 template <class Operand>
-class Sweep {
+class GradientSweep {
  public:
   using Real = RealOf<Operand>;
 
-  Sweep(Call<Operand>& call, int64_t head_size) : call_(call), head_size_(head_size) {}
+  GradientSweep(BackwardCall<Operand>& call, int64_t head_size) : call_(call), head_size_(head_size) {}
 
-  int64_t units() const { return call_.units; }
+  int64_t head_blocks() const { return call_.head_blocks; }
   int64_t states() const { return p_.states; }
-  int64_t state_size() const { return call_.unit_heads * call_.value_group * head_size_; }
+  int64_t state_size() const { return call_.block_heads * call_.value_group * head_size_; }
 
-  void select(int64_t item) {
-    n_ = item / call_.units;
+  void select(int64_t task) {
+    n_ = task / call_.head_blocks;
     row_ = call_.plan.sequences[n_].row;
-    first_key_ = item % call_.units * call_.unit_heads;
-    key_heads_ = std::min(call_.unit_heads, p_.key_heads - first_key_);
+    first_key_ = task % call_.head_blocks * call_.block_heads;
+    key_heads_ = std::min(call_.block_heads, p_.key_heads - first_key_);
   }
 
  protected:
-  void begin(Real* base, Real* sums) {
+  void begin(Real* base, Real* local) {
     for (int64_t h = 0; h < value_heads(); ++h)
       state_[h].begin(head_size_, base ? base + h * head_size_ : nullptr,
-                      sums ? sums + h * head_size_ : nullptr);
+                      local ? local + h * head_size_ : nullptr);
   }
 
-  void add_segments(const CarrySegment& segment, Real* base, const Real* sums) {
-    if (!sums) return;
+  void add_local_states(const CarrySplit& split, Real* base, const Real* local) {
+    if (!local) return;
     for (int64_t h = 0; h < value_heads(); ++h)
-      add_segment(head_size_, segment_log_decay<Real>(p_, call_.plan, segment, row_, value_head(h)),
-                  base + h * head_size_, sums + h * head_size_);
+      add_local_state(head_size_, split_log_decay<Real>(p_, call_.plan, split, row_, value_head(h)),
+                      base + h * head_size_, local + h * head_size_);
   }
 
   // Stores the sum of `tile` over the value heads of the group, which come in order.
@@ -124,8 +130,8 @@ class Sweep {
                  int64_t ld) {
     tiles_.load(p_.dtype, rows_of(x, chunk, head), x.time, chunk.length, width, tile, ld);
   }
-  // Heads are counted within the unit: value heads h, key heads key_of(h), query heads query_of(h, g), and
-  // out_of(h, g), which read what h holds. first_... is where those of the unit begin.
+  // Heads are counted within the block: value heads h, key heads key_of(h), query heads query_of(h, g), and
+  // out_of(h, g), which read what h holds. first_... is where those of the block begin.
   int64_t value_heads() const { return key_heads_ * call_.value_group; }
   int64_t query_heads() const { return key_heads_ * call_.query_group; }
   int64_t key_of(int64_t h) const { return h / call_.value_group; }
@@ -139,36 +145,36 @@ class Sweep {
 
   static constexpr DType kReal = OperandTraits<Real>::kDType;
   static constexpr int kLength = kChunk<Operand>, kTransposedLd = tile_ld(kLength);
-  Call<Operand>& call_;
+  BackwardCall<Operand>& call_;
   const LinearAttentionBackwardParams& p_ = call_.p;
   const TileKernels<Real>& tiles_ = tile_kernels<Real>();
   const int dk_ = call_.dk, dv_ = call_.dv;
   const int64_t head_size_;
   const Real* alpha_ = static_cast<const Real*>(p_.alpha);
   const Real scale_ = Real(p_.scale);
-  const int64_t max_values_ = call_.unit_heads * call_.value_group;  // heads of a unit, at most
-  const int64_t max_queries_ = call_.unit_heads * call_.query_group;
+  const int64_t max_values_ = call_.block_heads * call_.value_group;  // heads of a block, at most
+  const int64_t max_queries_ = call_.block_heads * call_.query_group;
   std::vector<RunningState<Real>> state_ = std::vector<RunningState<Real>>(max_values_);
-  Scratch<Real> running_ = make_scratch<Real>(call_.plan.summed ? head_size_ : 0);
+  Scratch<Real> running_ = make_scratch<Real>(call_.plan.has_local_states ? head_size_ : 0);
   Scratch<Real> group_sum_ = make_scratch<Real>(call_.value_group > 1 ? kLength * call_.k_ld : 0);
-  HeadTiles<Operand> k_{call_.unit_heads, dk_}, v_{max_values_, dv_};
+  HeadTiles<Operand> k_{call_.block_heads, dk_}, v_{max_values_, dv_};
   HeadTiles<Operand> grad_out_{std::max(max_values_, max_queries_), dv_};
   Scratch<Operand> v_transposed_ = make_scratch<Operand>(depth<Operand>(dv_) * kTransposedLd);
   LowerTriangle<Operand> grad_scores_;
-  ChunkDecay<Real> decay_;
+  DecayTile<Real> decay_;
   int64_t n_ = 0, first_key_ = 0, key_heads_ = 0, row_ = 0;
 };
 
-// dq, zeros for padding; for the decays what q reads through the state, and <S, dS> of the final state. The
-// state is transposed: [Dv, Dk].
+// Forwards: dq; zeros for padding; for the gradient of log_decay <q, dq> through the state, and <S, dS> of
+// the final state. The state is transposed: [Dv, Dk].
 template <class Operand>
-class ForwardsSweep : public Sweep<Operand> {
+class QueryGradientSweep : public GradientSweep<Operand> {
  public:
-  using Base = Sweep<Operand>;
+  using Base = GradientSweep<Operand>;
   using Real = RealOf<Operand>;
-  static constexpr bool kBackwards = false;
+  static constexpr bool kReverse = false;
 
-  explicit ForwardsSweep(Call<Operand>& call) : Base(call, call.dv * call.k_ld) {}
+  explicit QueryGradientSweep(BackwardCall<Operand>& call) : Base(call, call.dv * call.k_ld) {}
 
   void start(Real* base) {
     for (int64_t s = 0; s < p_.states; ++s)
@@ -182,27 +188,27 @@ class ForwardsSweep : public Sweep<Operand> {
       }
   }
 
-  void enter(const CarrySegment& segment, Real* base) {
+  void enter(const CarrySplit& split, Real* base) {
     const int64_t size = this->state_size();
-    if (segment.ended != kNoStep)
-      end_step(size, segment.ended, alpha_, p_.alphas, base, base + size, base + 2 * size);
+    if (split.ended_step != kNoStep)
+      end_step(size, split.ended_step, alpha_, p_.alphas, base, base + size, base + 2 * size);
   }
 
-  void add(const CarrySegment& segment, Real* sums) {
-    this->begin(nullptr, sums);
-    each_chunk(segment, [&](const TokenChunk& chunk) {
+  void add(const CarrySplit& split, Real* local) {
+    this->begin(nullptr, local);
+    for_each_chunk(split, [&](const TokenChunk& chunk) {
       k_.load_columns(p_.k, p_.dtype, row_, chunk, first_key_, key_heads_);
       v_.load_columns(p_.v, p_.dtype, row_, chunk, this->first_value(), this->value_heads());
       for (int64_t h = 0; h < this->value_heads(); ++h) {
-        if (call_.decays) decay_.set(p_, row_, chunk, this->value_head(h));
-        absorb(chunk, h);
+        if (call_.has_decay) decay_.set(p_, row_, chunk, this->value_head(h));
+        update_state(chunk, h);
       }
     });
   }
 
-  void run(const CarrySegment& segment, Real* base, Real* sums) {
-    this->begin(base, sums);
-    each_chunk(segment, [&](const TokenChunk& chunk) {
+  void run(const CarrySplit& split, Real* base, Real* local) {
+    this->begin(base, local);
+    for_each_chunk(split, [&](const TokenChunk& chunk) {
       k_.load_columns(p_.k, p_.dtype, row_, chunk, first_key_, key_heads_);
       v_.load_rows(p_.v, p_.dtype, row_, chunk, this->first_value(), this->value_heads());
       grad_out_.load_rows(p_.grad_out, p_.dtype, row_, chunk, this->first_out(),
@@ -210,35 +216,35 @@ class ForwardsSweep : public Sweep<Operand> {
       for (int64_t h = 0; h < this->value_heads(); ++h) {
         v_.pack_columns(h, chunk.length);
         v_.transpose(h, chunk.length, v_transposed_.get(), Base::kTransposedLd);
-        if (call_.decays) decay_.set(p_, row_, chunk, this->value_head(h));
+        if (call_.has_decay) decay_.set(p_, row_, chunk, this->value_head(h));
         const Packed<Operand> state =
             state_packing_.columns(state_[h].value(running_.get()), call_.k_ld, dv_, dk_);
-        for (int64_t g = 0; g < call_.query_group; ++g) attend(chunk, h, g, state);
-        absorb(chunk, h);
+        for (int64_t g = 0; g < call_.query_group; ++g) compute_grad_q(chunk, h, g, state);
+        update_state(chunk, h);
       }
     });
   }
 
-  void leave(const CarrySegment& segment, Real* base, const Real* sums) {
-    this->add_segments(segment, base, sums);
+  void leave(const CarrySplit& split, Real* base, const Real* local) {
+    this->add_local_states(split, base, local);
   }
 
   void finish(const Real* base) {
-    for (int64_t h = 0; call_.decays && h < this->value_heads(); ++h) {
+    for (int64_t h = 0; call_.has_decay && h < this->value_heads(); ++h) {
       const Real* grad = state_at<Real>(p_, p_.grad_final_states, 0, n_, this->value_head(h));
       double product = 0;
       for (int i = 0; i < dk_; ++i)
         for (int j = 0; j < dv_; ++j)
           product += double(grad[i * dv_ + j]) * double(base[h * head_size_ + j * call_.k_ld + i]);
-      call_.final_flow[n_ * p_.value_heads + this->value_head(h)] = product;
+      call_.final_pair_sum[n_ * p_.value_heads + this->value_head(h)] = product;
     }
   }
 
  private:
-  // f(chunk) where there are tokens; gradients of padding are 0.
+  // f(chunk), except of padding, whose gradients are 0.
   template <class F>
-  void each_chunk(const CarrySegment& segment, const F& f) {
-    for (int64_t c = segment.chunks.begin; c < segment.chunks.end; ++c) {
+  void for_each_chunk(const CarrySplit& split, const F& f) {
+    for (int64_t c = split.chunks.begin; c < split.chunks.end; ++c) {
       const TokenChunk& chunk = call_.plan.chunks[c];
       if (!chunk.padding) {
         f(chunk);
@@ -253,37 +259,37 @@ class ForwardsSweep : public Sweep<Operand> {
     }
   }
 
-  void attend(const TokenChunk& chunk, int64_t h, int64_t g, Packed<Operand> state) {
+  void compute_grad_q(const TokenChunk& chunk, int64_t h, int64_t g, Packed<Operand> state) {
     const int length = chunk.length;
     const Packed<Operand> grad_out = grad_out_.rows(this->out_of(h, g));
     Real* grad_q = grad_q_tile_.get();
     grad_scores_.product(length, dv_, scale_, grad_out, {v_transposed_.get(), Base::kTransposedLd});
     multiply(length, dk_, dv_, scale_, as_is(grad_out), state, grad_q, call_.k_ld, false);
-    if (call_.decays) {
+    if (call_.has_decay) {
       tiles_.scale_rows(length, dk_, decay_.from_start(), grad_q, call_.k_ld);
-      grad_scores_.weigh(length, decay_.weights(), decay_.kLd, grad_scores_);
-      save_reads(chunk, h, g);
+      grad_scores_.set_weighted(length, decay_.weights(), decay_.kLd, grad_scores_);
+      save_read_dots(chunk, h, g);
     }
-    grad_scores_.add_times(length, dk_, k_.columns(this->key_of(h)), grad_q, call_.k_ld);
+    grad_scores_.multiply_add(length, dk_, k_.columns(this->key_of(h)), grad_q, call_.k_ld);
     this->add_and_store(call_.grad_q, this->first_query() + this->query_of(h, g), chunk, h, grad_q);
   }
 
-  void save_reads(const TokenChunk& chunk, int64_t h, int64_t g) {
+  void save_read_dots(const TokenChunk& chunk, int64_t h, int64_t g) {
     std::array<Real, kMaxChunk> products;
     this->load_real(p_.q, chunk, this->first_query() + this->query_of(h, g), dk_, real_tile_.get(),
                     call_.k_ld);
     tiles_.dot_rows(chunk.length, dk_, real_tile_.get(), call_.k_ld, grad_q_tile_.get(), call_.k_ld,
                     products.data());
     for (int i = 0; i < chunk.length; ++i) {
-      double& saved = call_.flow_at(row_, chunk.begin + i, this->value_head(h));
+      double& saved = call_.pair_sum_at(row_, chunk.begin + i, this->value_head(h));
       saved = g == 0 ? double(products[i]) : saved + double(products[i]);
     }
   }
 
-  void absorb(const TokenChunk& chunk, int64_t h) {
+  void update_state(const TokenChunk& chunk, int64_t h) {
     const int length = chunk.length;
-    Real* state = state_[h].decayed(call_.decays ? decay_.log_total() : 0);
-    if (call_.decays) {
+    Real* state = state_[h].decayed(call_.has_decay ? decay_.log_total() : 0);
+    if (call_.has_decay) {
       this->load_real(p_.k, chunk, first_key_ + this->key_of(h), dk_, real_tile_.get(), call_.k_ld);
       tiles_.scale_rows(length, dk_, decay_.to_end(), real_tile_.get(), call_.k_ld);
       multiply(dv_, dk_, length, Real(1), transposed(v_.columns(h)),
@@ -304,16 +310,16 @@ class ForwardsSweep : public Sweep<Operand> {
   ResultPacking<Operand> real_packing_{Base::kLength, dk_};
 };
 
-// dk, dv, the decays' flow inside segments, and the gradients of the initial states. The state is R: [Dk,
-// Dv].
+// In reverse: dk, dv, pair sums within splits, and the gradients of the initial states. The state is R:
+// [Dk, Dv].
 template <class Operand>
-class BackwardsSweep : public Sweep<Operand> {
+class KeyValueGradientSweep : public GradientSweep<Operand> {
  public:
-  using Base = Sweep<Operand>;
+  using Base = GradientSweep<Operand>;
   using Real = RealOf<Operand>;
-  static constexpr bool kBackwards = true;
+  static constexpr bool kReverse = true;
 
-  explicit BackwardsSweep(Call<Operand>& call) : Base(call, call.dk * call.v_ld) {}
+  explicit KeyValueGradientSweep(BackwardCall<Operand>& call) : Base(call, call.dk * call.v_ld) {}
 
   void start(Real* base) {
     for (int64_t s = 0; s < p_.states; ++s)
@@ -322,25 +328,25 @@ class BackwardsSweep : public Sweep<Operand> {
                     dv_, base + s * this->state_size() + h * head_size_, call_.v_ld);
   }
 
-  void enter(const CarrySegment&, Real*) {}
+  void enter(const CarrySplit&, Real*) {}
 
-  void add(const CarrySegment& segment, Real* sums) {
-    this->begin(nullptr, sums);
-    each_chunk(segment, [&](const TokenChunk& chunk) {
+  void add(const CarrySplit& split, Real* local) {
+    this->begin(nullptr, local);
+    for_each_chunk(split, [&](const TokenChunk& chunk) {
       q_.load_columns(p_.q, p_.dtype, row_, chunk, this->first_query(), this->query_heads());
       grad_out_.load_columns(p_.grad_out, p_.dtype, row_, chunk, this->first_out(), out_heads());
       for (int64_t h = 0; h < this->value_heads(); ++h) {
-        if (call_.decays) decay_.set(p_, row_, chunk, this->value_head(h));
-        Real* sum = state_[h].decayed(call_.decays ? decay_.log_total() : 0);
-        for (int64_t g = 0; g < call_.query_group; ++g) absorb(chunk, h, g, sum);
+        if (call_.has_decay) decay_.set(p_, row_, chunk, this->value_head(h));
+        Real* state = state_[h].decayed(call_.has_decay ? decay_.log_total() : 0);
+        for (int64_t g = 0; g < call_.query_group; ++g) update_state(chunk, h, g, state);
       }
     });
   }
 
-  void run(const CarrySegment& segment, Real* base, Real* sums) {
-    this->begin(base, sums);
-    std::fill(flow_.begin(), flow_.end(), 0.0);
-    each_chunk(segment, [&](const TokenChunk& chunk) {
+  void run(const CarrySplit& split, Real* base, Real* local) {
+    this->begin(base, local);
+    std::fill(pair_sum_.begin(), pair_sum_.end(), 0.0);
+    for_each_chunk(split, [&](const TokenChunk& chunk) {
       const int length = chunk.length;
       q_.load_rows(p_.q, p_.dtype, row_, chunk, this->first_query(), this->query_heads());
       k_.load_rows(p_.k, p_.dtype, row_, chunk, first_key_, key_heads_);
@@ -350,28 +356,28 @@ class BackwardsSweep : public Sweep<Operand> {
         if (this->first_of_group(h))
           k_.transpose(this->key_of(h), length, k_transposed_.get(), Base::kTransposedLd);
         v_.transpose(h, length, v_transposed_.get(), Base::kTransposedLd);
-        if (call_.decays) decay_.set(p_, row_, chunk, this->value_head(h));
-        through_state(chunk, h);
-        Real* sum = state_[h].decayed(call_.decays ? decay_.log_total() : 0);
+        if (call_.has_decay) decay_.set(p_, row_, chunk, this->value_head(h));
+        grads_through_state(chunk, h);
+        Real* state = state_[h].decayed(call_.has_decay ? decay_.log_total() : 0);
         for (int64_t g = 0; g < call_.query_group; ++g) {
-          inside_chunk(chunk, h, g);
-          absorb(chunk, h, g, sum);
+          grads_inside_chunk(chunk, h, g);
+          update_state(chunk, h, g, state);
         }
         tiles_.store(p_.dtype, writable(this->rows_of(call_.grad_v, chunk, this->value_head(h))),
                      call_.grad_v.time, length, dv_, grad_v_tile_.get(), call_.v_ld);
         this->add_and_store(call_.grad_k, first_key_ + this->key_of(h), chunk, h, grad_k_tile_.get());
-        if (call_.decays) save_flow(chunk, h);
+        if (call_.has_decay) save_pair_sums(chunk, h);
       }
     });
-    for (int64_t h = 0; call_.decays && h < this->value_heads(); ++h)
-      call_.segment_flow_at(&segment - call_.plan.segments.data(), this->value_head(h)) = flow_[h];
+    for (int64_t h = 0; call_.has_decay && h < this->value_heads(); ++h)
+      call_.split_pair_sum_at(&split - call_.plan.splits.data(), this->value_head(h)) = pair_sum_[h];
   }
 
-  void leave(const CarrySegment& segment, Real* base, const Real* sums) {
-    this->add_segments(segment, base, sums);
+  void leave(const CarrySplit& split, Real* base, const Real* local) {
+    this->add_local_states(split, base, local);
     const int64_t size = this->state_size();
-    if (segment.ended != kNoStep)
-      end_step_backward(size, segment.ended, alpha_, p_.alphas, base, base + size, base + 2 * size);
+    if (split.ended_step != kNoStep)
+      end_step_backward(size, split.ended_step, alpha_, p_.alphas, base, base + size, base + 2 * size);
   }
 
   void finish(const Real* base) {
@@ -384,15 +390,15 @@ class BackwardsSweep : public Sweep<Operand> {
 
  private:
   template <class F>
-  void each_chunk(const CarrySegment& segment, const F& f) {
-    for (int64_t c = segment.chunks.end - 1; c >= segment.chunks.begin; --c)
+  void for_each_chunk(const CarrySplit& split, const F& f) {
+    for (int64_t c = split.chunks.end - 1; c >= split.chunks.begin; --c)
       if (!call_.plan.chunks[c].padding) f(call_.plan.chunks[c]);
   }
 
   int64_t out_heads() const { return std::max(this->value_heads(), this->query_heads()); }
 
   // dk and dv through the state after the chunk. dk comes out transposed, which needs no transposed state.
-  void through_state(const TokenChunk& chunk, int64_t h) {
+  void grads_through_state(const TokenChunk& chunk, int64_t h) {
     const int length = chunk.length;
     const Real* after = state_[h].value(running_.get());
     multiply(length, dv_, dk_, Real(1), as_is(k_.rows(this->key_of(h))),
@@ -402,16 +408,16 @@ class BackwardsSweep : public Sweep<Operand> {
              Base::kTransposedLd, false);
     tiles_.load_transposed(kReal, grad_k_transposed_.get(), Base::kTransposedLd, dk_, length,
                            grad_k_tile_.get(), call_.k_ld);
-    if (!call_.decays) return;
+    if (!call_.has_decay) return;
     tiles_.scale_rows(length, dv_, decay_.to_end(), grad_v_tile_.get(), call_.v_ld);
     tiles_.scale_rows(length, dk_, decay_.to_end(), grad_k_tile_.get(), call_.k_ld);
     this->load_real(p_.v, chunk, this->value_head(h), dv_, real_tile_.get(), call_.v_ld);
     tiles_.dot_rows(length, dv_, real_tile_.get(), call_.v_ld, grad_v_tile_.get(), call_.v_ld,
-                    writes_.data());
-    chunk_flow_.fill(0);
+                    write_dots_.data());
+    chunk_pair_sum_.fill(0);
   }
 
-  void inside_chunk(const TokenChunk& chunk, int64_t h, int64_t g) {
+  void grads_inside_chunk(const TokenChunk& chunk, int64_t h, int64_t g) {
     const int length = chunk.length;
     const int64_t query = this->query_of(h, g), out = this->out_of(h, g);
     if (this->first_of_group(h)) {
@@ -421,47 +427,48 @@ class BackwardsSweep : public Sweep<Operand> {
     grad_out_.pack_columns(out, length);
     grad_scores_.product(length, dv_, Real(1), grad_out_.rows(out),
                          {v_transposed_.get(), Base::kTransposedLd});
-    LowerTriangle<Operand>* weights = &scores_;
-    if (call_.decays) {
-      decayed_.weigh(length, decay_.weights(), decay_.kLd, scores_);
-      grad_scores_.weigh(length, decay_.weights(), decay_.kLd, grad_scores_);
-      weights = &decayed_;
-      add_chunk_flow(length);
+    LowerTriangle<Operand>* scores = &scores_;
+    if (call_.has_decay) {
+      decayed_scores_.set_weighted(length, decay_.weights(), decay_.kLd, scores_);
+      grad_scores_.set_weighted(length, decay_.weights(), decay_.kLd, grad_scores_);
+      scores = &decayed_scores_;
+      add_chunk_pair_sums(length);
     }
-    weights->add_transposed_times(length, dv_, 1, grad_out_.columns(out), grad_v_tile_.get(), call_.v_ld);
-    grad_scores_.add_transposed_times(length, dk_, scale_, q_.columns(query), grad_k_tile_.get(), call_.k_ld);
+    scores->multiply_add_transposed(length, dv_, 1, grad_out_.columns(out), grad_v_tile_.get(), call_.v_ld);
+    grad_scores_.multiply_add_transposed(length, dk_, scale_, q_.columns(query), grad_k_tile_.get(),
+                                         call_.k_ld);
   }
 
-  void absorb(const TokenChunk& chunk, int64_t h, int64_t g, Real* sum) {
+  void update_state(const TokenChunk& chunk, int64_t h, int64_t g, Real* state) {
     const int length = chunk.length;
     const int64_t out = this->out_of(h, g);
     const Left<Operand> queries = transposed(q_.columns(this->query_of(h, g)));
-    if (call_.decays) {
+    if (call_.has_decay) {
       this->load_real(p_.grad_out, chunk, this->first_out() + out, dv_, real_tile_.get(), call_.v_ld);
       tiles_.scale_rows(length, dv_, decay_.from_start(), real_tile_.get(), call_.v_ld);
       multiply(dk_, dv_, length, scale_, queries,
-               real_packing_.columns(real_tile_.get(), call_.v_ld, length, dv_), sum, call_.v_ld, true);
+               real_packing_.columns(real_tile_.get(), call_.v_ld, length, dv_), state, call_.v_ld, true);
     } else {
-      multiply(dk_, dv_, length, scale_, queries, grad_out_.columns(out), sum, call_.v_ld, true);
+      multiply(dk_, dv_, length, scale_, queries, grad_out_.columns(out), state, call_.v_ld, true);
     }
   }
 
-  void add_chunk_flow(int length) {
+  void add_chunk_pair_sums(int length) {
     for (int i = 0; i < length; ++i)
       for (int j = 0; j < i; ++j) {
         const double pair = double(scores_.row(i)[j]) * double(grad_scores_.row(i)[j]);
-        chunk_flow_[i] += pair;
-        chunk_flow_[j] -= pair;
+        chunk_pair_sum_[i] += pair;
+        chunk_pair_sum_[j] -= pair;
       }
   }
 
-  void save_flow(const TokenChunk& chunk, int64_t h) {
+  void save_pair_sums(const TokenChunk& chunk, int64_t h) {
     double inside = 0;
     for (int i = chunk.length - 1; i >= 0; --i) {
-      double& flow = call_.flow_at(row_, chunk.begin + i, this->value_head(h));
-      flow_[h] += flow - double(writes_[i]);
-      inside += chunk_flow_[i];
-      flow = flow_[h] + inside;
+      double& pair_sum = call_.pair_sum_at(row_, chunk.begin + i, this->value_head(h));
+      pair_sum_[h] += pair_sum - double(write_dots_[i]);
+      inside += chunk_pair_sum_[i];
+      pair_sum = pair_sum_[h] + inside;
     }
   }
 
@@ -475,33 +482,33 @@ class BackwardsSweep : public Sweep<Operand> {
   Scratch<Real> grad_k_tile_ = make_scratch<Real>(Base::kLength * call_.k_ld);
   Scratch<Real> grad_v_tile_ = make_scratch<Real>(Base::kLength * call_.v_ld);
   Scratch<Real> real_tile_ = make_scratch<Real>(Base::kLength * call_.v_ld);
-  LowerTriangle<Operand> scores_, decayed_;
+  LowerTriangle<Operand> scores_, decayed_scores_;
   ResultPacking<Operand> state_packing_{dk_, dv_};
   ResultPacking<Operand> real_packing_{Base::kLength, dv_};
-  std::array<Real, kMaxChunk> writes_;
-  std::array<double, kMaxChunk> chunk_flow_;
-  std::vector<double> flow_ =
-      std::vector<double>(Base::max_values_);  // over the present border of two chunks
+  std::array<Real, kMaxChunk> write_dots_;
+  std::array<double, kMaxChunk> chunk_pair_sum_;
+  // Of the current token, over pairs of tokens of different chunks.
+  std::vector<double> pair_sum_ = std::vector<double>(Base::max_values_);
 };
 
-// From flows inside segments to the gradient of log_decay.
+// From pair sums within splits to the gradient of log_decay.
 template <class Operand>
-void store_decay_gradients(Call<Operand>& call) {
+void store_decay_gradients(BackwardCall<Operand>& call) {
   const LinearAttentionBackwardParams& p = call.p;
   using Real = RealOf<Operand>;
   parallel_for(p.sequences * p.value_heads, [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t n = item / p.value_heads, head = item % p.value_heads;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t n = task / p.value_heads, head = task % p.value_heads;
       const LinearSequence& sequence = call.plan.sequences[n];
-      double later = call.final_flow[item];
-      for (int64_t s = sequence.segments.end - 1; s >= sequence.segments.begin; --s) {
-        const Range& chunks = call.plan.segments[s].chunks;
+      double later = call.final_pair_sum[task];
+      for (int64_t s = sequence.splits.end - 1; s >= sequence.splits.begin; --s) {
+        const Range& chunks = call.plan.splits[s].chunks;
         for (int64_t c = chunks.begin; c < chunks.end; ++c)
           for (int64_t t = call.plan.chunks[c].begin;
                t < call.plan.chunks[c].begin + call.plan.chunks[c].length; ++t)
             static_cast<Real*>(p.grad_log_decay)[(sequence.row * p.tokens + t) * p.value_heads + head] =
-                Real(later + call.flow_at(sequence.row, t, head));
-        later += call.segment_flow_at(s, head);
+                Real(later + call.pair_sum_at(sequence.row, t, head));
+        later += call.split_pair_sum_at(s, head);
       }
     }
   });
@@ -509,12 +516,12 @@ void store_decay_gradients(Call<Operand>& call) {
 
 template <class Operand>
 void backward(const LinearAttentionBackwardParams& p) {
-  Call<Operand> call(p);
+  BackwardCall<Operand> call(p);
   using Real = RealOf<Operand>;
   const int64_t work = state_multiply_adds(p);
-  carry<Real>(call.plan, call.units, work, [&] { return ForwardsSweep<Operand>(call); });
-  carry<Real>(call.plan, call.units, work, [&] { return BackwardsSweep<Operand>(call); });
-  if (call.decays) store_decay_gradients(call);
+  carry<Real>(call.plan, call.head_blocks, work, [&] { return QueryGradientSweep<Operand>(call); });
+  carry<Real>(call.plan, call.head_blocks, work, [&] { return KeyValueGradientSweep<Operand>(call); });
+  if (call.has_decay) store_decay_gradients(call);
 }
 
 }  // namespace

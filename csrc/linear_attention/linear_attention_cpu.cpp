@@ -4,62 +4,63 @@
 //   out_i = scale (exp(G_i) q_i S + sum_{j <= i} exp(G_i - G_j) (q_i . k_j) v_j)
 //   S    <- exp(G_last) S + sum_j exp(G_last - G_j) k_j^T v_j
 //
-// A unit is one key head with the heads that share it: a group of query heads (GQA) shares one state, a group
-// of value heads (GVA) shares the scores q k^T, some at a time.
+// A group of query heads (GQA) shares one state, a group of value heads (GVA) shares the scores q k^T.
 
 #include <algorithm>
 
+#include "common/ceil_div.h"
 #include "common/huge_pages.h"
 #include "linear_attention/carry.h"
 #include "linear_attention/linear_attention.h"
+#include "linear_attention/linear_decay.h"
 #include "linear_attention/linear_tiles.h"
 #include "linear_attention/step_end.h"
 
 namespace statecore {
 namespace {
 
-constexpr int64_t kUnitStates = 4;  // as many as stay in the L2 cache beside their tiles
+constexpr int64_t kMaxBlockHeads = 4;  // value heads whose states stay in the L2 cache beside their tiles
 
-// A unit takes some value heads: those of some key heads, or some of one key head (GVA). Which ones has no
-// influence on results, so that it may depend on the number of threads.
-struct Units {
-  Units(const LinearAttentionInputs& p, int64_t threads) : group(p.value_heads / p.key_heads) {
+// A head block is some value heads that a thread computes together: those of some key heads, or some of one
+// key head (GVA). Results do not depend on which ones, so that they may depend on the number of threads.
+struct HeadBlocks {
+  HeadBlocks(const LinearAttentionInputs& p, int64_t threads) : group(p.value_heads / p.key_heads) {
     if (group > 1) {
-      heads = std::min(group, kUnitStates);
-      a_group = (group + heads - 1) / heads;
-      count = p.key_heads * a_group;
+      heads = std::min(group, kMaxBlockHeads);
+      per_group = ceil_div(group, heads);
+      count = p.key_heads * per_group;
     } else {
-      heads = std::clamp<int64_t>(p.sequences * p.key_heads / threads, 1, kUnitStates);
-      count = (p.key_heads + heads - 1) / heads;
+      heads = std::clamp<int64_t>(p.sequences * p.key_heads / threads, 1, kMaxBlockHeads);
+      count = ceil_div(p.key_heads, heads);
     }
   }
-  // Value heads of a unit.
-  Range operator[](int64_t unit) const {
-    if (group == 1) return {unit * heads, std::min(unit * heads + heads, count * heads)};
-    const int64_t key_head = unit / a_group, begin = key_head * group + unit % a_group * heads;
+  // Value heads of a block; of the last one some may not exist.
+  Range operator[](int64_t block) const {
+    if (group == 1) return {block * heads, std::min(block * heads + heads, count * heads)};
+    const int64_t key_head = block / per_group, begin = key_head * group + block % per_group * heads;
     return {begin, std::min(begin + heads, (key_head + 1) * group)};
   }
 
-  int64_t group, heads, a_group = 1, count;
+  int64_t group, heads, per_group = 1, count;
 };
 
 template <class Operand>
 class ForwardSweep {
  public:
   using Real = RealOf<Operand>;
-  static constexpr bool kBackwards = false;
+  static constexpr bool kReverse = false;
 
-  ForwardSweep(const LinearAttentionParams& p, const LinearPlan& plan, const Units& units)
-      : p_(p), plan_(plan), units_(units) {}
+  ForwardSweep(const LinearAttentionParams& p, const LinearPlan& plan, const HeadBlocks& head_blocks)
+      : p_(p), plan_(plan), head_blocks_(head_blocks) {}
 
-  int64_t units() const { return units_.count; }
+  int64_t head_blocks() const { return head_blocks_.count; }
   int64_t states() const { return p_.states; }
-  int64_t state_size() const { return units_.heads * head_size_; }
+  int64_t state_size() const { return head_blocks_.heads * head_size_; }
 
-  void select(int64_t item) {
-    n_ = item / units_.count;
+  void select(int64_t task) {
+    n_ = task / head_blocks_.count;
     row_ = plan_.sequences[n_].row;
-    const Range heads = units_[item % units_.count];
+    const Range heads = head_blocks_[task % head_blocks_.count];
     first_value_ = heads.begin, end_value_ = std::min(heads.end, p_.value_heads);
     first_key_ = first_value_ / value_group_, end_key_ = (end_value_ - 1) / value_group_ + 1;
   }
@@ -75,29 +76,29 @@ class ForwardSweep {
       }
   }
 
-  void enter(const CarrySegment& segment, Real* base) {
-    if (segment.ended != kNoStep)
-      end_step(state_size(), segment.ended, static_cast<const Real*>(p_.alpha), p_.alphas, base,
+  void enter(const CarrySplit& split, Real* base) {
+    if (split.ended_step != kNoStep)
+      end_step(state_size(), split.ended_step, static_cast<const Real*>(p_.alpha), p_.alphas, base,
                base + state_size(), base + 2 * state_size());
   }
 
-  void add(const CarrySegment& segment, Real* sums) {
+  void add(const CarrySplit& split, Real* local) {
     for (int64_t h = first_value_; h < end_value_; ++h)
-      state_[h - first_value_].begin(head_size_, nullptr, state_of(sums, h));
-    each_chunk(segment, [&](const TokenChunk& chunk) {
+      state_[h - first_value_].begin(head_size_, nullptr, state_of(local, h));
+    for_each_chunk(split, [&](const TokenChunk& chunk) {
       k_.load_columns(p_.k, p_.dtype, row_, chunk, first_key_, end_key_ - first_key_);
       v_.load_columns(p_.v, p_.dtype, row_, chunk, first_value_, end_value_ - first_value_);
       for (int64_t h = first_value_; h < end_value_; ++h) {
-        if (decays_) decay_.set(p_, row_, chunk, h);
-        absorb(chunk, h);
+        if (has_decay_) decay_.set(p_, row_, chunk, h);
+        update_state(chunk, h);
       }
     });
   }
 
-  void run(const CarrySegment& segment, Real* base, Real* sums) {
+  void run(const CarrySplit& split, Real* base, Real* local) {
     for (int64_t h = first_value_; h < end_value_; ++h)
-      state_[h - first_value_].begin(head_size_, state_of(base, h), sums ? state_of(sums, h) : nullptr);
-    each_chunk(segment, [&](const TokenChunk& chunk) {
+      state_[h - first_value_].begin(head_size_, state_of(base, h), local ? state_of(local, h) : nullptr);
+    for_each_chunk(split, [&](const TokenChunk& chunk) {
       q_.load_rows(p_.q, p_.dtype, row_, chunk, first_key_ * query_group_,
                    (end_key_ - first_key_) * query_group_);
       k_.load_rows(p_.k, p_.dtype, row_, chunk, first_key_, end_key_ - first_key_);
@@ -107,20 +108,20 @@ class ForwardSweep {
           k_.pack_columns(key_of(h), chunk.length);
           k_.transpose(key_of(h), chunk.length, k_transposed_.get(), kTransposedLd);
         }
-        if (decays_) decay_.set(p_, row_, chunk, h);
+        if (has_decay_) decay_.set(p_, row_, chunk, h);
         const Packed<Operand> state =
             state_packing_.columns(state_[h - first_value_].value(running_.get()), v_ld_, dk_, dv_);
-        for (int64_t g = 0; g < query_group_; ++g) attend(chunk, h, key_of(h) * query_group_ + g, state);
-        absorb(chunk, h);
+        for (int64_t g = 0; g < query_group_; ++g) compute_out(chunk, h, key_of(h) * query_group_ + g, state);
+        update_state(chunk, h);
       }
     });
   }
 
-  void leave(const CarrySegment& segment, Real* base, const Real* sums) {
-    if (!sums) return;
+  void leave(const CarrySplit& split, Real* base, const Real* local) {
+    if (!local) return;
     for (int64_t h = first_value_; h < end_value_; ++h)
-      add_segment(head_size_, segment_log_decay<Real>(p_, plan_, segment, row_, h), state_of(base, h),
-                  state_of(sums, h));
+      add_local_state(head_size_, split_log_decay<Real>(p_, plan_, split, row_, h), state_of(base, h),
+                      state_of(local, h));
   }
 
   void finish(const Real* base) {
@@ -131,10 +132,10 @@ class ForwardSweep {
   }
 
  private:
-  // f(chunk) where there are tokens; outputs of padding are 0.
+  // f(chunk), except of padding, whose results are 0.
   template <class F>
-  void each_chunk(const CarrySegment& segment, const F& f) {
-    for (int64_t c = segment.chunks.begin; c < segment.chunks.end; ++c) {
+  void for_each_chunk(const CarrySplit& split, const F& f) {
+    for (int64_t c = split.chunks.begin; c < split.chunks.end; ++c) {
       const TokenChunk& chunk = plan_.chunks[c];
       if (!chunk.padding) {
         f(chunk);
@@ -147,8 +148,8 @@ class ForwardSweep {
     }
   }
 
-  // Results of one query head, the i-th of the unit. The scores are those of its first value head.
-  void attend(const TokenChunk& chunk, int64_t h, int64_t i, Packed<Operand> state) {
+  // Results of the block's i-th query head for value head h. Value heads of a group reuse its scores.
+  void compute_out(const TokenChunk& chunk, int64_t h, int64_t i, Packed<Operand> state) {
     const int length = chunk.length;
     const Real scale = Real(p_.scale);
     const int64_t head = std::max(h, first_key_ * query_group_ + i);
@@ -156,28 +157,27 @@ class ForwardSweep {
     if (h == first_value_ || value_group_ == 1)
       scores_.product(length, dk_, scale, q_.rows(i), {k_transposed_.get(), kTransposedLd});
     multiply(length, dv_, dk_, scale, as_is(q_.rows(i)), state, out, v_ld_, false);
-    LowerTriangle<Operand>* weights = &scores_;
-    if (decays_) {
+    LowerTriangle<Operand>* scores = &scores_;
+    if (has_decay_) {
       tiles_.scale_rows(length, dv_, decay_.from_start(), out, v_ld_);
-      decayed_.weigh(length, decay_.weights(), decay_.kLd, scores_);
-      weights = &decayed_;
+      decayed_scores_.set_weighted(length, decay_.weights(), decay_.kLd, scores_);
+      scores = &decayed_scores_;
     }
-    weights->add_times(length, dv_, v_.columns(h - first_value_), out, v_ld_);
+    scores->multiply_add(length, dv_, v_.columns(h - first_value_), out, v_ld_);
     tiles_.store(p_.dtype, writable(rows_of(out_, chunk, head)), out_.time, length, dv_, out, v_ld_);
     if (!p_.gated_out) return;
     tiles_.load(p_.dtype, rows_of(segment_out_, chunk, head), segment_out_.time, length, dv_,
-                base_tile_.get(), v_ld_);
+                segment_out_tile_.get(), v_ld_);
     tiles_.load(p_.dtype, rows_of(p_.gate, chunk, head), p_.gate.time, length, dv_, gate_tile_.get(), v_ld_);
-    tiles_.gated_add(length, dv_, out, base_tile_.get(), gate_tile_.get(), v_ld_);
+    tiles_.gated_add(length, dv_, out, segment_out_tile_.get(), gate_tile_.get(), v_ld_);
     tiles_.store(p_.dtype, writable(rows_of(gated_out_, chunk, head)), gated_out_.time, length, dv_, out,
                  v_ld_);
   }
 
-  // What the chunk adds to the state.
-  void absorb(const TokenChunk& chunk, int64_t h) {
+  void update_state(const TokenChunk& chunk, int64_t h) {
     const int length = chunk.length;
-    Real* state = state_[h - first_value_].decayed(decays_ ? decay_.log_total() : 0);
-    if (decays_) {
+    Real* state = state_[h - first_value_].decayed(has_decay_ ? decay_.log_total() : 0);
+    if (has_decay_) {
       tiles_.load(p_.dtype, rows_of(p_.v, chunk, h), p_.v.time, length, dv_, out_tile_.get(), v_ld_);
       tiles_.scale_rows(length, dv_, decay_.to_end(), out_tile_.get(), v_ld_);
       exact_sum_.add(dk_, dv_, length, 1, k_.columns(key_of(h)), out_tile_.get(), v_ld_, state, v_ld_);
@@ -187,7 +187,7 @@ class ForwardSweep {
     }
   }
 
-  int64_t key_of(int64_t h) const { return h / value_group_ - first_key_; }  // among those of the unit
+  int64_t key_of(int64_t h) const { return h / value_group_ - first_key_; }  // within the block
   const void* rows_of(const HeadsView& x, const TokenChunk& chunk, int64_t head) const {
     return head_at(x, p_.dtype, row_, chunk.begin, head);
   }
@@ -200,37 +200,37 @@ class ForwardSweep {
   static constexpr int kLength = kChunk<Operand>, kTransposedLd = tile_ld(kLength);
   const LinearAttentionParams& p_;
   const LinearPlan& plan_;
-  const Units& units_;
+  const HeadBlocks& head_blocks_;
   const TileKernels<Real>& tiles_ = tile_kernels<Real>();
-  const bool decays_ = p_.log_decay.data != nullptr;
+  const bool has_decay_ = p_.log_decay.data != nullptr;
   const int dk_ = int(p_.key_width), dv_ = int(p_.value_width);
   const int64_t v_ld_ = tile_ld(dv_), head_size_ = dk_ * v_ld_;
   const int64_t query_group_ = p_.query_heads / p_.key_heads, value_group_ = p_.value_heads / p_.key_heads;
   const int64_t out_heads_ = std::max(p_.query_heads, p_.value_heads);
-  const HeadsView out_ = dense(p_.out, p_.tokens, out_heads_, dv_);
-  const HeadsView segment_out_ = dense(p_.segment_out, p_.tokens, out_heads_, dv_);
-  const HeadsView gated_out_ = dense(p_.gated_out, p_.tokens, out_heads_, dv_);
-  const int64_t key_heads_ = value_group_ == 1 ? units_.heads : 1;  // at most, of a unit
-  HeadTiles<Operand> q_{key_heads_ * query_group_, dk_}, k_{key_heads_, dk_}, v_{units_.heads, dv_};
+  const HeadsView out_ = contiguous_heads(p_.out, p_.tokens, out_heads_, dv_);
+  const HeadsView segment_out_ = contiguous_heads(p_.segment_out, p_.tokens, out_heads_, dv_);
+  const HeadsView gated_out_ = contiguous_heads(p_.gated_out, p_.tokens, out_heads_, dv_);
+  const int64_t key_heads_ = value_group_ == 1 ? head_blocks_.heads : 1;  // of a block, at most
+  HeadTiles<Operand> q_{key_heads_ * query_group_, dk_}, k_{key_heads_, dk_}, v_{head_blocks_.heads, dv_};
   Scratch<Operand> k_transposed_ = make_scratch<Operand>(depth<Operand>(dk_) * kTransposedLd);
   Scratch<Real> out_tile_ = make_scratch<Real>(kLength * v_ld_);
-  Scratch<Real> base_tile_ = make_scratch<Real>(p_.gated_out ? kLength * v_ld_ : 0);
+  Scratch<Real> segment_out_tile_ = make_scratch<Real>(p_.gated_out ? kLength * v_ld_ : 0);
   Scratch<Real> gate_tile_ = make_scratch<Real>(p_.gated_out ? kLength * v_ld_ : 0);
-  LowerTriangle<Operand> scores_, decayed_;
+  LowerTriangle<Operand> scores_, decayed_scores_;
   ResultPacking<Operand> state_packing_{dk_, dv_};
   ExactSum<Operand> exact_sum_{kLength, dv_};
-  ChunkDecay<Real> decay_;
-  std::array<RunningState<Real>, kUnitStates> state_;
-  Scratch<Real> running_ = make_scratch<Real>(plan_.summed ? head_size_ : 0);
+  DecayTile<Real> decay_;
+  std::array<RunningState<Real>, kMaxBlockHeads> state_;
+  Scratch<Real> running_ = make_scratch<Real>(plan_.has_local_states ? head_size_ : 0);
   int64_t n_ = 0, row_ = 0, first_key_ = 0, end_key_ = 0, first_value_ = 0, end_value_ = 0;
 };
 
 template <class Operand>
 void forward(const LinearAttentionParams& p) {
   const LinearPlan plan = plan_linear(p, kChunk<Operand>);
-  const Units units(p, thread_count());
-  carry<RealOf<Operand>>(plan, units.count, state_multiply_adds(p),
-                         [&] { return ForwardSweep<Operand>(p, plan, units); });
+  const HeadBlocks head_blocks(p, thread_count());
+  carry<RealOf<Operand>>(plan, head_blocks.count, state_multiply_adds(p),
+                         [&] { return ForwardSweep<Operand>(p, plan, head_blocks); });
 }
 
 }  // namespace

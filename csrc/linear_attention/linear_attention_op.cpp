@@ -36,7 +36,7 @@ void check_real(const char* name, const Tensor& x, const Tensor& q) {
   if (!wide) check_dtype(name, x, ScalarType::Float);
 }
 
-// Whatever all linear attention has. `grouped_values`: groups of value heads (GVA) are allowed too.
+// What all linear attention operators have in common.
 LinearAttentionInputs checked_heads(const char* const (&names)[3], const Tensor& q, const Tensor& k,
                                     const Tensor& v, bool grouped_values,
                                     const std::optional<Tensor>& cu_seqlens, std::optional<double> scale) {
@@ -69,7 +69,7 @@ LinearAttentionInputs checked_heads(const char* const (&names)[3], const Tensor&
   return p;
 }
 
-// Ids are -1 (nothing seen) or >= 0, and no sequence goes on with a smaller one.
+// Ids are >= 0, or -1 where no step has begun, and no sequence continues with a smaller one.
 void check_initial_step(const Tensor& initial_step, const Tensor& step_ids,
                         const std::optional<Tensor>& cu_seqlens, const Tensor& q, int64_t sequences) {
   check_shape("initial_step", initial_step, {sequences});
@@ -151,7 +151,7 @@ LinearAttentionInputs checked_step_linear_inputs(const char* const (&names)[3], 
 
 namespace {
 
-// out and states of the given shape.
+// (out, states)
 template <class Backend>
 std::tuple<Tensor, Tensor> run_forward(const LinearAttentionInputs& inputs, const Tensor& q,
                                        torch::headeronly::IntHeaderOnlyArrayRef states_shape) {
@@ -169,7 +169,7 @@ struct Gradients {
   Tensor q, k, v, log_decay, initial_states;
 };
 
-// `like` an optional argument, in the type of the states; empty where it is absent.
+// Shaped like an optional argument, in the type of the states; empty where the argument is absent.
 Tensor new_gradient(const std::optional<Tensor>& like, const Tensor& q) {
   if (!like) return torch::stable::new_empty(q, {0});
   return torch::stable::new_empty(q, like->sizes(), state_type(element_dtype(q)));

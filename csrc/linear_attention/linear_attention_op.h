@@ -4,16 +4,12 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
-#include <vector>
 
 #include "common/cuda_backend.h"
-#include "common/tensor_checks.h"
+#include "common/op_inputs.h"
 #include "linear_attention/linear_attention.h"
 
 namespace statecore {
-
-// Contiguous copies, in the type of the states, that a parameter struct points into; must outlive it.
-using HeldTensors = std::vector<Tensor>;
 
 // ---- backends: what they take of tensors (`aligned` may be a copy), and their entry points
 #if defined(STATECORE_CPU_BACKEND)
@@ -34,24 +30,15 @@ struct LinearAttentionOnCuda {
 };
 #endif
 
-// Hands q, k and v to the backend's kernels, which may refuse them or want copies.
-template <class Backend>
-void prepare_for(LinearAttentionInputs& p, const Tensor& q, const Tensor& k, const Tensor& v,
-                 HeldTensors& held) {
-  Backend::check(p);
-  for (const auto& [view, x] : {std::pair{&p.q, &q}, std::pair{&p.k, &k}, std::pair{&p.v, &v}})
-    *view = heads_view(held.emplace_back(Backend::aligned(*x)));
-}
-
-// Refuses what statecore/ops.py says, on the CPU also by contents. The structs point into the tensors and
-// into `held`.
+// Refuse what statecore/ops.py says, on the CPU also by contents. The structs point into the tensors and into
+// `held`.
 LinearAttentionInputs checked_linear_inputs(const Tensor& q, const Tensor& k, const Tensor& v,
                                             const std::optional<Tensor>& log_decay,
                                             const std::optional<Tensor>& initial_state,
                                             const std::optional<Tensor>& cu_seqlens,
                                             std::optional<double> scale, HeldTensors& held);
 
-// `names` of q, k and v in messages.
+// `names` are those of q, k and v in messages.
 LinearAttentionInputs checked_step_linear_inputs(const char* const (&names)[3], const Tensor& q,
                                                  const Tensor& k, const Tensor& v, const Tensor& step_ids,
                                                  const Tensor& alpha,
@@ -60,7 +47,7 @@ LinearAttentionInputs checked_step_linear_inputs(const char* const (&names)[3], 
                                                  const std::optional<Tensor>& cu_seqlens,
                                                  std::optional<double> scale, HeldTensors& held);
 
-// `grouped_values`: groups of value heads (GVA) are allowed too.
+// `grouped_values`: GVA is allowed too.
 void check_head_groups(const char* const (&names)[3], int64_t query_heads, int64_t key_heads,
                        int64_t value_heads, bool grouped_values);
 

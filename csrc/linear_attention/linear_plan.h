@@ -1,15 +1,14 @@
-// Which tokens are computed together: chunks of up to a given length, none across the end of a step, and
-// segments of consecutive chunks, which are what the state is carried across.
+// Which tokens the CPU backend computes together: chunks of up to a given length, none across the end of a
+// step, and splits, which are runs of consecutive chunks (carry.h).
 #pragma once
 
 #include <vector>
 
 #include "common/range.h"
 #include "linear_attention/linear_attention.h"
+#include "linear_attention/step_end.h"
 
 namespace statecore {
-
-constexpr int32_t kNoStep = -1;  // no step ends here
 
 struct TokenChunk {
   int64_t begin;   // first token of the row
@@ -17,26 +16,26 @@ struct TokenChunk {
   bool padding;
 };
 
-struct CarrySegment {
+struct CarrySplit {
   Range chunks;
-  int32_t ended;  // the step that ends before this segment, or kNoStep
+  int32_t ended_step;  // the step that ends before this split, or kNoStep
 };
 
 struct LinearSequence {
   int64_t row;  // of the batch
-  Range segments;
+  Range splits;
 };
 
 struct LinearPlan {
   std::vector<TokenChunk> chunks;
-  std::vector<CarrySegment> segments;
+  std::vector<CarrySplit> splits;
   std::vector<LinearSequence> sequences;
-  bool summed;  // see carry.h
+  bool has_local_states;  // splits compute local states of their own, see carry.h
 };
 
 LinearPlan plan_linear(const LinearAttentionInputs& inputs, int chunk_length);
 
-// Of the state alone, which every token and head at least reads and writes.
+// Of the state alone, which every token and head reads and writes at least once.
 int64_t state_multiply_adds(const LinearAttentionInputs& inputs);
 
 }  // namespace statecore

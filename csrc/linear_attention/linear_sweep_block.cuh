@@ -1,81 +1,33 @@
-// A block of a sweep, whatever multiplies in it: which part of the state it has, where that comes from and
-// goes to, decay, ends of steps, and how results leave. Both sweeps use it: linear_sweep.cu, which multiplies
-// with mma.sync, and linear_sweep_sm90.cu.
+// What a block of a sweep does besides its products, shared by linear_sweep.cu (mma.sync) and
+// linear_sweep_sm90.cu (wgmma): its part of the state, where that is loaded from and stored to, decay, ends
+// of steps, and the epilogues that store results.
 //
-// A block owns kSweepValues columns of the state of one item in one segment, transposed in registers of four
-// warps: rows are values, 16 a warp, columns are keys; results are transposed in the same way.
+// A block has kSweepValues columns of the state of one state head in one split, transposed in the registers
+// of four warps: rows are values, 16 per warp, columns are keys. Results are transposed in the same way.
 #pragma once
 
 #include <type_traits>
 
 #include "common/mma.cuh"
-#include "linear_attention/linear_sweep.cuh"
+#include "linear_attention/linear_decay.cuh"
+#include "linear_attention/linear_splits.cuh"
+#include "linear_attention/linear_sweep.h"
 
 namespace statecore {
 
 constexpr int kSweepThreads = 128, kSweepWarps = kSweepThreads / 32;
 
-// ---- decay: weights of a chunk's tokens; G_i is the sum of log2 e^g over the tokens up to i
-template <int kChunk>
-struct ChunkDecay {
-  float2 sum[kChunk];      // G_i as high + low: it is large, but differences of neighbours are small
-  float to_state[kChunk];  // of what goes into the state: e^{G_last - G_i}, in reverse e^{G_i}
-  float of_state[kChunk];  // of what is read from it: e^{G_i}, in reverse e^{G_last - G_i}
-  float total;             // e^{G_last}
-};
+// ---- float32 numbers of any size as float16: rows are multiplied by a power of two that brings their
+// largest element to 2^14, and what is computed with them is divided by it. Both are exact.
+constexpr int kLargestExponent = 127 + 14;  // biased, as all exponents here
 
-// high + low of a sum that is exact to about 2^-48.
-__device__ __forceinline__ float2 plus(float2 a, float2 b) {
-  const float sum = a.x + b.x, from_b = sum - a.x;
-  const float error = (a.x - (sum - from_b)) + (b.x - from_b);
-  return make_float2(sum, a.y + b.y + error);
-}
-__device__ __forceinline__ float difference(float2 a, float2 b) { return (a.x - b.x) + (a.y - b.y); }
-
-// By one warp, whose lane l has the tokens kOwn l, kOwn l + 1, ..., and log2 of what each leaves of the
-// state.
-template <int kOwn>
-__device__ __forceinline__ void store_decays(const float (&log_decays)[kOwn], bool reverse,
-                                             ChunkDecay<32 * kOwn>& to) {
-  const int lane = lane_index();
-  float2 sums[kOwn];
-  sums[0] = make_float2(log_decays[0], 0);
-#pragma unroll
-  for (int i = 1; i < kOwn; ++i) sums[i] = plus(sums[i - 1], make_float2(log_decays[i], 0));
-  float2 until = sums[kOwn - 1];
-#pragma unroll
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const float2 before = make_float2(__shfl_up_sync(0xffffffffu, until.x, distance),
-                                      __shfl_up_sync(0xffffffffu, until.y, distance));
-    if (lane >= distance) until = plus(before, until);
-  }
-  const float2 last =
-      make_float2(__shfl_sync(0xffffffffu, until.x, 31), __shfl_sync(0xffffffffu, until.y, 31));
-  float2 before =
-      make_float2(__shfl_up_sync(0xffffffffu, until.x, 1), __shfl_up_sync(0xffffffffu, until.y, 1));
-  if (lane == 0) before = make_float2(0, 0);
-#pragma unroll
-  for (int i = 0; i < kOwn; ++i) {
-    const int token = kOwn * lane + i;
-    const float2 sum = plus(before, sums[i]);
-    const float from_start = exp2_approx(sum.x + sum.y), to_end = exp2_approx(difference(last, sum));
-    to.sum[token] = sum;
-    to.to_state[token] = reverse ? from_start : to_end;
-    to.of_state[token] = reverse ? to_end : from_start;
-  }
-  if (lane == 0) to.total = exp2_approx(last.x + last.y);
-}
-
-// ---- numbers of any size as float16: rows are multiplied by a power of two that brings their largest
-// element to 2^14, and what is computed with them is divided by it. Both are exact.
-constexpr int kLargestExponent = 127 + 14;
-__device__ __forceinline__ int range_exponent(float largest) {  // biased; below 2^-40 nothing is gained
+__device__ __forceinline__ int range_exponent(float largest) {  // below 2^-40 nothing is gained
   return max(int(__float_as_uint(largest) >> 23 & 255u), 127 - 40);
 }
-__device__ __forceinline__ float into_range(int exponent) {
+__device__ __forceinline__ float range_scale(int exponent) {
   return __uint_as_float(uint32_t(127 + kLargestExponent - exponent) << 23);
 }
-__device__ __forceinline__ float out_of_range(int exponent) {
+__device__ __forceinline__ float range_unscale(int exponent) {
   return __uint_as_float(uint32_t(exponent - kLargestExponent + 127) << 23);
 }
 
@@ -89,10 +41,35 @@ __device__ __forceinline__ int row_exponent(const float (&x)[kTiles][4], int hal
   return range_exponent(quad_max(largest));
 }
 
-// ---- y = segment + sigmoid(gate) x
+// ---- the end of a step as a matrix on (running, start, prompt), see step_end.h; reverse is its transpose,
+// on their gradients
+struct StepEnd {
+  float raw_weight, strength, momentum;
+  bool ends_prompt;
+
+  __device__ StepEnd(int32_t step, const float* alpha, int64_t alphas)
+      : strength(correction_strength(step, alpha, alphas)) {
+    raw_weight = 1 - strength;
+    momentum = strength != 0 ? __fdividef(strength, float(step - 1)) : 0;
+    ends_prompt = step == 0;
+  }
+  __device__ __forceinline__ void apply(float& running, float& start, float& prompt) const {
+    if (strength != 0) running = corrected(running, start, prompt, raw_weight, momentum);
+    start = running;
+    if (ends_prompt) prompt = running;
+  }
+  __device__ __forceinline__ void apply_reverse(float& running, float& start, float& prompt) const {
+    const float grad = running + start;
+    running = raw_weight * grad;
+    start = (strength + momentum) * grad;
+    prompt -= momentum * grad;
+    if (ends_prompt) running += prompt, prompt = 0;
+  }
+};
+
+// ---- the gate of mixed attention: segment + sigmoid(gate) x, for 16 bytes of T
 __device__ __forceinline__ float sigmoid(float x) { return __fdividef(1, 1 + exp2_approx(-kLog2E * x)); }
 
-// For 16 bytes of T.
 template <class T>
 __device__ __forceinline__ uint4 gated(T, uint4 x, uint4 gate, uint4 segment) {
   const auto word = [](uint32_t x, uint32_t gate, uint32_t segment) {
@@ -108,66 +85,67 @@ __device__ __forceinline__ uint4 gated(T, uint4 x, uint4 gate, uint4 segment) {
 }
 
 // ---- the block
+// opaque() keeps values that are needed once per chunk or less from occupying registers throughout.
 template <class T, int kKeyWidth>
 struct SweepBlock {
-  static constexpr int kChunk = sizeof(T) == 2 ? 64 : 32;
-  static constexpr int kOwn = kChunk / 32;  // tokens of a lane, where a warp has a chunk
-  using State = float[kKeyWidth / 8][4];    // accumulators; of a thread
-  using Out = float[kChunk / 8][4];         // columns are tokens
+  static constexpr int kChunk = sweep_chunk_length(sizeof(T));
+  static constexpr int kTokensPerLane = kChunk / 32;  // where a warp goes over a chunk
+  using State = float[kKeyWidth / 8][4];              // a thread's accumulators
+  using Out = float[kChunk / 8][4];                   // columns are tokens
 
-  const Sweep& p;
-  int item, first_value, values;  // columns of the state
-  Span span;
+  const SweepParams& p;
+  int state_head, first_value, values;  // `values` columns of the state from first_value on
+  Split split;
 
-  __device__ __forceinline__ explicit SweepBlock(const Sweep& p) : p(p) {
-    const int slices = (p.value_width + kSweepValues - 1) / kSweepValues;
-    item = int(blockIdx.x) / slices % p.items;
-    first_value = int(blockIdx.x) % slices * kSweepValues;
+  __device__ __forceinline__ explicit SweepBlock(const SweepParams& p) : p(p) {
+    const int tiles = value_tiles(p.value_width);
+    state_head = int(blockIdx.x) / tiles % p.state_heads;
+    first_value = int(blockIdx.x) % tiles * kSweepValues;
     values = min(p.value_width - first_value, kSweepValues);
-    span = span_of(p.segments, slot(), kChunk);
+    split = load_split(p.splits, split_index(), kChunk);
   }
 
-  // Of the segment. opaque(), in this struct: what is needed once a chunk or less is not held in registers.
-  __device__ __forceinline__ int slot() const {
-    return opaque(int(blockIdx.x)) / ((p.value_width + kSweepValues - 1) / kSweepValues * p.items);
+  __device__ __forceinline__ int split_index() const {
+    return opaque(int(blockIdx.x)) / (value_tiles(p.value_width) * p.state_heads);
   }
-
   __device__ __forceinline__ bool has_out() const { return p.out || p.out_float; }
-  __device__ __forceinline__ bool decaying() const { return p.log_decay.data != nullptr; }
+  __device__ __forceinline__ bool has_decay() const { return p.log_decay.data != nullptr; }
 
-  __device__ __forceinline__ SweptChunk chunk_at(int i) const {  // in the order of the sweep
-    return chunk_of(span, p.reverse ? span.chunks - 1 - i : i, kChunk);
+  __device__ __forceinline__ SweepChunk chunk_at(int i) const {  // in the order of the sweep
+    return load_chunk(split, p.reverse ? split.chunks - 1 - i : i, kChunk);
   }
   __device__ __forceinline__ const T* rows_of(const HeadsView& x, int head, int token) const {
-    return static_cast<const T*>(x.data) + opaque(span.row) * x.batch + int64_t(token) * x.time +
+    return static_cast<const T*>(x.data) + opaque(split.row) * x.batch + int64_t(token) * x.time +
            head * x.head;
   }
-  // Of [B * T, items, value_width].
-  __device__ __forceinline__ int64_t at_out(const SweptChunk& chunk, int token, int value) const {
-    const int64_t row = int64_t(opaque(span.row)) * p.segments.tokens + chunk.begin + token;
-    return (row * p.items + item) * p.value_width + first_value + value;
+  // Index into [B * T, state_heads, value_width].
+  __device__ __forceinline__ int64_t out_index(const SweepChunk& chunk, int token, int value) const {
+    const int64_t row = int64_t(opaque(split.row)) * p.splits.tokens + chunk.begin + token;
+    return (row * p.state_heads + state_head) * p.value_width + first_value + value;
   }
 
-  __device__ __forceinline__ void load_decays(const SweptChunk& chunk, float (&log_decays)[kOwn]) const {
+  // The input of scan_decay().
+  __device__ __forceinline__ void load_log2_decay(const SweepChunk& chunk,
+                                                  float (&log2_decay)[kTokensPerLane]) const {
     const float* from = static_cast<const float*>(p.log_decay.data) +
-                        int64_t(opaque(span.row)) * p.log_decay.batch +
-                        opaque(item) / p.log_decay.shared * p.log_decay.head;
+                        int64_t(opaque(split.row)) * p.log_decay.batch +
+                        opaque(state_head) / p.log_decay.head_divisor * p.log_decay.head;
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      const int token = kOwn * lane_index() + i;
+    for (int i = 0; i < kTokensPerLane; ++i) {
+      const int token = kTokensPerLane * lane_index() + i;
       const float x =
           token < chunk.length ? from[int64_t(chunk.begin + token) * p.log_decay.time] * kLog2E : 0;
-      log_decays[i] = x < -300 ? -300 : x;  // 2^-300 is 0, and differences to -inf are no numbers
+      log2_decay[i] = x < -300 ? -300 : x;  // 2^-300 is 0, and differences to -inf would be NaN
     }
   }
 
-  // -- states; the first is in registers, start and prompt of steps are in p.step_states
-  __device__ __forceinline__ float* at_state(const SweepStates& states, int kind) const {
-    return states.data + kind * states.kind + int64_t(slot()) * states.slot +
-           int64_t(item / states.shared) * states.head;
+  // -- states: the running one is in registers, start and prompt are in p.step_states
+  __device__ __forceinline__ float* state_pointer(const SweepStates& states, int kind) const {
+    return states.data + kind * states.kind + int64_t(split_index()) * states.split +
+           int64_t(state_head / states.head_divisor) * states.head;
   }
   template <class Body>
-  __device__ __forceinline__ void each_element(const SweepStates& states, const Body& body) const {
+  __device__ __forceinline__ void for_each_element(const SweepStates& states, const Body& body) const {
     const int first_row = opaque(first_value + 16 * (int(threadIdx.x) / 32) + accumulator_row(0));
     const int first_column = opaque(accumulator_column(0));
 #pragma unroll
@@ -182,42 +160,42 @@ struct SweepBlock {
     return p.step_states + (int64_t(opaque(int(blockIdx.x))) * 2 + kind - 1) * (kSweepValues * kKeyWidth) +
            threadIdx.x;
   }
-  __device__ static __forceinline__ int in_step_state(int n, int i) { return (n * 4 + i) * kSweepThreads; }
+  __device__ static __forceinline__ int step_state_index(int n, int i) { return (n * 4 + i) * kSweepThreads; }
 
   __device__ __forceinline__ void load_states(State& state) const {
-    const float* initial = p.initial.data ? at_state(p.initial, 0) : nullptr;
-    each_element(p.initial, [&](int n, int i, bool valid, int at) {
+    const float* initial = p.initial.data ? state_pointer(p.initial, 0) : nullptr;
+    for_each_element(p.initial, [&](int n, int i, bool valid, int at) {
       state[n][i] = initial && valid ? initial[at] * p.initial.factor : 0;
     });
     if (p.states != 3) return;
     for (int kind = 1; kind < 3; ++kind) {
-      const float* from = initial ? at_state(p.initial, kind) : nullptr;
+      const float* from = initial ? state_pointer(p.initial, kind) : nullptr;
       float* to = step_state(kind);
-      each_element(p.initial, [&](int n, int i, bool valid, int at) {
-        to[in_step_state(n, i)] = from && valid ? from[at] * p.initial.factor : 0;
+      for_each_element(p.initial, [&](int n, int i, bool valid, int at) {
+        to[step_state_index(n, i)] = from && valid ? from[at] * p.initial.factor : 0;
       });
     }
   }
 
   __device__ __forceinline__ void store_states(const State& state) const {
-    if (!p.final.data || item % p.final.shared != 0) return;
+    if (!p.final.data || state_head % p.final.head_divisor != 0) return;
     for (int kind = 0; kind < p.states; ++kind) {
-      float* to = at_state(p.final, kind);
+      float* to = state_pointer(p.final, kind);
       const float* from = kind > 0 ? step_state(kind) : nullptr;
-      each_element(p.final, [&](int n, int i, bool valid, int at) {
-        if (valid) to[at] = (kind == 0 ? state[n][i] : from[in_step_state(n, i)]) * p.final.factor;
+      for_each_element(p.final, [&](int n, int i, bool valid, int at) {
+        if (valid) to[at] = (kind == 0 ? state[n][i] : from[step_state_index(n, i)]) * p.final.factor;
       });
     }
   }
 
-  // Thread 0 keeps account of what the segment makes of the state before it.
-  __device__ __forceinline__ void begin_transition(float* transition) const {
-    if (p.transition && threadIdx.x == 0)
+  // Thread 0 accumulates the split's transition.
+  __device__ __forceinline__ void init_transition(float* transition) const {
+    if (p.transitions && threadIdx.x == 0)
       for (int i = 0; i < 9; ++i) transition[i] = i % 4 == 0 ? 1 : 0;
   }
   __device__ __forceinline__ void store_transition(const float* transition) const {
-    if (!p.transition || threadIdx.x != 0 || first_value != 0) return;
-    float* to = p.transition + (int64_t(slot()) * p.items + item) * 9;
+    if (!p.transitions || threadIdx.x != 0 || first_value != 0) return;
+    float* to = p.transitions + (int64_t(split_index()) * p.state_heads + state_head) * 9;
     for (int i = 0; i < 9; ++i) to[i] = transition[i];
   }
 
@@ -229,15 +207,15 @@ struct SweepBlock {
       for (int n = 0; n < kKeyWidth / 8; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          end.apply_reverse(state[n][i], start[in_step_state(n, i)], prompt[in_step_state(n, i)]);
+          end.apply_reverse(state[n][i], start[step_state_index(n, i)], prompt[step_state_index(n, i)]);
     } else {
 #pragma unroll
       for (int n = 0; n < kKeyWidth / 8; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          end.apply(state[n][i], start[in_step_state(n, i)], prompt[in_step_state(n, i)]);
+          end.apply(state[n][i], start[step_state_index(n, i)], prompt[step_state_index(n, i)]);
     }
-    if (p.transition && threadIdx.x == 0)
+    if (p.transitions && threadIdx.x == 0)
       for (int i = 0; i < 3; ++i) {
         if (p.reverse)
           end.apply_reverse(transition[i], transition[3 + i], transition[6 + i]);
@@ -246,49 +224,53 @@ struct SweepBlock {
       }
   }
 
-  // -- results
-  __device__ __forceinline__ void store_zeros(const SweptChunk& chunk) const {
+  // -- epilogues
+  // A warp has 16 columns of a tile [token, value] to itself, in which results are transposed into rows.
+  // Lanes have 16 bytes of a row each.
+  using Values = Tile<T, kSweepValues>;
+  static constexpr int kElementsPerLane = 16 / int(sizeof(T)), kLanesPerRow = 16 / kElementsPerLane;
+
+  // Results of padding.
+  __device__ __forceinline__ void store_zeros(const SweepChunk& chunk) const {
     if (!has_out()) return;
     for (int i = int(threadIdx.x); i < chunk.length * values; i += kSweepThreads) {
-      const int64_t to = at_out(chunk, i / values, i % values);
+      const int64_t to = out_index(chunk, i / values, i % values);
       if (p.out) set(static_cast<T*>(p.out)[to], 0);
       if (p.gated_out) set(static_cast<T*>(p.gated_out)[to], 0);
       if (p.out_float) p.out_float[to] = 0;
     }
   }
 
-  // A warp has 16 columns of a tile [token, value] for itself, in which results turn from columns into rows.
-  // Lanes have 16 bytes of a row each.
-  using Values = Tile<T, kSweepValues>;
-  static constexpr int kPerLane = 16 / int(sizeof(T)), kLanesOfRow = 16 / kPerLane;
-
-  __device__ __forceinline__ void store_products(const SweptChunk& chunk, const Out& out,
+  // p.row_dots. The rows of dot_operand pass through the tile.
+  __device__ __forceinline__ void store_row_dots(const SweepChunk& chunk, const Out& out,
                                                  unsigned char* tile) const {
     const int lane = opaque(lane_index()), warp = int(threadIdx.x) / 32;
-    if (!p.products || 16 * warp >= values) return;
-    const int value = 16 * warp + lane % kLanesOfRow * kPerLane;
+    if (!p.row_dots || 16 * warp >= values) return;
+    const int value = 16 * warp + lane % kLanesPerRow * kElementsPerLane;
     __syncwarp();
 #pragma unroll 1
-    for (int token = lane / kLanesOfRow; token < chunk.length; token += 32 / kLanesOfRow)
+    for (int token = lane / kLanesPerRow; token < chunk.length; token += 32 / kLanesPerRow)
       *reinterpret_cast<uint4*>(tile + Values::offset(token, value)) = *reinterpret_cast<const uint4*>(
-          rows_of(p.partner, item * p.group / p.partner.shared, chunk.begin + token) + first_value + value);
+          rows_of(p.dot_operand, state_head * p.group / p.dot_operand.head_divisor, chunk.begin + token) +
+          first_value + value);
     __syncwarp();
-    float* const to = p.products +
-                      ((int64_t(first_value / 16 + warp) * p.batch + opaque(span.row)) * p.items + item) *
-                          p.segments.tokens +
-                      chunk.begin;
+    float* const to =
+        p.row_dots +
+        ((int64_t(first_value / 16 + warp) * p.batch + opaque(split.row)) * p.state_heads + state_head) *
+            p.splits.tokens +
+        chunk.begin;
     const int first_token = opaque(accumulator_column(0)), first_row = opaque(16 * warp + accumulator_row(0));
 #pragma unroll
     for (int n = 0; n < kChunk / 8; ++n)
 #pragma unroll
       for (int odd = 0; odd < 2; ++odd) {
         const int token = 8 * n + first_token + odd;
-        const auto partner = [&](int row) {
+        const auto operand = [&](int row) {
           return to_float(*reinterpret_cast<const T*>(tile + Values::offset(token, row)));
         };
         float sum = 0;
         if (token < chunk.length)
-          sum = out[n][odd] * partner(first_row) + out[n][odd + 2] * partner(first_row + 8);
+          sum = out[n][odd] * operand(first_row) + out[n][odd + 2] * operand(first_row + 8);
 #pragma unroll
         for (int rows = 4; rows < 32; rows *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, rows);
         if (lane < 4 && token < chunk.length) to[token] = sum;
@@ -296,30 +278,30 @@ struct SweepBlock {
     __syncwarp();
   }
 
-  // Out of the tile.
-  __device__ __forceinline__ void store_rows(const SweptChunk& chunk, const unsigned char* tile) const {
+  // p.out and p.gated_out, from the tile.
+  __device__ __forceinline__ void store_rows(const SweepChunk& chunk, const unsigned char* tile) const {
     const int lane = opaque(lane_index());
-    const int value = 16 * (int(threadIdx.x) / 32) + lane % kLanesOfRow * kPerLane;
+    const int value = 16 * (int(threadIdx.x) / 32) + lane % kLanesPerRow * kElementsPerLane;
     if (value >= values) return;
 #pragma unroll 1
-    for (int token = lane / kLanesOfRow; token < chunk.length; token += 32 / kLanesOfRow) {
+    for (int token = lane / kLanesPerRow; token < chunk.length; token += 32 / kLanesPerRow) {
       const uint4 x = *reinterpret_cast<const uint4*>(tile + Values::offset(token, value));
-      const int64_t to = at_out(chunk, token, value);
+      const int64_t to = out_index(chunk, token, value);
       __stcs(reinterpret_cast<uint4*>(static_cast<T*>(p.out) + to), x);
       if (!p.gated_out) continue;
-      const T* gate = rows_of(p.gate, item, chunk.begin + token) + first_value + value;
+      const T* gate = rows_of(p.gate, state_head, chunk.begin + token) + first_value + value;
       const T* segment = static_cast<const T*>(p.segment_out) + to;
       __stcs(reinterpret_cast<uint4*>(static_cast<T*>(p.gated_out) + to),
              gated(T{}, x, *reinterpret_cast<const uint4*>(gate), *reinterpret_cast<const uint4*>(segment)));
     }
   }
 
-  // From registers: a store covers 32 bytes of each of 4 tokens.
-  __device__ __forceinline__ void store_floats(const SweptChunk& chunk, const Out& out) const {
+  // p.out_float, from registers: a store covers 32 bytes of each of 4 tokens.
+  __device__ __forceinline__ void store_floats(const SweepChunk& chunk, const Out& out) const {
     const int first_token = opaque(accumulator_column(0));
     const int first_row = opaque(16 * (int(threadIdx.x) / 32) + accumulator_row(0));
-    const int64_t time = opaque(int64_t(p.items) * p.value_width);
-    float* const to = p.out_float + at_out(chunk, 0, 0);
+    const int64_t time = opaque(int64_t(p.state_heads) * p.value_width);
+    float* const to = p.out_float + out_index(chunk, 0, 0);
 #pragma unroll
     for (int n = 0; n < kChunk / 8; ++n)
 #pragma unroll

@@ -1,12 +1,8 @@
-// What the forward and the backward of chunked linear attention share: where tiles lie, lower triangles,
-// decay.
+// Tiles of the forward and the backward of chunked linear attention on the CPU: where they are in tensors,
+// chunks of several heads, lower triangles, sums over tokens.
 #pragma once
 
 #include <algorithm>
-#include <array>
-#include <cmath>
-#include <limits>
-#include <vector>
 
 #include "common/operands.h"
 #include "common/scratch.h"
@@ -15,27 +11,22 @@
 
 namespace statecore {
 
-// Tokens of a chunk. Longer chunks spend more on the triangle, shorter ones more on packing and updating the
-// state.
+// Tokens of a chunk, at most. Longer chunks spend more on the triangle, shorter ones more on packing and
+// updating the state.
 template <class Operand>
 constexpr int kChunk = kIsReal<Operand> ? 32 : 48;
 constexpr int kMaxChunk = std::max(kChunk<float>, kChunk<BFloat16Pair>);
-constexpr int kBand = 16;  // rows of a lower triangle that are multiplied at once
+constexpr int kBand = 16;  // rows of a lower triangle that are multiplied together
 
-// ---- addresses -----------------------------------------------------------------------------------------
+// ---- addresses
 
 inline const void* head_at(const HeadsView& x, DType dtype, int64_t row, int64_t t, int64_t head) {
-  return static_cast<const char*>(x.data) +
-         (row * x.batch + t * x.time + head * x.head) * element_bytes(dtype);
-}
-
-inline HeadsView dense(const void* data, int64_t tokens, int64_t heads, int64_t width) {
-  return {data, tokens * heads * width, heads * width, width};
+  return static_cast<const char*>(x.data) + x.offset(row, t, head) * element_bytes(dtype);
 }
 
 inline void* writable(const void* p) { return const_cast<void*>(p); }
 
-// The chunk's rows of one head of a dense result.
+// The chunk's rows of one head of a result.
 inline void zero_rows(const HeadsView& x, DType dtype, int64_t row, const TokenChunk& chunk, int64_t head,
                       int64_t width) {
   for (int64_t t = chunk.begin; t < chunk.begin + chunk.length; ++t) {
@@ -44,13 +35,12 @@ inline void zero_rows(const HeadsView& x, DType dtype, int64_t row, const TokenC
   }
 }
 
-// State `which` (running, step start, prompt) of sequence n and value head h in a [states, N, Hv, Dk, Dv]
-// tensor.
+// In a tensor [states, N, Hv, Dk, Dv]; kinds are running, start, prompt.
 template <class Real, class Pointer>
-auto state_at(const LinearAttentionInputs& p, Pointer* states, int64_t which, int64_t n, int64_t h) {
+auto state_at(const LinearAttentionInputs& p, Pointer* states, int64_t kind, int64_t n, int64_t h) {
   using Element = std::conditional_t<std::is_const_v<Pointer>, const Real, Real>;
   return static_cast<Element*>(states) +
-         ((which * p.sequences + n) * p.value_heads + h) * p.key_width * p.value_width;
+         ((kind * p.sequences + n) * p.value_heads + h) * p.key_width * p.value_width;
 }
 
 template <class Real>
@@ -60,7 +50,7 @@ Scratch<Real> zeroed(int64_t elements) {
   return memory;
 }
 
-// A chunk of several heads, loaded together: where they lie side by side, memory is read in longer runs.
+// A chunk of several heads, loaded together: where heads are adjacent, memory is read in longer runs.
 template <class Operand>
 class HeadTiles {
  public:
@@ -123,10 +113,10 @@ class HeadTiles {
   Scratch<Operand> rows_, columns_;
 };
 
-// ---- lower triangles -----------------------------------------------------------------------------------
+// ---- lower triangles
 
-// Scores of the tokens of a chunk with each other, [i, j] for j <= i; the rest is 0 in the 16 rows around the
-// diagonal and undefined above them.
+// Scores of the tokens of a chunk with each other, [i, j] for j <= i. Above the diagonal they are 0 within
+// kBand x kBand blocks that contain it, undefined elsewhere.
 template <class Operand>
 class LowerTriangle {
  public:
@@ -146,7 +136,7 @@ class LowerTriangle {
   }
 
   // [i, j] = weights[i, j] * x[i, j]
-  void weigh(int length, const Real* weights, int64_t ld, const LowerTriangle& x) {
+  void set_weighted(int length, const Real* weights, int64_t ld, const LowerTriangle& x) {
     for (int i0 = 0; i0 < length; i0 += kBand) {
       const int rows = std::min(kBand, length - i0);
       kernels_.multiply(rows, i0 + rows, weights + i0 * ld, ld, x.row(i0), kLd, row(i0), kLd);
@@ -154,7 +144,7 @@ class LowerTriangle {
   }
 
   // out[i, :] += sum_{j <= i} [i, j] b[j, :]; b in columns form.
-  void add_times(int length, int width, Packed<Operand> b, Real* out, int64_t ld) {
+  void multiply_add(int length, int width, Packed<Operand> b, Real* out, int64_t ld) {
     for (int i0 = 0; i0 < length; i0 += kBand) {
       const int rows = std::min(kBand, length - i0);
       multiply(rows, width, i0 + rows, Real(1), as_is(packing_.rows(row(i0), kLd, rows, i0 + rows)), b,
@@ -163,7 +153,7 @@ class LowerTriangle {
   }
 
   // out[j, :] += factor * sum_{i >= j} [i, j] b[i, :]; b in columns form.
-  void add_transposed_times(int length, int width, Real factor, Packed<Operand> b, Real* out, int64_t ld) {
+  void multiply_add_transposed(int length, int width, Real factor, Packed<Operand> b, Real* out, int64_t ld) {
     for (int j0 = 0; j0 < length; j0 += kBand) {
       const int rows = std::min(kBand, length - j0);
       const Packed<Operand> below{b.data + depth<Operand>(j0) * b.ld, b.ld};
@@ -181,10 +171,10 @@ class LowerTriangle {
   ResultPacking<Operand> packing_{kChunk<Operand>, kChunk<Operand>};
 };
 
-// ---- sums over tokens ------------------------------------------------------------------------------------
+// ---- sums over tokens
 
-// state[m, n] (+)= factor * a^T x, summed over the tokens of a chunk: a in columns form, x real numbers that
-// must not be rounded, so pairs of bfloat16 take them in two parts. x is used up.
+// state[m, n] += factor * a^T x, summed over the tokens of a chunk: a in columns form, x real numbers that
+// must not be rounded, so that pairs of bfloat16 take them in two parts. Overwrites x.
 template <class Operand>
 class ExactSum {
  public:
@@ -216,112 +206,5 @@ class ExactSum {
   Scratch<Real> rounded_;
   Scratch<uint16_t> low_;
 };
-
-// ---- decay of one value head -----------------------------------------------------------------------------
-
-constexpr double kResetDecay = -1e5;  // stands for log_decay = -inf: exp gives 0, and sums of it stay finite
-
-// Sum of log_decay over tokens [begin, begin + length) of a head, after each of them in sums if there is
-// such.
-template <class Real>
-double log_decay_sum(const LinearAttentionInputs& p, int64_t row, int64_t begin, int length, int64_t head,
-                     double* sums = nullptr) {
-  const DType real = OperandTraits<Real>::kDType;
-  double total = 0;
-  for (int i = 0; i < length; ++i) {
-    const Real x = *static_cast<const Real*>(head_at(p.log_decay, real, row, begin + i, head));
-    total += x < kResetDecay ? kResetDecay : double(x);
-    if (sums) sums[i] = total;
-  }
-  return total;
-}
-
-// Inside a chunk, with G the running sum of log_decay.
-template <class Real>
-class ChunkDecay {
- public:
-  void set(const LinearAttentionInputs& p, int64_t row, const TokenChunk& chunk, int64_t head) {
-    constexpr Real kInf = std::numeric_limits<Real>::infinity();
-    const int length = chunk.length;
-    std::array<double, kMaxChunk> sum;
-    const double total = log_decay_sum<Real>(p, row, chunk.begin, length, head, sum.data());
-    // Differences are taken in double and masked before exp: they lose nothing and cannot overflow.
-    for (int i = 0; i < length; ++i) {
-      Real* weight = row_of(i);
-      for (int j = 0; j <= i; ++j) weight[j] = Real(sum[i] - sum[j]);
-      std::fill(weight + i + 1, weight + length, -kInf);
-      row_of(kFromStart)[i] = Real(sum[i]);
-      row_of(kToEnd)[i] = Real(total - sum[i]);
-    }
-    kernels_.exponential(length, length, memory_.get(), kLd);
-    kernels_.exponential(2, length, row_of(kFromStart), kLd);
-    total_ = total;
-  }
-
-  double log_total() const { return total_; }                    // G_last
-  const Real* from_start() const { return row_of(kFromStart); }  // exp(G_i)
-  const Real* to_end() const { return row_of(kToEnd); }          // exp(G_last - G_j)
-  const Real* weights() const { return memory_.get(); }          // [i, j]: exp(G_i - G_j), 0 for j > i
-  static constexpr int64_t kLd = tile_ld(kMaxChunk);
-
- private:
-  enum Row { kFromStart = kMaxChunk, kToEnd };
-  Real* row_of(int row) const { return memory_.get() + row * kLd; }
-
-  const TileKernels<Real>& kernels_ = tile_kernels<Real>();
-  Scratch<Real> memory_ = zeroed<Real>((kMaxChunk + 2) * kLd);
-  double total_ = 0;
-};
-
-// ---- the running state of one value head inside a segment ------------------------------------------------
-
-// carry.h: in place, or as decay * base + sums.
-template <class Real>
-class RunningState {
- public:
-  // sums null: base is the state itself.
-  void begin(int64_t size, Real* base, Real* sums) {
-    size_ = size, base_ = base, sums_ = sums, log_decay_ = 0, untouched_ = true;
-    if (sums) std::fill_n(sums, size_, Real(0));
-  }
-  // The state itself, in `memory` if it is a sum.
-  const Real* value(Real* memory) const {
-    if (!sums_ || untouched_) return base_;
-    kernels_->axpby(size_, Real(std::exp(log_decay_)), base_, 1, sums_, memory);
-    return memory;
-  }
-  // What contributions are added to, after everything has decayed by exp(log_decay).
-  Real* decayed(double log_decay) {
-    Real* x = sums_ ? sums_ : base_;
-    if (log_decay != 0) kernels_->axpby(size_, Real(std::exp(log_decay)), x, 0, x, x);
-    log_decay_ += log_decay;
-    untouched_ = false;
-    return x;
-  }
-
- private:
-  const TileKernels<Real>* kernels_ = &tile_kernels<Real>();
-  int64_t size_ = 0;
-  Real* base_ = nullptr;
-  Real* sums_ = nullptr;
-  double log_decay_ = 0;
-  bool untouched_ = true;
-};
-
-// Of a whole segment.
-template <class Real>
-double segment_log_decay(const LinearAttentionInputs& p, const LinearPlan& plan, const CarrySegment& segment,
-                         int64_t row, int64_t head) {
-  double total = 0;
-  for (int64_t c = segment.chunks.begin; p.log_decay.data && c < segment.chunks.end; ++c)
-    total += log_decay_sum<Real>(p, row, plan.chunks[c].begin, plan.chunks[c].length, head);
-  return total;
-}
-
-// Base after a segment that was summed apart.
-template <class Real>
-void add_segment(int64_t size, double log_decay, Real* base, const Real* sums) {
-  tile_kernels<Real>().axpby(size, Real(std::exp(log_decay)), base, 1, sums, base);
-}
 
 }  // namespace statecore

@@ -14,30 +14,13 @@
 namespace statecore {
 namespace {
 
-#if defined(STATECORE_CPU_BACKEND)
-struct Cpu {
-  using Linear = LinearAttentionOnCpu;
-  static void prepare_segment(SegmentAttentionParams&, const Tensor&, const Tensor&, const Tensor&,
-                              HeldTensors&) {}
-  static void run_segment(const SegmentAttentionParams& p, const Tensor&) { segment_attention_cpu(p); }
-};
-#endif
-
-#if defined(STATECORE_CUDA_BACKEND)
-struct Cuda {
-  using Linear = LinearAttentionOnCuda;
-  static constexpr auto prepare_segment = prepare_for_cuda;
-  static constexpr auto run_segment = run_segment_attention_on_cuda;
-};
-#endif
-
-template <class Backend>
+template <class SegmentBackend, class LinearBackend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mixed_attention_forward(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lin_q, const Tensor& lin_k,
     const Tensor& lin_v, const Tensor& gate, const Tensor& step_ids, const Tensor& alpha,
     std::optional<Tensor> initial_states, std::optional<Tensor> initial_step,
     std::optional<Tensor> cu_seqlens, std::optional<double> scale, std::optional<double> lin_scale) {
-  SegmentAttentionParams segment = checked_segment_params(q, k, v, step_ids, cu_seqlens, scale);
+  SegmentAttentionParams segment{checked_segment_inputs(q, k, v, step_ids, cu_seqlens, scale)};
   const int64_t batch = segment.batch, queries = segment.queries, heads = segment.query_heads;
   check_dim("lin_q", lin_q, 4, "[B, Tq, Hq, Lk]");
   check_shape("lin_q", lin_q, {batch, queries, heads, lin_q.size(3)});
@@ -55,8 +38,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mixed_attention_forward(
   LinearAttentionParams linear{checked_step_linear_inputs({"lin_q", "lin_k", "lin_v"}, lin_q, lin_k, lin_v,
                                                           own_ids, alpha, initial_states, initial_step,
                                                           cu_seqlens, lin_scale, held)};
-  Backend::prepare_segment(segment, q, k, v, held);
-  prepare_for<typename Backend::Linear>(linear, lin_q, lin_k, lin_v, held);
+  prepare_for<SegmentBackend>(segment, q, k, v, held);
+  prepare_for<LinearBackend>(linear, lin_q, lin_k, lin_v, held);
 
   Tensor out = torch::stable::new_empty(q, {batch, queries, heads, segment.value_width});
   Tensor segment_out = torch::stable::empty_like(out), linear_out = torch::stable::empty_like(out);
@@ -67,14 +50,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mixed_attention_forward(
   segment.out = segment_out.mutable_data_ptr();
   segment.out_dtype = segment.dtype;
   segment.lse = lse.mutable_data_ptr();
-  Backend::run_segment(segment, q);
+  SegmentBackend::run(segment, q);
 
   linear.out = linear_out.mutable_data_ptr();
   linear.final_states = states.mutable_data_ptr();
-  linear.gate = heads_view(held.emplace_back(Backend::Linear::aligned(gate)));
+  linear.gate = heads_view(held.emplace_back(LinearBackend::aligned(gate)));
   linear.segment_out = segment_out.const_data_ptr();
   linear.gated_out = out.mutable_data_ptr();
-  Backend::Linear::run(linear, lin_q);
+  LinearBackend::run(linear, lin_q);
   return {out, states, segment_out, lse, linear_out};
 }
 
@@ -84,13 +67,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mixed_attention_forward(
 #if defined(STATECORE_CPU_BACKEND)
 STATECORE_CPU_IMPL(m) {
   using namespace statecore;
-  m.impl("mixed_attention_forward", TORCH_BOX(&mixed_attention_forward<Cpu>));
+  m.impl("mixed_attention_forward",
+         TORCH_BOX((&mixed_attention_forward<SegmentAttentionOnCpu, LinearAttentionOnCpu>)));
 }
 #endif
 
 #if defined(STATECORE_CUDA_BACKEND)
 STATECORE_CUDA_IMPL(m) {
   using namespace statecore;
-  m.impl("mixed_attention_forward", TORCH_BOX(&mixed_attention_forward<Cuda>));
+  m.impl("mixed_attention_forward",
+         TORCH_BOX((&mixed_attention_forward<SegmentAttentionOnCuda, LinearAttentionOnCuda>)));
 }
 #endif

@@ -1,5 +1,5 @@
 // Segment attention: softmax attention of token i over the tokens j <= i of its sequence that belong to the
-// prompt (id 0) or to the step of i.  arXiv 2602.01198 section 3; contract: statecore/ops.py.
+// prompt (id 0) or to the reasoning step of i. arXiv 2602.01198 section 3; contract: statecore/ops.py.
 //
 // The border between tensors and kernels: a backend is handed these structs and knows nothing of torch.
 #pragma once
@@ -7,65 +7,63 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/heads_view.h"
 
 namespace statecore {
 
-// B batch, Tq queries, Tk >= Tq keys (the queries are the last Tq tokens), Hq query heads, Hk key and value
-// heads, Dk and Dv widths. Strides count elements; the last dimension is contiguous everywhere.
-struct SegmentAttentionParams {
-  DType dtype;  // of q, k, v
-  int64_t batch, queries, keys;
+// B batch, Tq queries, Tk >= Tq keys (the queries are the last Tq tokens), N sequences, Hq query heads, Hk
+// key and value heads (Hq is a multiple), Dk and Dv widths. "Real" is float, for dtype kFloat64 double.
+struct SegmentAttentionInputs {
+  DType dtype;  // of q, k, v and of results of their kind
+  int64_t batch, queries, keys, sequences;
   int64_t query_heads, kv_heads;
   int64_t key_width, value_width;
   double scale;
 
-  const void* q;  // [B, Tq, Hq, Dk]
-  const void* k;  // [B, Tk, Hk, Dk]
-  const void* v;  // [B, Tk, Hk, Dv]
-  int64_t q_batch, q_time, q_head;
-  int64_t k_batch, k_time, k_head;
-  int64_t v_batch, v_time, v_head;
+  HeadsView q;  // [B, Tq, Hq, Dk]
+  HeadsView k;  // [B, Tk, Hk, Dk]
+  HeadsView v;  // [B, Tk, Hk, Dv]
 
-  const int32_t*
-      step_ids;  // [B, Tk], ids_batch between rows; -1 (nobody there), or not decreasing in a sequence
-  int64_t ids_batch;
-  const int32_t* cu_seqlens;  // [sequences + 1], or null: every row of the batch is one sequence
-  int64_t sequences;
-
-  // Results, contiguous, every element written. A query of id -1 gets out = 0 and lse = -inf.
-  void* out;        // [B, Tq, Hq, Dv] in out_dtype
-  DType out_dtype;  // dtype, or kFloat32 for a caller that goes on computing with 16-bit inputs
-  void* lse;        // [B, Hq, Tq] float32 (float64 for kFloat64), natural log
+  const int32_t* cu_seqlens = nullptr;  // [N + 1], or null: every row of the batch is one sequence
+  // [B, Tk], ids_batch between rows. -1 is padding; the others do not decrease within a sequence.
+  const int32_t* step_ids = nullptr;
+  int64_t ids_batch = 0;
 };
 
-struct SegmentAttentionBackwardParams {
-  // The forward's inputs and results; out and lse are read here and out_dtype is dtype.
-  SegmentAttentionParams forward;
-
-  const void* grad_out;  // [B, Tq, Hq, Dv] in dtype
-  int64_t grad_out_batch, grad_out_time, grad_out_head;
-  const void* grad_lse;  // [B, Hq, Tq] contiguous, in lse's type, or null
-
-  // Results, contiguous, in dtype, every element written.
-  void* grad_q;  // [B, Tq, Hq, Dk]
-  void* grad_k;  // [B, Tk, Hk, Dk]
-  void* grad_v;  // [B, Tk, Hk, Dv]
+struct SegmentAttentionParams : SegmentAttentionInputs {
+  // Results, contiguous, every element written. Padding gets out = 0 and lse = -inf.
+  void* out = nullptr;                // [B, Tq, Hq, Dv] in out_dtype
+  DType out_dtype = DType::kFloat32;  // or dtype
+  void* lse = nullptr;                // Real [B, Hq, Tq], natural logarithm
 };
 
-// Extra memory: 8 bytes a token of k, and about 6 (Dk + Dv) KiB a thread.
+struct SegmentAttentionBackwardParams : SegmentAttentionInputs {
+  // Results of the forward, contiguous.
+  const void* out = nullptr;  // [B, Tq, Hq, Dv] in dtype
+  const void* lse = nullptr;  // Real [B, Hq, Tq]
+
+  HeadsView grad_out = {};         // [B, Tq, Hq, Dv]
+  const void* grad_lse = nullptr;  // Real [B, Hq, Tq] contiguous, or null
+
+  // Results, contiguous, every element written.
+  void* grad_q = nullptr;  // [B, Tq, Hq, Dk]
+  void* grad_k = nullptr;  // [B, Tk, Hk, Dk]
+  void* grad_v = nullptr;  // [B, Tk, Hk, Dv]
+};
+
+// Extra memory: 8 bytes per token of k, and about 6 (Dk + Dv) KiB per thread.
 void segment_attention_cpu(const SegmentAttentionParams& params);
 
-// Extra memory: 8 bytes a token of k and about 12 (Dk + Dv) KiB a thread, besides float32 sums (float64 for
-// kFloat64) of grad_k and grad_v of one key head of the longest sequence: one such [Tk, Dk + Dv] a thread
-// where sequences and heads are many, about 16 in all where they are few.
+// Extra memory: 8 bytes per token of k and about 12 (Dk + Dv) KiB per thread, and accumulators Real
+// [Tk, Dk + Dv] of grad_k and grad_v for one key head of the longest sequence: one set per thread where
+// sequences and heads are many, about 16 in all where they are few.
 void segment_attention_backward_cpu(const SegmentAttentionBackwardParams& params);
 
-// On a GPU, or its emulator: float32, bfloat16 or float16, widths that are multiples of 16 up to 128; q, k, v
-// and grad_out begin at multiples of 16 bytes and so do their rows. `scratch` has as many bytes as _scratch
-// says, from shapes alone, and belongs to the call until the stream has passed it.
+// dtype float32, bfloat16 or float16; widths a multiple of 16 up to 128; q, k, v and grad_out start at a
+// multiple of 16 bytes and have such strides. `scratch` has as many bytes as the other function says, which
+// looks at shapes only, and belongs to the call until the stream has passed it; `stream` is a cudaStream_t.
 int64_t segment_attention_cuda_scratch(const SegmentAttentionParams& params);
 void segment_attention_cuda(const SegmentAttentionParams& params, void* scratch, void* stream);
-
 int64_t segment_attention_backward_cuda_scratch(const SegmentAttentionBackwardParams& params);
 void segment_attention_backward_cuda(const SegmentAttentionBackwardParams& params, void* scratch,
                                      void* stream);

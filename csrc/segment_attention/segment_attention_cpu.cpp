@@ -1,8 +1,10 @@
-// Forward: for each tile of queries an online softmax over the blocks of keys that the plan names. Scores
-// stand keys by rows, so that K is read as it lies and only the queries are transposed, once a tile.
+// Forward: for each tile of queries an online softmax over the blocks of keys that the plan names. Scores are
+// computed transposed, S^T = K Q^T, so that K is read as it lies and only the queries are transposed, once
+// per tile.
 //
-// A place for more: a decoding step has one item a key head and sequence. Where those are fewer than the
-// threads, the keys of a tile could be cut into fixed ranges whose (out, max, sum) are merged in order.
+// Room for improvement: a decoding step has one work tile per key head and sequence. Where those are fewer
+// than the threads, the keys of a tile could be split into fixed ranges whose (out, row_max, row_sum) are
+// merged in order.
 
 #include <cmath>
 
@@ -27,72 +29,75 @@ class ForwardWorker {
     std::fill_n(scores_.get(), kBlockKeys * lds_, Real(0));
   }
 
-  void operator()(int64_t item) {
+  // A work tile: a tile of queries and a key head.
+  void operator()(int64_t work) {
     // The last tiles of a sequence see the most: they come first, and the small ones fill the gaps.
-    const QueryTile& tile = plan_.tiles[plan_.tiles.size() - 1 - item / p_.kv_heads];
-    const int64_t kv_head = item % p_.kv_heads;
+    const QueryTile& tile = plan_.tiles[plan_.tiles.size() - 1 - work / p_.kv_heads];
+    const int64_t kv_head = work % p_.kv_heads;
     const int rows = plan_.rows(tile);
-    tiles_.load_queries({p_.q, p_.dtype, p_.q_batch, p_.q_time, p_.q_head}, tile, kv_head, key_width_, q_);
+    tiles_.load_queries({p_.q, p_.dtype}, tile, kv_head, key_width_, q_);
     q_.transpose(rows, key_width_, q_transposed_.get(), lds_);
     std::fill_n(row_max_.get(), padded(rows), Real(-__builtin_inf()));
     std::fill_n(row_sum_.get(), padded(rows), Real(0));
     std::fill_n(out_.get(), rows * ldo_, Real(0));
     for_each_key_block(plan_, tile, [&](const KeyBlock& block) { attend(tile, block, kv_head); });
-    finish(tile, kv_head);
+    finalize(tile, kv_head);
   }
 
  private:
   void attend(const QueryTile& tile, const KeyBlock& block, int64_t kv_head) {
     const int first = block.row_begin, columns = block.row_end - first;
     const int rows = std::min(block.row_end, plan_.rows(tile)) - first;
-    Real* scores = scores_.get() + first;
-    const Packed<Operand> k = tiles_.key_rows({p_.k, p_.dtype, p_.k_batch, p_.k_time, p_.k_head}, tile, block,
-                                              kv_head, key_width_, k_);
-    const Real factor = Real(p_.scale * kLog2e);
-    if (kIsReal<Operand> && plan_.rows(tile) <= kFewRows)
-      score_few_rows(k, block.keys, plan_.rows(tile), factor);
-    else
-      multiply(block.keys, columns, key_width_, factor, as_is(k),
-               Packed<Operand>{q_transposed_.get() + first, lds_}, scores, lds_, false);
-    hide_invisible(plan_, tile, block, scores_.get(), lds_);
 
-    Operand* weights;
-    if constexpr (kIsReal<Operand>)
-      weights = scores;
+    // S^T = scale K Q^T, in units of ln 2
+    Real* scores = scores_.get() + first;
+    const Packed<Operand> k = tiles_.key_rows({p_.k, p_.dtype}, tile, block, kv_head, key_width_, k_);
+    const Real scale_log2 = Real(p_.scale * kLog2e);
+    if (kIsReal<Operand> && plan_.rows(tile) <= kFewRows)
+      score_few_rows(k, block.keys, plan_.rows(tile), scale_log2);
     else
-      weights = weights_.get();
-    product_kernels<Operand>().softmax_block(block.keys, columns, scores, lds_, weights, lds_,
+      multiply(block.keys, columns, key_width_, scale_log2, as_is(k),
+               Packed<Operand>{q_transposed_.get() + first, lds_}, scores, lds_, false);
+    mask_scores(plan_, tile, block, scores_.get(), lds_);
+
+    // O = rescale O + P V
+    Operand* probabilities;
+    if constexpr (kIsReal<Operand>)
+      probabilities = scores;
+    else
+      probabilities = probabilities_.get();
+    product_kernels<Operand>().softmax_block(block.keys, columns, scores, lds_, probabilities, lds_,
                                              row_max_.get() + first, row_sum_.get() + first,
-                                             correction_.get() + first);
+                                             rescale_.get() + first);
     Real* out = out_.get() + first * ldo_;
-    kernels_.scale_rows(rows, value_width_, correction_.get() + first, out, ldo_);
-    const Packed<Operand> v = tiles_.key_columns({p_.v, p_.dtype, p_.v_batch, p_.v_time, p_.v_head}, tile,
-                                                 block, kv_head, value_width_, v_);
-    multiply(rows, value_width_, block.keys, Real(1), transposed(Packed<Operand>{weights, lds_}), v, out,
-             ldo_, true);
+    kernels_.scale_rows(rows, value_width_, rescale_.get() + first, out, ldo_);
+    const Packed<Operand> v = tiles_.key_columns({p_.v, p_.dtype}, tile, block, kv_head, value_width_, v_);
+    multiply(rows, value_width_, block.keys, Real(1), transposed(Packed<Operand>{probabilities, lds_}), v,
+             out, ldo_, true);
   }
 
-  void score_few_rows(Packed<Operand> k, int keys, int rows, Real factor) {
+  void score_few_rows(Packed<Operand> k, int keys, int rows, Real scale_log2) {
     if constexpr (kIsReal<Operand>)
       for (int row = 0; row < rows; ++row) {
         kernels_.dot_rows(keys, key_width_, k.data, k.ld, q_.mutable_row(row), 0, column_);
-        for (int j = 0; j < keys; ++j) scores_[j * lds_ + row] = factor * column_[j];
+        for (int j = 0; j < keys; ++j) scores_[j * lds_ + row] = scale_log2 * column_[j];
       }
   }
 
-  void finish(const QueryTile& tile, int64_t kv_head) {
+  // Divides O by row_sum and stores it, and lse; 0 and -inf for padding.
+  void finalize(const QueryTile& tile, int64_t kv_head) {
     const int rows = plan_.rows(tile);
     Real* lse = static_cast<Real*>(p_.lse);
     for (int row = 0; row < rows; ++row) {
-      const bool hidden = tiles_.hidden(tile, row);
+      const bool padding = tiles_.is_padding(tile, row);
       lse[tiles_.lse_index(tile, kv_head, row, p_.kv_heads, p_.queries)] =
-          hidden ? Real(-__builtin_inf()) : row_max_[row] / Real(kLog2e) + std::log(row_sum_[row]);
-      row_sum_[row] = hidden ? Real(0) : 1 / row_sum_[row];
+          padding ? Real(-__builtin_inf()) : row_max_[row] / Real(kLog2e) + std::log(row_sum_[row]);
+      row_sum_[row] = padding ? Real(0) : 1 / row_sum_[row];
     }
     kernels_.scale_rows(rows, value_width_, row_sum_.get(), out_.get(), ldo_);
     for (int row = 0; row < rows; ++row)
-      if (tiles_.hidden(tile, row)) std::fill_n(out_.get() + row * ldo_, value_width_, Real(0));
-    const TensorView out = contiguous_view(p_.out, p_.out_dtype, p_.queries, p_.query_heads, p_.value_width);
+      if (tiles_.is_padding(tile, row)) std::fill_n(out_.get() + row * ldo_, value_width_, Real(0));
+    const TensorView out{contiguous_heads(p_.out, p_.queries, p_.query_heads, p_.value_width), p_.out_dtype};
     tiles_.store_queries(out, tile, kv_head, value_width_, out_.get(), ldo_);
   }
 
@@ -105,17 +110,18 @@ class ForwardWorker {
   OperandTile<Operand> q_{rows_, key_width_}, k_{kBlockKeys, key_width_}, v_{kBlockKeys, value_width_};
   Scratch<Operand> q_transposed_ = make_scratch<Operand>(depth<Operand>(key_width_) * lds_);
   Scratch<Real> scores_ = make_scratch<Real>(kBlockKeys * lds_);
-  Scratch<Operand> weights_ = make_scratch<Operand>(kIsReal<Operand> ? 0 : depth<Operand>(kBlockKeys) * lds_);
+  Scratch<Operand> probabilities_ =
+      make_scratch<Operand>(kIsReal<Operand> ? 0 : depth<Operand>(kBlockKeys) * lds_);
   Scratch<Real> out_ = make_scratch<Real>(rows_ * ldo_);
   Scratch<Real> row_max_ = make_scratch<Real>(padded(rows_)), row_sum_ = make_scratch<Real>(padded(rows_));
-  Scratch<Real> correction_ = make_scratch<Real>(padded(rows_));
+  Scratch<Real> rescale_ = make_scratch<Real>(padded(rows_));
   Real column_[kBlockKeys];
 };
 
 template <class Operand>
 void forward(const SegmentAttentionParams& params, const SegmentPlan& plan) {
-  parallel_items(int64_t(plan.tiles.size()) * params.kv_heads, plan.multiply_adds(params),
-                 [&] { return ForwardWorker<Operand>(params, plan); });
+  parallel_work_tiles(int64_t(plan.tiles.size()) * params.kv_heads, plan.multiply_adds(params),
+                      [&] { return ForwardWorker<Operand>(params, plan); });
 }
 
 }  // namespace

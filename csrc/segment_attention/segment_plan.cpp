@@ -3,7 +3,7 @@
 namespace statecore {
 namespace {
 
-// Rows of a tile: enough to hide the cost of fetching a block of keys, few enough to stay in the L2 cache.
+// Rows of a tile: enough to amortise loading a block of keys, few enough to stay in the L2 cache.
 constexpr int kTileRows = 256;
 
 void plan_sequence(const int32_t* ids, int64_t batch, int64_t key_begin, int64_t key_end, int64_t query_begin,
@@ -44,7 +44,7 @@ void plan_sequence(const int32_t* ids, int64_t batch, int64_t key_begin, int64_t
 
 }  // namespace
 
-SegmentPlan plan_segments(const SegmentAttentionParams& p) {
+SegmentPlan plan_segments(const SegmentAttentionInputs& p) {
   SegmentPlan plan;
   plan.group = int(p.query_heads / p.kv_heads);
   plan.tile_tokens = int(std::clamp<int64_t>(kTileRows / plan.group, 1, std::max<int64_t>(p.queries, 1)));
@@ -59,7 +59,7 @@ SegmentPlan plan_segments(const SegmentAttentionParams& p) {
   return plan;
 }
 
-int64_t SegmentPlan::multiply_adds(const SegmentAttentionParams& p) const {
+int64_t SegmentPlan::multiply_adds(const SegmentAttentionInputs& p) const {
   int64_t pairs = 0;
   for (const QueryTile& tile : tiles) pairs += rows(tile) * keys_of(tile);
   return pairs * p.kv_heads * (p.key_width + p.value_width);

@@ -1,15 +1,16 @@
-// Who sees whom, on the device: made once a call by two small kernels, in integers, and shared by all heads.
+// The mask on the device: made once per call by two small kernels, in integers, and shared by all heads.
 //
-// Tokens are cut into tiles: 64 consecutive tokens of one sequence, the first at its beginning. A tile is
-// both a tile of queries and a block of keys, so that tile numbers are all that passes between the two sides.
-// Ids do not decrease inside a sequence, so key j is visible to queries [j, visible_end[j]), and a tile of
-// queries visits two runs of tiles of keys: those with the prompt, and those from the beginning of its first
-// step up to itself. What those hold besides is hidden by the mask, j <= i < visible_end[j].
+// Tokens are divided into tiles of 64 consecutive tokens of one sequence, the first of which starts where the
+// sequence does. A tile is both an m_block (queries) and a k_block (keys), so one index serves both.
 //
-// Numbers come from shapes alone: sequence n of packed ones, which begins at token c, owns the tiles from
-// c / 64 + n on. That leaves a tile unused here and there (begin == end), for which blocks return at once.
+// Ids do not decrease within a sequence, so key j is visible to the queries [j, visible_end[j]), and an
+// m_block visits two runs of k_blocks: those that contain prompt tokens, and those from the start of its
+// first step up to itself. Whatever else these contain is masked: j <= i < visible_end[j].
 //
-// Ids that do decrease and cu_seqlens that are none give other results, but no access out of bounds.
+// Tile indices follow from shapes alone: packed sequence n, which starts at token c, owns the tiles from
+// c / 64 + n on. That leaves a few tiles unused (begin == end), for which blocks return at once.
+//
+// Decreasing ids or an invalid cu_seqlens give wrong results, but no access out of bounds.
 #pragma once
 
 #include "common/cuda.cuh"
@@ -20,18 +21,19 @@ namespace statecore {
 
 constexpr int kTileTokens = 64;
 
-// Positions are keys of a row of the batch; queries are the last of them.
+// Positions are keys of a row of the batch; the queries are the last of them.
 struct alignas(16) TokenTile {
-  int32_t row, begin, end;
-  int32_t min_end, max_end;          // of visible_end, over the tile; 0 where it has a hole
-  int32_t prompt_begin, prompt_end;  // tiles of keys with prompt tokens, up to the tile itself
-  int32_t own_begin;                 // first of the other tiles; the last is the tile itself
+  int32_t batch, begin, end;
+  int32_t min_end, max_end;          // of visible_end over the tile; min_end is 0 where the tile has padding
+  int32_t prompt_begin, prompt_end;  // k_blocks with prompt tokens, up to the tile itself
+  int32_t own_begin;                 // first k_block of its own steps; the last is the tile itself
 };
 
-// What a tile's neighbours ask about the ids >= 0 in it.
+// What other tiles of the sequence ask about the ids >= 0 of a tile.
 struct alignas(16) TileIds {
-  int32_t first, first_end;  // the smallest id (none: INT32_MAX), and the position behind its last token
-  int32_t last;              // the largest (none: -1)
+  int32_t first,
+      first_end;  // smallest id (INT32_MAX if all is padding), and the position after its last token
+  int32_t last;   // largest id (-1 if all is padding)
   int32_t unused;
 };
 
@@ -40,32 +42,32 @@ struct DevicePlan {
   int32_t sequences;
   const int32_t* cu_seqlens;  // or null: every row of the batch is one sequence
   const int32_t* step_ids;
-  int64_t ids_row;
-  int32_t tiles, row_tiles;  // in all; in a row where rows are sequences
-  int32_t query_row_tiles;   // of them, those with queries, which come last
+  int64_t ids_batch;
+  int32_t tiles;                               // in all
+  int32_t tiles_per_row, query_tiles_per_row;  // without cu_seqlens; the tiles with queries come last
 
-  int32_t* visible_end;  // [B, Tk]; 0 where there is nobody
+  int32_t* visible_end;  // [B, Tk]; 0 for padding
   TileIds* ids;          // [tiles]
   TokenTile* tile;       // [tiles]
 
-  // Tiles with queries, counted so that those that see most come first.
+  // Tiles with queries in launch order: those that see most come first.
   __device__ __forceinline__ int query_tile(int i) const {
     if (cu_seqlens) return tiles - 1 - i;
-    const int rows = tiles / row_tiles;
-    return i % rows * row_tiles + row_tiles - 1 - i / rows;
+    const int rows = tiles / tiles_per_row;
+    return i % rows * tiles_per_row + tiles_per_row - 1 - i / rows;
   }
 };
 
-// 5 bytes a token and 48 a sequence.
-DevicePlan device_plan(const SegmentAttentionParams& params, ScratchAllocator& scratch);
+// Takes 5 bytes per token and 48 per sequence.
+DevicePlan device_plan(const SegmentAttentionInputs& inputs, ScratchAllocator& scratch);
 
-// How many tiles have queries.
-inline int64_t query_tiles(const SegmentAttentionParams& p, const DevicePlan& plan) {
+// Number of tiles with queries.
+inline int64_t query_tiles(const SegmentAttentionInputs& p, const DevicePlan& plan) {
   if (p.queries == 0) return 0;
-  return p.cu_seqlens ? plan.tiles : p.batch * plan.query_row_tiles;
+  return p.cu_seqlens ? plan.tiles : p.batch * plan.query_tiles_per_row;
 }
 
-// Fills in what `plan` points to.
+// Computes what `plan` points to.
 void make_plan(const DevicePlan& plan, void* stream);
 
 }  // namespace statecore

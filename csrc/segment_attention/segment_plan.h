@@ -1,9 +1,9 @@
-// Who sees whom, as ranges of keys: made once a call in O(batch * tokens), shared by all heads.
+// The mask as ranges of keys: made once per call in O(batch * tokens), shared by all heads.
 //
-// Ids do not decrease inside a sequence, so key j is visible to a contiguous range of queries, [j,
+// Ids do not decrease within a sequence, so key j is visible to a contiguous range of queries, [j,
 // visible_end[j]): up to the end of the sequence for a key of the prompt, up to the end of its step for any
-// other, empty where there is nobody. A tile of queries therefore sees two ranges of keys, one in the prompt
-// and one in its own steps, and nothing ever looks at the tokens in between.
+// other, empty for padding. A tile of queries therefore sees two ranges of keys, one in the prompt and one in
+// its own steps, and the tokens in between are never read.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +17,7 @@
 namespace statecore {
 
 constexpr int kBlockKeys = 64;
-constexpr double kLog2e = 1.4426950408889634;  // scores are kept in units of ln 2
+constexpr double kLog2e = 1.4426950408889634;  // scores are in units of ln 2
 
 // Consecutive queries of one sequence. All positions are indices of keys in a row of the batch.
 struct QueryTile {
@@ -34,7 +34,7 @@ struct Sequence {
 };
 
 struct SegmentPlan {
-  int group;        // query heads to a key head
+  int group;        // query heads per key head
   int tile_tokens;  // tokens of a full tile
   int64_t keys;
   std::vector<QueryTile> tiles;
@@ -46,13 +46,13 @@ struct SegmentPlan {
   int rows(const QueryTile& tile) const { return int(tile.tokens.size()) * group; }
   int max_rows() const { return tile_tokens * group; }
   int64_t keys_of(const QueryTile& tile) const { return tile.prompt.size() + tile.own.size(); }
-  int64_t multiply_adds(const SegmentAttentionParams& params) const;  // of the forward, about
+  int64_t multiply_adds(const SegmentAttentionInputs& inputs) const;  // of the forward, about
   const int64_t* visible_end_of(const QueryTile& tile) const {
     return visible_end.data() + tile.batch * keys;
   }
 };
 
-SegmentPlan plan_segments(const SegmentAttentionParams& params);
+SegmentPlan plan_segments(const SegmentAttentionInputs& inputs);
 
 // A block of keys, and the rows of a tile that may see some of them (whole vectors).
 struct KeyBlock {
@@ -67,26 +67,26 @@ void for_each_key_block(const SegmentPlan& plan, const QueryTile& tile, const F&
   for (const Range& range : {tile.prompt, tile.own})
     for (int64_t begin = range.begin; begin < range.end; begin += kBlockKeys) {
       const int64_t end = std::min(begin + kBlockKeys, range.end);
-      const int64_t last = *std::max_element(visible_end + begin, visible_end + end);
-      const Range seen{std::max(begin, tile.tokens.begin), std::min(last, tile.tokens.end)};
-      if (seen.size() <= 0) continue;
-      const int row_begin = int(seen.begin - tile.tokens.begin) * plan.group / kTilePad * kTilePad;
-      const int row_end = padded(int(seen.end - tile.tokens.begin) * plan.group);
+      const int64_t max_visible_end = *std::max_element(visible_end + begin, visible_end + end);
+      const Range queries{std::max(begin, tile.tokens.begin), std::min(max_visible_end, tile.tokens.end)};
+      if (queries.size() <= 0) continue;
+      const int row_begin = int(queries.begin - tile.tokens.begin) * plan.group / kTilePad * kTilePad;
+      const int row_end = padded(int(queries.end - tile.tokens.begin) * plan.group);
       f(KeyBlock{begin, int(end - begin), row_begin, row_end});
     }
 }
 
-// scores [keys, rows]: -inf where the row does not see the key.
+// scores [keys, rows]: -inf where the key is not visible to the row.
 template <class Real>
-void hide_invisible(const SegmentPlan& plan, const QueryTile& tile, const KeyBlock& block, Real* scores,
-                    int64_t ld) {
+void mask_scores(const SegmentPlan& plan, const QueryTile& tile, const KeyBlock& block, Real* scores,
+                 int64_t ld) {
   const int64_t* visible_end = plan.visible_end_of(tile) + block.begin;
   const int64_t row_begin = block.row_begin, row_end = block.row_end;
   for (int j = 0; j < block.keys; ++j) {
-    const int64_t seen_begin = (block.begin + j - tile.tokens.begin) * plan.group;
-    const int64_t seen_end = (visible_end[j] - tile.tokens.begin) * plan.group;
-    const int64_t first = std::clamp(seen_begin, row_begin, row_end);
-    const int64_t last = std::clamp(seen_end, first, row_end);
+    const int64_t visible_row_begin = (block.begin + j - tile.tokens.begin) * plan.group;
+    const int64_t visible_row_end = (visible_end[j] - tile.tokens.begin) * plan.group;
+    const int64_t first = std::clamp(visible_row_begin, row_begin, row_end);
+    const int64_t last = std::clamp(visible_row_end, first, row_end);
     Real* row = scores + j * ld;
     std::fill(row + row_begin, row + first, Real(-__builtin_inf()));
     std::fill(row + last, row + row_end, Real(-__builtin_inf()));

@@ -1,4 +1,5 @@
-// Tiles of queries and keys between tensors and scratch memory: what the CPU's forward and backward share.
+// Tiles of queries and keys between tensors and scratch memory: shared by the forward and backward on the
+// CPU.
 #pragma once
 
 #include <algorithm>
@@ -13,73 +14,64 @@
 
 namespace statecore {
 
-// A [B, T, H, D] tensor whose last dimension is contiguous.
-struct TensorView {
-  const void* data;
+// HeadsView of known element type.
+struct TensorView : HeadsView {
   DType dtype;
-  int64_t batch_stride, time_stride, head_stride;
 
-  const void* at(int64_t batch, int64_t time, int64_t head) const {
-    const int64_t elements = batch * batch_stride + time * time_stride + head * head_stride;
-    return static_cast<const char*>(data) + elements * element_bytes(dtype);
+  const void* at(int64_t b, int64_t t, int64_t h) const {
+    return static_cast<const char*>(data) + offset(b, t, h) * element_bytes(dtype);
   }
-  void* mutable_at(int64_t batch, int64_t time, int64_t head) const {
-    return const_cast<void*>(at(batch, time, head));
-  }
+  void* mutable_at(int64_t b, int64_t t, int64_t h) const { return const_cast<void*>(at(b, t, h)); }
 };
-
-inline TensorView contiguous_view(const void* data, DType dtype, int64_t time, int64_t heads, int64_t width) {
-  return {data, dtype, time * heads * width, heads * width, width};
-}
 
 template <class Operand>
 class SegmentTiles {
  public:
   using Real = RealOf<Operand>;
 
-  SegmentTiles(const SegmentAttentionParams& params, const SegmentPlan& plan)
-      : plan_(plan), first_query_(params.keys - params.queries) {}
+  SegmentTiles(const SegmentAttentionInputs& inputs, const SegmentPlan& plan)
+      : plan_(plan), first_query_(inputs.keys - inputs.queries) {}
 
-  bool hidden(const QueryTile& tile, int row) const {
+  bool is_padding(const QueryTile& tile, int row) const {
     return plan_.visible_end_of(tile)[tile.tokens.begin + row / plan_.group] == 0;
   }
 
-  // dst.rows() [rows, width] = the tile's rows of x; 0 for padding, whatever x holds there.
+  // dst.rows() [rows, width] = the tile's rows of x; zeros for padding, whatever x holds there.
   void load_queries(const TensorView& x, const QueryTile& tile, int64_t kv_head, int width,
                     OperandTile<Operand>& dst) const {
     for (int g = 0; g < plan_.group; ++g)
-      products_.pack_rows(x.dtype, query_at(x, tile, kv_head, g), x.time_stride, int(tile.tokens.size()),
-                          width, dst.mutable_row(g), dst.row_stride() * plan_.group);
+      products_.pack_rows(x.dtype, query_at(x, tile, kv_head, g), x.time, int(tile.tokens.size()), width,
+                          dst.mutable_row(g), dst.row_stride() * plan_.group);
     for (int row = 0; row < plan_.rows(tile); ++row)
-      if (hidden(tile, row)) std::fill_n(dst.mutable_row(row), depth<Operand>(width), Operand{});
+      if (is_padding(tile, row)) std::fill_n(dst.mutable_row(row), depth<Operand>(width), Operand{});
   }
 
   // The same as real numbers.
   void load_queries(const TensorView& x, const QueryTile& tile, int64_t kv_head, int width, Real* dst,
                     int64_t ld) const {
     for (int g = 0; g < plan_.group; ++g)
-      tiles_.load(x.dtype, query_at(x, tile, kv_head, g), x.time_stride, int(tile.tokens.size()), width,
+      tiles_.load(x.dtype, query_at(x, tile, kv_head, g), x.time, int(tile.tokens.size()), width,
                   dst + g * ld, ld * plan_.group);
     for (int row = 0; row < plan_.rows(tile); ++row)
-      if (hidden(tile, row)) std::fill_n(dst + row * ld, width, Real(0));
+      if (is_padding(tile, row)) std::fill_n(dst + row * ld, width, Real(0));
   }
 
   void store_queries(const TensorView& x, const QueryTile& tile, int64_t kv_head, int width, const Real* src,
                      int64_t ld) const {
     for (int g = 0; g < plan_.group; ++g)
-      tiles_.store(x.dtype, const_cast<void*>(query_at(x, tile, kv_head, g)), x.time_stride,
-                   int(tile.tokens.size()), width, src + g * ld, ld * plan_.group);
+      tiles_.store(x.dtype, const_cast<void*>(query_at(x, tile, kv_head, g)), x.time, int(tile.tokens.size()),
+                   width, src + g * ld, ld * plan_.group);
   }
 
-  // The block's rows of x [keys, width], in `scratch` or where they lie if that is as good. Rows with nobody
-  // there are 0, since a cache may hold anything.
+  // The block's rows of x [keys, width], in `scratch`, or in place where that is as fast. Padding rows are
+  // zeros: a cache may hold anything there, and 0 * NaN would poison the sums.
   Packed<Operand> key_rows(const TensorView& x, const QueryTile& tile, const KeyBlock& block, int64_t kv_head,
                            int width, OperandTile<Operand>& scratch) const {
     const void* source = x.at(tile.batch, block.begin, kv_head);
-    if (lies_well(x, tile, width) && !has_holes(tile, block))
-      return {static_cast<const Operand*>(source), x.time_stride / OperandTraits<Operand>::kSummands};
-    scratch.load_rows(x.dtype, source, x.time_stride, block.keys, width);
-    clear_holes(tile, block, scratch, width, /*rows=*/true);
+    if (usable_in_place(x, tile, width) && !has_padding(tile, block))
+      return {static_cast<const Operand*>(source), x.time / OperandTraits<Operand>::kSummands};
+    scratch.load_rows(x.dtype, source, x.time, block.keys, width);
+    zero_padding(tile, block, scratch, width, /*rows=*/true);
     return scratch.rows();
   }
 
@@ -89,13 +81,13 @@ class SegmentTiles {
     if constexpr (kIsReal<Operand>) {
       return key_rows(x, tile, block, kv_head, width, scratch);
     } else {
-      scratch.load_columns(x.dtype, x.at(tile.batch, block.begin, kv_head), x.time_stride, block.keys, width);
-      clear_holes(tile, block, scratch, width, /*rows=*/false);
+      scratch.load_columns(x.dtype, x.at(tile.batch, block.begin, kv_head), x.time, block.keys, width);
+      zero_padding(tile, block, scratch, width, /*rows=*/false);
       return scratch.columns();
     }
   }
 
-  // Where a row stands in a contiguous [B, Hq, Tq].
+  // Of a tile's row in a contiguous [B, Hq, Tq].
   int64_t lse_index(const QueryTile& tile, int64_t kv_head, int row, int64_t kv_heads,
                     int64_t queries) const {
     const int64_t head = kv_head * plan_.group + row % plan_.group;
@@ -108,20 +100,20 @@ class SegmentTiles {
     return x.at(tile.batch, tile.tokens.begin - first_query_, kv_head * plan_.group + g);
   }
 
-  // Copying pays when the tile is read for many rows: its lines then lie together.
-  bool lies_well(const TensorView& x, const QueryTile& tile, int width) const {
+  // A copy, whose lines lie together, pays off when the tile has many rows that read it.
+  bool usable_in_place(const TensorView& x, const QueryTile& tile, int width) const {
     constexpr int kSummands = OperandTraits<Operand>::kSummands;
     return x.dtype == OperandTraits<Operand>::kDType && width % (kTilePad * kSummands) == 0 &&
-           x.time_stride % kSummands == 0 && plan_.rows(tile) <= kTilePad;
+           x.time % kSummands == 0 && plan_.rows(tile) <= kTilePad;
   }
 
-  bool has_holes(const QueryTile& tile, const KeyBlock& block) const {
+  bool has_padding(const QueryTile& tile, const KeyBlock& block) const {
     const int64_t* visible_end = plan_.visible_end_of(tile) + block.begin;
     return std::find(visible_end, visible_end + block.keys, 0) != visible_end + block.keys;
   }
 
-  void clear_holes(const QueryTile& tile, const KeyBlock& block, OperandTile<Operand>& x, int width,
-                   bool rows) const {
+  void zero_padding(const QueryTile& tile, const KeyBlock& block, OperandTile<Operand>& x, int width,
+                    bool rows) const {
     const int64_t* visible_end = plan_.visible_end_of(tile) + block.begin;
     for (int j = 0; j < block.keys; ++j)
       if (visible_end[j] == 0) rows ? x.clear_row(j, width) : x.clear_row_of_columns(j, width);
@@ -133,15 +125,16 @@ class SegmentTiles {
   int64_t first_query_;
 };
 
-// Runs make_worker() once a thread and its result on every item of [0, n), each by whichever thread is free:
-// the cost of items differs too much for equal shares. An item's result does not depend on who computes it.
+// Runs make_worker() once per thread, and its result on every work tile of [0, n), each taken by whichever
+// thread is free: their costs differ too much for equal shares. Results do not depend on which thread that
+// is.
 template <class MakeWorker>
-void parallel_items(int64_t n, int64_t multiply_adds, const MakeWorker& make_worker) {
+void parallel_work_tiles(int64_t n, int64_t multiply_adds, const MakeWorker& make_worker) {
   const int64_t threads = std::min(n, 1 + multiply_adds / kWorthSharing);
   std::atomic<int64_t> next{0};
   parallel_for(threads, [&](int64_t, int64_t) {
     auto worker = make_worker();
-    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < n;) worker(item);
+    for (int64_t work; (work = next.fetch_add(1, std::memory_order_relaxed)) < n;) worker(work);
   });
 }
 
