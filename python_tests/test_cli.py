@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from statecore.cli import COMMANDS, OLD_FOLDERS, app, argument_help, report_errors
+from statecore.cli import COMMANDS, OLD_SPELLINGS, app, argument_help, report_errors
 from statecore.settings import flat_settings, read_yaml
 
 
@@ -58,7 +58,7 @@ def seen(monkeypatch) -> dict:
 
     def add(function, old_folder: str | None = None) -> dict:
         monkeypatch.setitem(COMMANDS, "try", (f"{__name__}:{function.__name__}", ""))
-        monkeypatch.setitem(OLD_FOLDERS, "try", old_folder)
+        monkeypatch.setitem(OLD_SPELLINGS, "try", old_folder)
         return seen
 
     return add
@@ -214,7 +214,7 @@ def test_output_folder_that_is_missing_is_asked_for(run, seen):
     assert run("try", "a", "b", "c").exit_code == 2
 
 
-@pytest.mark.parametrize("name", OLD_FOLDERS)
+@pytest.mark.parametrize("name", OLD_SPELLINGS)
 def test_every_command_that_writes_a_folder_calls_it_output_dir(run, name):
     assert "--output-dir" in run(*name.split(), "--help").output
 

@@ -6,6 +6,7 @@ import torch
 from text_cases import byte_pair_tokenizer, chains, character_tokenizer, tiny_model
 
 from statecore import patterns, segmentation
+from statecore.windows import token_windows
 
 
 def unit_rows(rows: np.ndarray) -> bool:
@@ -68,7 +69,7 @@ def test_hidden_state_embedding_is_the_mean_state(layer, window):
     for text, steps in zip(texts, spans, strict=True):
         ids = torch.tensor(tokenizer(text)["input_ids"])
         states = torch.zeros(len(ids), model.config.hidden_size)
-        for begin, end, first in segmentation.token_windows(len(ids), window or 512):
+        for begin, end, first in token_windows(len(ids), window or 512):
             out = model(ids[None, begin:end], output_hidden_states=True).hidden_states
             states[first:end] = out[1 if layer is None else layer][0, first - begin :].detach()
         means += [states[begin:end].mean(0).numpy() for begin, end in steps]

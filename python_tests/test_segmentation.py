@@ -13,6 +13,7 @@ from text_cases import CHARACTERS, chains, character_tokenizer, tiny_model
 from statecore import segmentation
 from statecore.labels import label_agreement
 from statecore.segmentation import OpeningEntropy
+from statecore.windows import encode, token_windows
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Sentences
@@ -96,7 +97,7 @@ def test_first_word():
 @pytest.mark.parametrize(("length", "size"), [(0, 4), (1, 4), (4, 4), (5, 4), (23, 6), (24, 7), (100, 2)])
 def test_windows_read_every_token_once_with_half_a_window_of_context(length, size):
     read = []
-    for begin, end, first in segmentation.token_windows(length, size):
+    for begin, end, first in token_windows(length, size):
         assert 0 <= begin <= first < end <= length
         assert end - begin <= size
         assert first - begin == (size // 2 if begin else 0)
@@ -114,7 +115,7 @@ def test_entropies_are_the_models(unit, window, batch_size):
     wanted = defaultdict(list)
     for text, text_starts in zip(texts, starts, strict=True):
         ids = torch.tensor(tokenizer(text)["input_ids"])
-        for begin, end, first in segmentation.token_windows(len(ids), window or 512):
+        for begin, end, first in token_windows(len(ids), window or 512):
             p = model(ids[None, begin:end]).logits[0].double().softmax(-1)
             entropy = -(p * p.log2()).sum(-1)
             for start in text_starts:
@@ -145,7 +146,7 @@ def test_slow_tokenizers_are_refused():
         is_fast = False
 
     with pytest.raises(ValueError, match="no character offsets"):
-        segmentation.encode(Slow(), ["a"])
+        encode(Slow(), ["a"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """The `statecore` command.
 
-Every subcommand is a function of the package, or several by name: its signature gives the options, its docstring the
-help. They are imported when they are called, so `statecore --help` and `statecore info` do not wait for transformers.
+Every subcommand is a function of the package, or several by name: the signature gives the options, the docstring the
+help. A keyword whose type is a dataclass, an option group, stands for an option for each of its fields. Functions are
+imported when they are called, so `statecore --help` and `statecore info` do not wait for transformers.
 """
 
 import importlib
@@ -44,10 +45,9 @@ COMMANDS = {
     ),
 }
 
-
-# How the output folder could also be given before every command took `--output-dir`: as another option, or as the last
-# positional argument. These spellings still work, with a warning, and so do their names in YAML files.
-OLD_FOLDERS = {
+# Deprecated spellings of `--output-dir`: another option, or the last positional argument. They still work, with a
+# warning, and so do their names in YAML files.
+OLD_SPELLINGS = {
     "demo": "output",
     "prepare": "output",
     "metastable world": "output",
@@ -71,18 +71,18 @@ class Commands(TyperGroup):
             return None
         target, summary = COMMANDS[name]
         app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
-        if sys.argv[1:] in ([], ["--help"]):  # the list of commands needs no more than this
+        if sys.argv[1:] in ([], ["--help"]):  # the list of commands takes no more, and imports nothing
             app.command(name, help=summary)(lambda: None)
         elif isinstance(target, dict):
             app.callback(help=summary)(lambda: None)
             for part, function in target.items():
-                add_command(app, part, load(function), OLD_FOLDERS.get(f"{name} {part}"))
+                add_command(app, part, load(function), OLD_SPELLINGS.get(f"{name} {part}"))
         elif name == "train":  # transformers' own parser reads the options of TrainingArguments
-            every = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+            everything = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
             command = report_errors(with_rest_of_line(load(target)))
-            app.command(name, help=summary, context_settings=every)(command)
+            app.command(name, help=summary, context_settings=everything)(command)
         else:
-            add_command(app, name, load(target), OLD_FOLDERS.get(name))
+            add_command(app, name, load(target), OLD_SPELLINGS.get(name))
         return typer.main.get_command(app)
 
 
@@ -98,39 +98,74 @@ def with_rest_of_line(function: Callable) -> Callable:
     return command
 
 
-def add_command(app: typer.Typer, name: str, function: Callable, old_folder: str | None) -> None:
-    command = report_errors(documented(function, old_folder))
-    app.command(name, cls=Command, context_settings={"obj": old_folder})(command)
+def add_command(app: typer.Typer, name: str, function: Callable, old_spelling: str | None) -> None:
+    keyword = "output_dir"
+    if old_spelling is not None and keyword not in inspect.signature(function).parameters:
+        keyword = old_spelling.removeprefix("--")
+    app.command(name, cls=Command)(report_errors(documented(function, keyword)))
+
+
+def report_errors(function: Callable) -> Callable:
+    """Users' mistakes end in one line; anything else keeps its traceback."""
+
+    @wraps(function)
+    def run(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except (ValueError, OSError, ImportError) as error:
+            typer.echo(f"statecore: {error}", err=True)
+            raise SystemExit(1) from None
+
+    return run
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From the command line to options
 
 
 class Command(TyperCommand):
-    """A command whose defaults may come from `--config`, and whose output folder from its old spelling, the context's
-    `obj`.
-    """
+    """A command that takes defaults from `--config`, underscores for dashes, and old spellings of its output folder."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
-        old = ctx.obj
-        args = [self.spelled(arg, old) for arg in args]
+        old = OLD_SPELLINGS.get(ctx.command_path.partition(" ")[2])
+        args = [self.current_spelling(arg, old) for arg in args]
         given, extra, _ = self.make_parser(ctx).parse_args(list(args))
         ctx.default_map = self.read_defaults(given.get("config"), old)
         if old == "output" and "output_dir" not in given and "output_dir" not in ctx.default_map:
             return self.parse_positional_folder(ctx, args, given, extra)
         return super().parse_args(ctx, args)
 
-    def spelled(self, arg: str, old_folder: str | None) -> str:
-        """An option with underscores in place of dashes, or with the output folder's old name, as it is known."""
+    def current_spelling(self, arg: str, old: str | None) -> str:
+        """`--some_name=value` as `--some-name=value`, and an old option for the output folder as `--output-dir`."""
         name, equals, value = arg.partition("=")
+        if not name.startswith("--"):
+            return arg
         name = name.replace("_", "-")
-        if name == old_folder and name.startswith("--"):
+        if name == old:
             warn_of(name)
             name = "--output-dir"
         known = {option for parameter in self.params for option in (*parameter.opts, *parameter.secondary_opts)}
-        return name + equals + value if name in known and name.startswith("--") else arg
+        return name + equals + value if name in known else arg  # else it is a value, or refused as it was typed
+
+    def read_defaults(self, config: str | None, old: str | None) -> dict[str, Any]:
+        """Options from a YAML file."""
+        if config is None:
+            return {}
+        known = {parameter.name for parameter in self.params} - {"config"}
+        old_name = old.removeprefix("--") if old else "output_dir"
+        try:
+            values = read_yaml(config, known | {old_name})
+        except (ValueError, OSError) as error:
+            raise typer.BadParameter(str(error)) from error
+        if old_name != "output_dir" and old_name in values:
+            warn_of(f"`{old_name}` in {config}")
+            values.setdefault("output_dir", values.pop(old_name))
+        return values
 
     def parse_positional_folder(
         self, ctx: typer.Context, args: list[str], given: dict[str, Any], extra: list[str]
     ) -> list[str]:
-        """The last positional argument is the output folder: either one too many, or the last of any number."""
+        """Takes the last positional argument for the output folder: one too many, or the last of any number."""
         several = next((p.name for p in self.params if p.param_type_name == "argument" and p.nargs == -1), None)
         values = given.get(several)
         if len(extra) == 1:
@@ -147,49 +182,39 @@ class Command(TyperCommand):
         ctx.args = []
         return ctx.args
 
-    def read_defaults(self, config: str | None, old_folder: str | None) -> dict[str, Any]:
-        """The options that a YAML file gives."""
-        if config is None:
-            return {}
-        known = {parameter.name for parameter in self.params} - {"config"}
-        old_name = old_folder.removeprefix("--") if old_folder else "output_dir"
-        try:
-            values = read_yaml(config, known | {old_name})
-        except (ValueError, OSError) as error:
-            raise typer.BadParameter(str(error)) from error
-        if old_name != "output_dir" and old_name in values:
-            warn_of(f"`{old_name}` in {config}")
-            values.setdefault("output_dir", values.pop(old_name))
-        return values
-
 
 def warn_of(spelling: str) -> None:
     typer.echo(f"statecore: {spelling} is deprecated, use --output-dir", err=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Functions into commands
+# From functions to commands
+
+CONFIG = inspect.Parameter(
+    "config",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=None,
+    annotation=Annotated[
+        str | None, typer.Option(help="a YAML file with any of these options; the command line has the last word.")
+    ],
+)
 
 
-def documented(function: Callable, old_folder: str | None = None) -> Callable:
-    """`function` with a signature that typer understands: options in place of keywords and of the fields of option
-    groups, help out of its `Args:` and theirs.
+def documented(function: Callable, folder: str = "output_dir") -> Callable:
+    """`function` with a signature for typer: keywords and the fields of option groups become options, with the help
+    from their `Args:`. `folder` is the keyword that `--output-dir` fills.
     """
     summary, helps = described(function)
     hints = typing.get_type_hints(function)
     parameters: list[inspect.Parameter] = []
     groups: dict[str, type] = {}
-    signature = inspect.signature(function).parameters
-    folder = "output_dir" if old_folder is None or "output_dir" in signature else old_folder.removeprefix("--")
-    for parameter in signature.values():
-        hint = hints[parameter.name]
-        if parameter.name == folder:
-            parameters += command_line_parameter(parameter.replace(name="output_dir"), hint, helps.get(folder, ""))
-        elif is_dataclass(hint):
-            groups[parameter.name] = hint
-            parameters += group_parameters(hint, parameter.default, helps)
+    for name, parameter in inspect.signature(function).parameters.items():
+        if is_dataclass(hints[name]):
+            groups[name] = hints[name]
+            parameters += group_parameters(hints[name], parameter.default, helps)
         else:
-            parameters += command_line_parameter(parameter, hint, helps.get(parameter.name, ""))
+            parameter = parameter.replace(name="output_dir") if name == folder else parameter
+            parameters += command_line_parameter(parameter, hints[name], helps.get(name, ""))
     if parameters:
         parameters.append(CONFIG)
 
@@ -208,54 +233,35 @@ def documented(function: Callable, old_folder: str | None = None) -> Callable:
     return command
 
 
-def described(documented_object: Any) -> tuple[str, dict[str, str]]:
-    """What a docstring says before its `Args:`, and the help of each of them."""
-    summary, _, rest = (inspect.getdoc(documented_object) or "").partition("\nArgs:\n")
-    return summary.strip(), argument_help(rest)
-
-
-CONFIG = inspect.Parameter(
-    "config",
-    inspect.Parameter.KEYWORD_ONLY,
-    default=None,
-    annotation=Annotated[
-        str | None, typer.Option(help="a YAML file with any of these options; the command line has the last word.")
-    ],
-)
-
-
 def group_parameters(group: type, default: Any, helps: Mapping[str, str]) -> Iterator[inspect.Parameter]:
-    """The fields of an option group as options; the command's own help for one goes before the group's."""
-    _, own_helps = described(group)
+    """The fields of an option group as options. The command's help (`helps`) takes precedence over the group's."""
+    _, group_helps = described(group)
     hints = typing.get_type_hints(group)
     fields = inspect.signature(group).parameters
     for option, name in option_names(group).items():
         value = fields[name].default if default is inspect.Parameter.empty else getattr(default, name)
         parameter = inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=value)
-        yield from command_line_parameter(parameter, hints[name], helps.get(option) or own_helps.get(name, ""))
+        yield from command_line_parameter(parameter, hints[name], helps.get(option) or group_helps.get(name, ""))
 
 
 def command_line_parameter(parameter: inspect.Parameter, hint: Any, text: str) -> Iterator[inspect.Parameter]:
-    """The parameter as typer reads it, or nothing where it cannot be given on a command line."""
+    """The parameter as typer reads it; none if a command line cannot give its value."""
     kind = command_line_type(hint)
     if kind is None:
         return
-    is_option = parameter.kind is parameter.KEYWORD_ONLY or parameter.name == "output_dir"
     default = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
     default = str(default) if isinstance(default, Path) else default
-    if is_option:
+    text = text.replace("[", r"\[")  # typer's help would take it for markup
+    if parameter.kind is parameter.KEYWORD_ONLY or parameter.name == "output_dir":
         info: Any = typer.Option(help=text, show_default=parameter.default not in (None, ""))
+        parameter = parameter.replace(kind=parameter.KEYWORD_ONLY)
     else:
         info = typer.Argument(help=text)
-    yield parameter.replace(
-        kind=parameter.KEYWORD_ONLY if is_option else parameter.kind,
-        annotation=Annotated[kind, info],
-        default=default,
-    )
+    yield parameter.replace(annotation=Annotated[kind, info], default=default)
 
 
 def command_line_type(hint: Any) -> Any:
-    """What a typed keyword is on the command line; None where it cannot be given there."""
+    """The type for typer that stands for a keyword's; None if a command line cannot give such a value."""
     options = [x for x in typing.get_args(hint) if x is not type(None)] if is_union(hint) else [hint]
     optional = is_union(hint) and type(None) in typing.get_args(hint)
     for option in options:
@@ -278,6 +284,12 @@ def is_union(hint: Any) -> bool:
     return typing.get_origin(hint) in (typing.Union, type(int | str))
 
 
+def described(documented_object: Any) -> tuple[str, dict[str, str]]:
+    """What a docstring says before its `Args:`, and the help for each of them."""
+    summary, _, rest = (inspect.getdoc(documented_object) or "").partition("\nArgs:\n")
+    return summary.strip(), argument_help(rest)
+
+
 def argument_help(section: str) -> dict[str, str]:
     """The entries of a docstring's `Args:` section; one entry may name several arguments."""
     helps: dict[str, str] = {}
@@ -296,18 +308,8 @@ def argument_help(section: str) -> dict[str, str]:
     return helps
 
 
-def report_errors(function: Callable) -> Callable:
-    """Mistakes of the user end in one line; anything else keeps its traceback."""
-
-    @wraps(function)
-    def run(*args, **kwargs):
-        try:
-            return function(*args, **kwargs)
-        except (ValueError, OSError, ImportError) as error:
-            typer.echo(f"statecore: {error}", err=True)
-            raise SystemExit(1) from None
-
-    return run
+# ----------------------------------------------------------------------------------------------------------------------
+# The program
 
 
 def info() -> None:

@@ -39,7 +39,7 @@ from .patterns import (
 from .prepare_report import pattern_figures, report_text, row_figures
 from .segmentation import Corpus, EntropyOptions, StepOptions, Transitions, choose_transitions
 from .settings import flat_settings
-from .traces import BadRow, ReadOptions, RowFields, RowProblem, StepRules, Tokenised, Trace, read_traces, tokenise
+from .traces import LeftOut, ReadOptions, RowFields, RowProblem, StepRules, Tokenised, Trace, read_traces, tokenise
 
 DEFAULT_PROMPT = PromptOptions(think_open=PromptFormat.think_open, think_close=PromptFormat.think_close)
 
@@ -64,23 +64,23 @@ def prepare(
 ) -> dict[str, Any]:
     """Turns long chains of thought into a training set: steps, thinking patterns, tokens.
 
-    Rows that cannot be used are left out, counted and named by line in the report; the run goes on, unless `strict`.
+    Rows that cannot be used are left out, counted, and named by line in the report; the run goes on, unless `strict`.
     The same sources and settings give the same rows. Texts, tokens and step embeddings are held in memory. Returns the
-    report that stands in `report.json`.
+    contents of `report.json`.
 
     Args:
         sources: .jsonl, .jsonl.gz or .parquet files, or hub datasets (`owner/name` or `owner/name:configuration`).
         output_dir: the folder to write; it appears when everything is written.
         tokenizer: folder or hub name of the base model's tokenizer.
-        think_open, think_close: what the training text has around the thinking.
+        think_open, think_close: what encloses the thinking in the training text.
         max_tokens: rows with more tokens, markers included, are left out.
         labels: .jsonl or .jsonl.gz of {"id", "spans": [[start, end, category], ...]}, sentence labels with character
-            offsets in the thinking; the report then says how the step boundaries lie to them.
+            offsets in the thinking; the report then says how the step boundaries agree with them.
         eval_fraction: share of problems (not rows) to set apart in eval.parquet.
         seed: of all random choices.
-        overwrite: replace a training set that is there already.
+        overwrite: replace an existing training set.
     """
-    settings = {**locals(), "output": output_dir}
+    settings = {**locals(), "output": output_dir}  # as report.json names it
     del settings["output_dir"]
     check_settings(sources, eval_fraction, language, transitions, patterns)
     form = PromptFormat(**prompt.given())
@@ -95,7 +95,7 @@ def prepare(
         with clock("entropies"):
             chosen = choose_transitions(transitions, Corpus(traces, model, seed))
         if not chosen.entropies:
-            del clock.seconds["entropies"]
+            del clock.seconds["entropies"]  # none were measured
         with clock("tokens and steps"):
             rules = StepRules(chosen, steps, None if model is None else model.tokenizer)
             rows = tokenise_all(traces, base_tokenizer, form.think_close, rules, max_tokens, left_out)
@@ -142,7 +142,7 @@ def check_settings(
     transitions: EntropyOptions,
     patterns: PatternOptions,
 ) -> None:
-    """What no option group can know by itself."""
+    """Checks what no option group can check by itself."""
     if isinstance(sources, str) or not sources:
         raise ValueError(f"sources: expected a list of files or hub names, got {sources!r}")
     if not 0 <= eval_fraction < 1:
@@ -179,25 +179,6 @@ class Clock:
 # Rows into steps
 
 
-class LeftOut:
-    """The rows that cannot be used. `strict`: the first of them is an error."""
-
-    def __init__(self, strict: bool):
-        self.strict = strict
-        self.rows: list[BadRow] = []
-
-    def add(self, source: str, line: int, problem: RowProblem) -> None:
-        row = BadRow(source, line, problem.reason, problem.detail)
-        if self.strict:
-            raise ValueError(f"{row} (strict: the first row that cannot be used ends the run)") from problem
-        self.rows.append(row)
-
-    def check_some_remain(self, remaining: Sequence[Any]) -> None:
-        if not remaining:
-            first = [str(row) for row in self.rows[:10]]
-            raise ValueError("\n".join([f"none of the {len(self.rows)} rows can be used", *first]))
-
-
 def read_all(
     sources: Sequence[str],
     reading: ReadOptions,
@@ -206,7 +187,7 @@ def read_all(
     tokenizer: Any,
     left_out: LeftOut,
 ) -> list[Trace]:
-    """The traces of all sources."""
+    """The traces of all sources, with the text before their thinking."""
     numbered = ((str(s), *row) for s in sources for row in read_traces(str(s), reading.split, fields, form, tokenizer))
     traces = []
     for source, line, row in tqdm(islice(numbered, reading.limit), desc="reading", unit="row"):
@@ -221,7 +202,7 @@ def read_all(
 def tokenise_all(
     traces: Sequence[Trace], tokenizer: Any, think_close: str, rules: StepRules, max_tokens: int, left_out: LeftOut
 ) -> list[Tokenised]:
-    """The traces that are no longer than `max_tokens`, tokenised in batches."""
+    """The traces as tokens, except those longer than `max_tokens`."""
     rows = []
     with tqdm(total=len(traces), desc="tokens and steps", unit="row") as bar:
         for at in range(0, len(traces), 64):
@@ -241,7 +222,7 @@ def tokenise_all(
 
 @dataclass(frozen=True)
 class EmbeddedSteps:
-    """The steps of all rows, one row's behind the other's: texts, and a point for each."""
+    """The steps of all rows, in order: a text and a point for each."""
 
     texts: list[str]
     points: np.ndarray  # [steps, width]
@@ -273,7 +254,7 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Written:
-    """How many rows each part has, and the tokens around the steps of each pattern."""
+    """How many rows each part has, and the marker tokens of the patterns."""
 
     rows: Counter
     start_ids: list[int]
@@ -283,7 +264,7 @@ class Written:
 def write_set(
     folder: Path, rows: Sequence[Tokenised], found: ThinkingPatterns, tokenizer: Any, eval_fraction: float
 ) -> Written:
-    """Adds the patterns' tokens to the tokenizer, and writes it and the rows."""
+    """Adds the patterns' markers to the tokenizer, and writes it and the rows."""
     start_ids, end_ids = add_pattern_tokens(tokenizer, len(found.sizes))
     tokenizer.save_pretrained(folder / "tokenizer")
     first_step = np.cumsum([0, *(len(row.steps) for row in rows)])
@@ -303,7 +284,7 @@ def write_set(
 def assemble(
     row: Tokenised, pattern_of_step: Sequence[int], start_ids: Sequence[int], end_ids: Sequence[int]
 ) -> dict[str, Any]:
-    """The row of the training set: the tokens with the markers of each step's pattern around it."""
+    """A row of the training set: the tokens, with each step between the markers of its pattern."""
     pieces, step_ids = [row.ids[: row.steps[0]]], [np.zeros(row.steps[0], dtype=np.int32)]
     bounds = [*row.steps, row.answer]
     for number, ((begin, end), pattern) in enumerate(zip(pairwise(bounds), pattern_of_step, strict=True), 1):
@@ -322,7 +303,7 @@ def assemble(
 
 
 def problem_share(messages: Sequence[Mapping[str, str]]) -> float:
-    """A number in [0, 1) from the prompt's words alone, so that the traces of one problem stay together in a split."""
+    """A hash of the prompt's words, in [0, 1), so that all traces of a problem fall in the same part."""
     return int.from_bytes(_problem_hash(messages)[:8], "big") / 2**64
 
 
@@ -332,7 +313,7 @@ def _problem_hash(messages: Sequence[Mapping[str, str]]) -> bytes:
 
 
 def write_rows(folder: Path, rows: Iterable[tuple[str, dict[str, Any]]]) -> Counter:
-    """Writes (part, row) pairs to `<part>.parquet`, a thousand at a time; the number of rows of each part."""
+    """Writes (part, row) pairs to `<part>.parquet`, a thousand rows at a time, and counts the rows of each part."""
     written: Counter = Counter()
     waiting: dict[str, list[dict[str, Any]]] = {}
     writers: dict[str, pq.ParquetWriter] = {}
@@ -357,7 +338,7 @@ def write_rows(folder: Path, rows: Iterable[tuple[str, dict[str, Any]]]) -> Coun
 def describe(
     found: ThinkingPatterns, written: Written, rows: Sequence[Tokenised], chosen: Transitions, form: PromptFormat
 ) -> dict[str, Any]:
-    """What patterns.json holds: the patterns and their tokens, the transitions, and how prompts are put together."""
+    """The contents of patterns.json: the patterns and their markers, the transitions, and the prompt format."""
     entropies = {row.opening: row.entropy_bits for row in chosen.entropies}
     opened = Counter(opening for row in rows for opening in row.openings)
     return {

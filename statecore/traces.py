@@ -1,7 +1,7 @@
 """Rows of text in, tokenised chains of thought with step boundaries out.
 
-Reads jsonl and parquet files and hub datasets, finds prompt, thinking and answer of each row, and places the step
-boundaries (statecore/segmentation.py) on tokens. A row that cannot be used becomes a RowProblem that says why.
+Reads JSON Lines and Parquet files and hub datasets, finds the prompt, thinking and answer of each row, and places step
+boundaries (statecore/segmentation.py) on its tokens. A row that cannot be used becomes a RowProblem that says why.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .data import PromptFormat
 
 
 class RowProblem(ValueError):
-    """A row that cannot be used: a short reason, which is counted, and what exactly is wrong."""
+    """A row that cannot be used: a short reason, by which such rows are counted, and the details."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(f"{reason}: {detail}")
@@ -37,7 +37,7 @@ class RowProblem(ValueError):
 
 @dataclass(frozen=True)
 class BadRow:
-    """Where a row was left out, and why. `line` counts from 1 (for parquet and hub datasets: the row)."""
+    """Where a row was left out, and why. `line` counts from 1, in rows for Parquet files and hub datasets."""
 
     source: str
     line: int
@@ -46,6 +46,25 @@ class BadRow:
 
     def __str__(self) -> str:
         return f"{self.source}, line {self.line}: {self.reason}: {self.detail}"
+
+
+class LeftOut:
+    """Collects the rows that cannot be used; with `strict`, the first one is an error."""
+
+    def __init__(self, strict: bool):
+        self.strict = strict
+        self.rows: list[BadRow] = []
+
+    def add(self, source: str, line: int, problem: RowProblem) -> None:
+        row = BadRow(source, line, problem.reason, problem.detail)
+        if self.strict:
+            raise ValueError(f"{row} (strict: the first row that cannot be used ends the run)") from problem
+        self.rows.append(row)
+
+    def check_some_remain(self, remaining: Sequence[Any]) -> None:
+        if not remaining:
+            first = [str(row) for row in self.rows[:10]]
+            raise ValueError("\n".join([f"none of the {len(self.rows)} rows can be used", *first]))
 
 
 @dataclass(frozen=True)
@@ -87,9 +106,9 @@ class ReadOptions:
 
 @dataclass
 class Trace:
-    """One usable row: chat messages of the prompt, thinking and answer, and where it came from.
+    """One usable row: the prompt's chat messages, thinking and answer, and where it came from.
 
-    `head` is the text before the thinking, which `read_traces` makes of the prompt.
+    `head` is the text before the thinking, which `read_traces` makes from the prompt.
     """
 
     id: str
@@ -101,12 +120,12 @@ class Trace:
     head: str = ""
 
     def text(self) -> str:
-        """What comes before the thinking, and the thinking."""
+        """The text up to the end of the thinking."""
         return self.head + self.thinking
 
 
 def read_lines(source: str, split: str) -> Iterator[tuple[int, Any]]:
-    """Numbered rows of a source: a dict, or the RowProblem that stands in its place.
+    """Numbered rows of a source: a dict, or a RowProblem in its place.
 
     `source` is a .jsonl, .jsonl.gz or .parquet file, or a hub dataset `owner/name` or `owner/name:configuration`.
     """
@@ -125,6 +144,7 @@ def read_lines(source: str, split: str) -> Iterator[tuple[int, Any]]:
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
+    """Numbered rows of a .jsonl or .jsonl.gz file, with RowProblems as in `read_lines`."""
     number = 0
     with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
         try:
@@ -148,7 +168,7 @@ def _parse_line(line: bytes) -> Any:
 
 
 def parse_trace(row: Mapping[str, Any], fields: RowFields, source: str, line: int) -> Trace:
-    """The parts of a row. Raises RowProblem where it has no prompt, thinking or answer."""
+    """The parts of a row. Raises RowProblem if prompt, thinking or answer is missing."""
     if fields.completion is None:
         prompt = [{"role": "user", "content": _text(row, fields.prompt, "no_prompt")}]
         thinking = _text(row, fields.thinking, "no_thinking")
@@ -163,7 +183,7 @@ def parse_trace(row: Mapping[str, Any], fields: RowFields, source: str, line: in
         thinking, answer = _split_completion(content, fields)
     try:
         "".join([*(message["content"] for message in prompt), thinking, answer]).encode()
-    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can hold and no tokenizer reads
+    except UnicodeEncodeError as error:  # half of a surrogate pair: JSON can hold it, no tokenizer reads it
         raise RowProblem("broken_text", str(error)) from error
     name = row.get(fields.id)
     return Trace(
@@ -174,7 +194,7 @@ def parse_trace(row: Mapping[str, Any], fields: RowFields, source: str, line: in
 def read_traces(
     source: str, split: str, fields: RowFields, form: PromptFormat, tokenizer: Any
 ) -> Iterator[tuple[int, Trace | RowProblem]]:
-    """Numbered traces of a source, with their heads; a RowProblem stands for a row that cannot be used."""
+    """Numbered traces of a source, with their heads; RowProblems in place of rows that cannot be used."""
     for line, row in read_lines(source, split):
         try:
             if isinstance(row, RowProblem):
@@ -201,7 +221,7 @@ def _text(row: Mapping[str, Any], name: str, reason: str) -> str:
 
 
 def _conversation(messages: list[Any], name: str) -> tuple[list[dict[str, str]], str]:
-    """Prompt messages and the assistant's text, from `role`/`content` or ShareGPT's `from`/`value` messages."""
+    """The prompt's messages and the assistant's text, from `role`/`content` or ShareGPT's `from`/`value` messages."""
     roles = {"human": "user", "gpt": "assistant"}
     try:
         turns = [
@@ -221,7 +241,7 @@ def _split_completion(text: str, fields: RowFields) -> tuple[str, str]:
     opening, closing = fields.think_tags
     before, opened, rest = text.partition(opening)
     if not opened:
-        rest = text  # the opening tag is often part of the prompt
+        rest = text  # chat templates often open the thinking in the prompt
     elif before.strip():
         raise RowProblem("no_thinking", f"field {fields.completion!r} has text before {opening}")
     thinking, closed, answer = rest.partition(closing)
@@ -244,9 +264,9 @@ class Tokenised:
 
     trace: Trace
     ids: np.ndarray  # [tokens] int32, with the end-of-sequence token
-    glued: bool  # whether the prompt's last characters share a token with the thinking
+    glued: bool  # whether the end of the prompt shares a token with the thinking
     steps: list[int]  # token positions at which the steps start; steps[0] is the length of the prompt
-    answer: int  # token position at which the end of thinking (or the answer) starts
+    answer: int  # token position at which the closing of the thinking (or the answer) starts
     step_chars: list[int]  # the same starts as character offsets in the thinking
     openings: list[str | None]  # what each step opens with
 
@@ -265,8 +285,8 @@ class Tokenised:
 
 @dataclass(frozen=True)
 class StepRules:
-    """Where steps start: at which openings, how short and how long they may be, and whose tokens an opening of
-    `unit="token"` is (None: those of the text itself).
+    """What starts a step and how long it may be. Openings of `unit="token"` are tokens of `opening_tokenizer`, by
+    default of the tokenizer that the text is tokenised with.
     """
 
     transitions: segmentation.Transitions
@@ -277,10 +297,10 @@ class StepRules:
 def tokenise(
     traces: Sequence[Trace], tokenizer: Any, think_close: str, rules: StepRules
 ) -> Iterator[Tokenised | RowProblem]:
-    """Tokenises each trace as a whole and finds its steps; a RowProblem stands for a row that cannot be used.
+    """Tokenises each trace as a whole and finds its steps; RowProblems in place of rows that cannot be used.
 
-    A boundary lies before the token that holds the first visible character of the sentence (for the last one: of the
-    end of thinking), so a space or line break that the tokenizer glues to a word goes with the word.
+    A step starts at the token with the first visible character of its sentence, so a space or line break that the
+    tokenizer joins to a word goes with the word. So does the closing of the thinking, where the last step ends.
     """
     texts = [trace.text() + think_close + trace.answer for trace in traces]
     all_ids, all_spans = segmentation.encode(tokenizer, texts)
@@ -288,11 +308,12 @@ def tokenise(
     if rules.transitions.unit == "token" and rules.opening_tokenizer not in (None, tokenizer):
         opening_spans = segmentation.encode(rules.opening_tokenizer, texts)[1]
     forbidden = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    eos = tokenizer.eos_token_id
     for trace, text, ids, spans, own_openings in zip(traces, texts, all_ids, all_spans, opening_spans, strict=True):
-        thinking, thinking_end = len(trace.head), len(trace.text())
+        before, thinking_end = len(trace.head), len(trace.text())
         closing = len(text) - len(text[thinking_end:].lstrip())
         answer = bisect_right([end for _, end in spans], closing)
-        sentences = [thinking + start for start in segmentation.sentence_starts(trace.thinking)]
+        sentences = [before + start for start in segmentation.sentence_starts(trace.thinking)]
         openings = segmentation.sentence_openings(text, sentences, rules.transitions.unit, own_openings)
         steps = segmentation.find_steps(sentences, openings, spans, answer, rules.transitions, rules.steps)
         if not steps:
@@ -304,10 +325,10 @@ def tokenise(
             continue
         yield Tokenised(
             trace,
-            np.array(ids if ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id], dtype=np.int32),
-            glued=spans[steps[0].token][0] < thinking,
+            np.array(ids if ids[-1] == eos else [*ids, eos], dtype=np.int32),
+            glued=spans[steps[0].token][0] < before,
             steps=[step.token for step in steps],
             answer=answer,
-            step_chars=[step.char - thinking for step in steps],
+            step_chars=[step.char - before for step in steps],
             openings=[step.opening for step in steps],
         )
