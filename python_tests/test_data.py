@@ -13,8 +13,10 @@ import pytest
 import torch
 from text_cases import byte_pair_tokenizer, chains, character_tokenizer, save_language_model
 from transformers import AutoTokenizer
+from typer.testing import CliRunner
 
 from statecore import data, segmentation, traces
+from statecore.cli import app
 from statecore.data import PackedCollator, PaddedCollator, PromptFormat, PromptOptions, load_prepared
 from statecore.language import LanguageOptions
 from statecore.patterns import PatternOptions
@@ -30,7 +32,7 @@ STARTS, ENDS, PAD = [100, 102, 104], [101, 103, 105], 0
 
 
 def random_row(rng: random.Random, prompt: int | None = None) -> dict:
-    """A row of distinct ordinary tokens (so that equal tokens mean equal places) with steps of random length."""
+    """A row of distinct ordinary tokens, so that equal tokens mean equal positions, with steps of random length."""
     fresh = iter(rng.sample(range(200, 10_000), 400))
     prompt = rng.randint(1, 6) if prompt is None else prompt
     ids, steps = [next(fresh) for _ in range(prompt)], [0] * prompt
@@ -47,7 +49,7 @@ def random_row(rng: random.Random, prompt: int | None = None) -> dict:
 
 
 def brute_force_pairs(row: dict) -> set[tuple[int, int]]:
-    """(student position, teacher position) by looking for where both are about to read the same token."""
+    """(student position, teacher position) wherever the next token of both is the same."""
     markers = {*STARTS, *ENDS}
     ids = row["input_ids"]
     teacher = [token for token in ids if token not in markers]
@@ -203,6 +205,32 @@ def test_steps_open_with_transitions_and_lie_inside_markers(prepared_folder):
         assert answer.startswith("</think>\n\nIt is ")
         assert answer.endswith("<eos>")
     assert opened > 100
+
+
+@pytest.mark.parametrize("positional", [False, True])
+def test_prepare_command(prepared_folder, tokenizer_folder, tmp_path, monkeypatch, positional):
+    """The command with flat options writes what the function with option groups writes."""
+    source, folder = write_rows(tmp_path / "rows.jsonl", chains(40)), tmp_path / "out"
+    arguments = ["prepare", str(source), *([] if positional else ["--output-dir"]), str(folder)]
+    options = {"tokenizer": tokenizer_folder, "patterns": 4, "min_step_tokens": 6, "max-step-tokens": 40}
+    for name, value in (options | {"eval-fraction": 0.25}).items():
+        arguments += [f"--{name}", str(value)]
+    arguments += ["--elbow", "2", "--elbow", "4"]
+    monkeypatch.setattr("sys.argv", ["statecore", *arguments])
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert ("deprecated" in result.output) == positional
+    for name in ("train.parquet", "eval.parquet", "patterns.json", "tokenizer/tokenizer.json"):
+        assert (folder / name).read_bytes() == (prepared_folder / name).read_bytes(), name
+    settings, by_function = (json.loads((f / "report.json").read_text())["settings"] for f in (folder, prepared_folder))
+    assert settings | {"sources": 0, "output": 0} == by_function | {"sources": 0, "output": 0}
+    assert set(settings) == {
+        "sources", "output", "tokenizer", "split", "limit", "prompt_field", "thinking_field", "answer_field",
+        "id_field", "completion_field", "think_tags", "prompt_template", "think_open", "think_close", "model",
+        "model_tokenizer", "transitions", "opening_unit", "entropy_rows", "top_transitions", "entropy_threshold_bits",
+        "min_opening_count", "min_step_tokens", "max_step_tokens", "max_tokens", "patterns", "embedding",
+        "embedding_layer", "elbow", "window", "batch_size", "labels", "eval_fraction", "seed", "strict", "overwrite",
+    }  # fmt: skip
 
 
 def test_files_of_a_prepared_set(prepared_folder):
@@ -427,7 +455,7 @@ def test_a_prompt_that_shares_a_token_with_the_thinking_is_noted(tokenizer_folde
 
 @pytest.mark.parametrize("unit", ["word", "token"])
 def test_language_model_finds_transitions_and_embeds_steps(unit, tokenizer_folder, tmp_path):
-    """With a model whose tokenizer is not that of the training set, and one whose is."""
+    """With a model whose tokenizer is that of the training set, and one whose tokenizer is not."""
     model = save_language_model(tmp_path / "model")
     source = write_rows(tmp_path / "rows.jsonl", chains(24))
     for name, tokenizer, template in (("other", tokenizer_folder, None), ("same", model / "tokenizer", "{prompt}\n")):

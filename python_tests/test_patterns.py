@@ -18,7 +18,7 @@ def unit_rows(rows: np.ndarray) -> bool:
 
 
 def steps_about(topics: list[str]) -> tuple[list[str], list[str], list[int]]:
-    """For each topic two kinds of steps; texts, topics, kinds."""
+    """Texts, topics and kinds of two kinds of steps for each topic."""
     check, other = "wait let me check the {} again", "alternatively maybe the {} is something else"
     texts = [form.format(topic) for topic in topics for form in (check, other)]
     return texts, [topic for topic in topics for _ in range(2)], [kind for _ in topics for kind in range(2)]
@@ -89,7 +89,7 @@ def test_hidden_state_embedding_refuses_a_layer_that_is_not_there():
 
 
 def blobs(sizes: tuple[int, ...] = (60, 30, 90), width: int = 8) -> tuple[np.ndarray, np.ndarray]:
-    """Unit vectors around as many axes, and which axis each belongs to."""
+    """Unit vectors around one axis for each size, and the axis that each belongs to."""
     rng = np.random.default_rng(0)
     owner = rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
     points = np.eye(width)[owner] + 0.1 * rng.normal(size=(len(owner), width))

@@ -12,7 +12,14 @@ from text_cases import CHARACTERS, chains, character_tokenizer, tiny_model
 
 from statecore import segmentation
 from statecore.labels import label_agreement
-from statecore.segmentation import OpeningEntropy
+from statecore.segmentation import (
+    Corpus,
+    EntropyOptions,
+    OpeningEntropy,
+    StepOptions,
+    TransitionOptions,
+    Transitions,
+)
 from statecore.windows import encode, token_windows
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -194,8 +201,41 @@ def test_transitions_from_files(tmp_path):
         segmentation.load_transitions(file)
 
 
+class Language:
+    """Measures the entropies of TABLE at whatever it reads."""
+
+    def opening_entropies(self, traces, unit):
+        self.read = (traces, unit)
+        return TABLE
+
+
+def test_strategies_by_precedence(tmp_path):
+    (tmp_path / "words").write_text("Wait\nHmm\n")
+    of_file, by_entropy = EntropyOptions(tmp_path / "words"), EntropyOptions(None, "token", 3, 2)
+    corpus, without_model = Corpus(range(10), Language()), Corpus(range(10))
+    choose = segmentation.choose_transitions
+    assert choose() == Transitions(segmentation.DEFAULT_TRANSITIONS, "word")
+    assert choose(by_entropy, without_model) == Transitions(segmentation.DEFAULT_TRANSITIONS, "token")
+    assert choose(TransitionOptions(), corpus) == Transitions(segmentation.DEFAULT_TRANSITIONS, "word")
+    assert choose(of_file, corpus) == choose(TransitionOptions(tmp_path / "words")) == Transitions(["Wait", "Hmm"])
+    assert choose(by_entropy, corpus) == Transitions(["wait", "but"], "token", TABLE)
+    traces, unit = corpus.language.read
+    assert (len(traces), traces, unit) == (3, sorted(traces), "token")
+    by_threshold = EntropyOptions(entropy_threshold_bits=1.0, min_opening_count=31)
+    assert choose(by_threshold, corpus).openings == ["but"]
+
+
+def test_a_strategy_is_a_function_and_a_table_entry(monkeypatch):
+    def shouted(options, corpus):
+        return Transitions(["WAIT"], options.opening_unit) if options.opening_unit == "token" else None
+
+    monkeypatch.setattr(segmentation, "STRATEGIES", (shouted, *segmentation.STRATEGIES))
+    assert segmentation.choose_transitions(TransitionOptions(opening_unit="token")).openings == ["WAIT"]
+    assert segmentation.choose_transitions().openings == segmentation.DEFAULT_TRANSITIONS
+
+
 def test_words_are_compared_without_case_and_tokens_with_it():
-    word, token = (segmentation.Transitions(["Wait"], unit) for unit in ("word", "token"))
+    word, token = (Transitions(["Wait"], unit) for unit in ("word", "token"))
     assert "wait" in word
     assert "waiting" not in word
     assert None not in word
@@ -205,6 +245,24 @@ def test_words_are_compared_without_case_and_tokens_with_it():
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Steps
+
+
+def test_steps_start_at_the_tokens_of_their_sentences():
+    text = "One two. Wait, three. So four. But five."
+    spans = [(0, 4), (4, 8), (8, 13), (13, 21), (21, 30), (30, 34), (34, 40)]
+    sentences = segmentation.sentence_starts(text)
+    openings = segmentation.sentence_openings(text, sentences, "word")
+
+    def starts(end: int, transitions: Transitions = Transitions()) -> list[tuple]:
+        found = segmentation.find_steps(sentences, openings, spans, end, transitions, StepOptions(1, 100))
+        return [(step.token, step.char, step.opening) for step in found]
+
+    assert starts(7) == [(0, 0, "one"), (2, 9, "wait"), (5, 31, "but")]
+    assert starts(5) == [(0, 0, "one"), (2, 9, "wait")]
+    assert starts(0) == []
+    assert starts(7, Transitions(["so"])) == [(0, 0, "one"), (4, 22, "so")]
+    spans[:3] = [(0, 13)] * 3  # two sentences start in one token: the transition counts
+    assert starts(7)[0][2] == "wait"
 
 
 def test_short_pieces_join_the_step_before():
