@@ -74,6 +74,13 @@ class Prepared:
     tokenizer: Any
     patterns: dict[str, Any]  # what PATTERNS_FILE holds
 
+    def part(self, split: str) -> datasets.Dataset:
+        """The rows of "train" or "eval"."""
+        rows = {"train": self.train, "eval": self.eval}.get(split)
+        if rows is None:
+            raise ValueError(f"the prepared set has no part {split!r}: expected train, or eval where there is one")
+        return rows
+
     @property
     def step_start_token_ids(self) -> list[int]:
         return [pattern["start_token_id"] for pattern in self.patterns["patterns"]]

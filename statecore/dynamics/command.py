@@ -47,8 +47,8 @@ RECORD_FILE, PRUNING_FILE = "dynamics.json", "pruning.json"
 def record(
     model: str,
     text: str,
+    output_dir: str | Path,
     *,
-    output_dir: Path,
     measuring: RecordOptions = RecordOptions(),
     loading: ModelOptions = ModelOptions(),
     reading: TextOptions = TextOptions(),
@@ -112,8 +112,8 @@ def _write_recording(folder: Path, trajectories: Sequence[Trajectory], result: M
 def prune(
     model: str,
     text: str,
+    output_dir: str | Path,
     *,
-    output_dir: Path,
     pruning: PruneOptions = PruneOptions(),
     heldout: str | None = None,
     loading: ModelOptions = ModelOptions(),
@@ -175,8 +175,8 @@ def _head_choices(heads: Sequence[Head], scores: np.ndarray, options: PruneOptio
 def lower(
     model: str,
     text: str,
+    output_dir: str | Path,
     *,
-    output_dir: Path,
     lowering: LowerOptions = LowerOptions(),
     heldout: str | None = None,
     loading: ModelOptions = ModelOptions(),

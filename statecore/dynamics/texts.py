@@ -134,14 +134,11 @@ class _TextReader:
 def _prepared_texts(source: str, split: str, markers: tuple[list[int], list[int]]) -> Iterator[Text]:
     """Rows of a prepared set, without step tokens if the model has none."""
     prepared = load_prepared(source)
-    part = {"train": prepared.train, "eval": prepared.eval}.get(split)
-    if part is None:
-        raise ValueError(f"{source} has no part {split!r}: expected train, or eval where there is one")
     known = {*prepared.step_start_token_ids, *prepared.step_end_token_ids}
     wanted = {token for kind in markers for token in kind}
     if wanted and wanted != known:
         raise ValueError(f"the model's step tokens are not those of {source}: prepare the set for this model")
-    for row in part:
+    for row in prepared.part(split):
         ids, step_ids = np.asarray(row["input_ids"]), np.asarray(row["step_ids"])
         ends = np.flatnonzero(np.diff(step_ids, append=step_ids[-1] + 1)) + 1  # of the prompt, each step, the answer
         if not wanted:

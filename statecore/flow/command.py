@@ -94,9 +94,9 @@ class OutputOptions:
 
 def flow(
     trace: str,
+    output_dir: str | Path | None = None,
     *,
     model: str,
-    output_dir: Path | None = None,
     labels: str | None = None,
     loading: ModelOptions = ModelOptions(),
     scoring: ScoringOptions = ScoringOptions(),
@@ -115,18 +115,19 @@ def flow(
     Args:
         trace: a .json, .jsonl, .jsonl.gz or .parquet file, a folder of them, a prepared training set, or a hub dataset
             (`owner/name` or `owner/name:configuration`).
-        model: a causal language model, a state-transition checkpoint, or an adapter folder.
         output_dir: a folder for pictures and report; without it they are not drawn.
+        model: a causal language model, a state-transition checkpoint, or an adapter folder.
         labels: .jsonl or .jsonl.gz of {"id", "spans": [[start, end, category], ...]}, sentence labels with character
             offsets in the thinking; gains are then grouped by category too.
         tokenizer: folder or hub name; default: the folder `tokenizer` in the model's, or the model's own. A prepared
             set brings its own.
         dtype: what the model computes in; half precision blurs small gains.
         prompt_template: a text with {prompt} in it; default: as in the model's patterns.json, else the chat template.
-        think_open, think_close: what stands around the thinking; the closing is read and not scored, so
-            an answer's introduction may stand in it. Default: as in the model's patterns.json, else as `prepare`.
+        think_open, think_close: what stands around the thinking; the closing is read and not scored, so an answer's
+            introduction may stand in it. Default: as in the model's patterns.json, else as `prepare`.
     """
     settings = flat_settings(**locals())
+    settings["out"] = settings.pop("output_dir")  # its name in flow.json
     language = load_causal_lm(model, loading.base, loading.dtype)
     has_steps = isinstance(language, StateCoreForCausalLM) and bool(language.config.step_start_token_ids)
     if (Path(trace) / PATTERNS_FILE).is_file():
@@ -183,14 +184,11 @@ def _prepared_source(
     prepared = load_prepared(folder)
     if scoring.posterior_template is not None:
         raise ValueError("posterior_template needs prompts as texts: give the traces, not the prepared set")
-    part = {"train": prepared.train, "eval": prepared.eval}.get(split)
-    if part is None:
-        raise ValueError(f"{folder} has no part {split!r}: expected train, or eval where there is one")
     markers = prepared.step_start_token_ids + prepared.step_end_token_ids
     if model is not None and model.config.step_token_ids != markers:
         raise ValueError(f"the step tokens of {model_name} are not those of {folder}: prepare the set for this model")
     reader = PreparedReader(prepared, model is not None, scoring.score_end)
-    return _Source(reader, ((folder, number, row) for number, row in enumerate(part, 1)))
+    return _Source(reader, ((folder, number, row) for number, row in enumerate(prepared.part(split), 1)))
 
 
 def _chains(
@@ -229,7 +227,7 @@ def _nothing_measured(trace: str, row: int | None, left_out: list[BadRow]) -> st
 
 
 @contextmanager
-def _opened(output_dir: Path | None, outputs: OutputOptions) -> Iterator[tuple[Path | None, TextIO | None]]:
+def _opened(output_dir: str | Path | None, outputs: OutputOptions) -> Iterator[tuple[Path | None, TextIO | None]]:
     """The folder for the report and the file for the rewards, where they are wanted."""
     folder = nullcontext() if output_dir is None else new_folder(output_dir, outputs.overwrite, marker=RESULT_FILE)
     rewards = nullcontext() if outputs.rewards is None else new_file(outputs.rewards, outputs.overwrite)
