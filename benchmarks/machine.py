@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.memory import copies
+from benchmarks.roofline import copies
 from benchmarks.timing import interleaved
 from benchmarks.workload import ALL_THREADS
 from statecore import ops
@@ -20,8 +20,8 @@ CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 COPIED = 256 << 20  # bytes: far more than any cache
 
 
-def facts() -> dict[str, str]:
-    """Names and values for people; memory bandwidth is measured."""
+def cpu_facts() -> dict[str, str]:
+    """Names and values, for people; memory bandwidth is measured."""
     torch.set_num_threads(ALL_THREADS)
     bandwidth = 2 * COPIED / min(timing.median for timing in interleaved(copies(COPIED)).values())
     return {"memory bandwidth": f"{bandwidth / 1e9:.1f} GB/s (copy, read + write, all threads)"} | versions()
@@ -43,11 +43,11 @@ def versions() -> dict[str, str]:
 
 
 def gpu_facts() -> dict[str, str]:
-    """The same of the current GPU; its ceilings are rows of their own."""
+    """The same of the current GPU; its ceilings are rows of the record."""
     gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
     return {
         "GPU": f"{gpu.name}, {gpu.multi_processor_count} SMs, compute capability {gpu.major}.{gpu.minor}, "
-        f"{gpu.total_memory / 1e9:.0f} GB, second-level cache {gpu.L2_cache_size >> 20} MiB",
+        f"{gpu.total_memory / 1e9:.0f} GB, L2 cache {gpu.L2_cache_size >> 20} MiB",
         "driver": _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "unknown",
         "CUDA": str(torch.version.cuda),
         "cuDNN": str(torch.backends.cudnn.version()),
