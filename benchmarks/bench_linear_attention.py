@@ -6,6 +6,7 @@ python -m benchmarks.bench_linear_attention [--device cpu|cuda] [--only TEXT] [-
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -58,61 +59,57 @@ def on_cpu() -> list[Question]:
 
 def on_gpu() -> list[Question]:
     def asked(rank: int, operator: str, case: Case, aims=None) -> Question:
-        if operator == STEPS:
-            operator, make = f"{STEPS}, steps of {case.step}", step_subject
-            work, needs = partial(roofline.linear_attention, states=3), 10.0
-        else:
-            work, make = partial(roofline.linear_attention, decay=operator != NAME), partial(subject, operator=operator)
-            needs = FLA_COMPILES
-        return Question(NAME, operator, case, work, (FORWARD, BOTH), make, aims=aims or {}, rank=rank, needs=needs)
+        work, make = partial(roofline.linear_attention, decay=operator != NAME), partial(subject, operator=operator)
+        fields = {"aims": aims or {}, "rank": rank, "needs": FLA_COMPILES}
+        return Question(NAME, operator, case, work, (FORWARD, BOTH), make, **fields)
 
-    def of(batch: int, heads: tuple[int, int], time: int, **changes) -> Case:
-        form = {"dtype": torch.bfloat16, "step": 128, "device": "cuda"} | changes
-        return Case(batch=batch, heads=heads, time=time, **form)
+    def steps(rank: int, case: Case) -> Question:
+        work, operator = partial(roofline.linear_attention, states=3), f"{STEPS}, steps of {case.step}"
+        return Question(NAME, operator, case, work, (FORWARD, BOTH), step_subject, rank=rank)
+
+    def of(batch: int, heads: tuple[int, int], time: int, step: int = 128, width: int = 128) -> Case:
+        return Case(torch.bfloat16, time, heads, width, step=step, batch=batch, device="cuda")
 
     large, long = of(8, (16, 16), 8192), of(1, (12, 2), 32_768)
     return [
         asked(1, NAME, large, {FORWARD: ("ms", 0.33e-3), BOTH: ("ms", 1.25e-3)}),
         asked(1, NAME, long, {FORWARD: ("ms", 95e-6), BOTH: ("ms", 330e-6)}),
-        asked(2, STEPS, replace(long, step=384)),
+        steps(2, of(1, (12, 2), 32_768, 384)),
         asked(2, CONSTANT, large),
         asked(2, PER_TOKEN, large),
         asked(3, NAME, of(1, (12, 2), 8192)),
         asked(3, NAME, of(1, (28, 4), 32_768)),
-        *(asked(3, STEPS, replace(long, step=step)) for step in (128, 64, 32)),
+        *(steps(3, of(1, (12, 2), 32_768, step)) for step in (128, 64, 32)),
         asked(4, NAME, of(8, (28, 4), 8192)),
         asked(4, CONSTANT, long),
         asked(4, PER_TOKEN, long),
-        asked(4, STEPS, of(1, (28, 4), 32_768, step=384)),
+        steps(4, of(1, (28, 4), 32_768, 384)),
         asked(5, NAME, of(2, (64, 64), 16_384)),
         asked(5, NAME, of(8, (16, 16), 8192, width=64)),
     ]
 
 
 def subject(case: Case, operator: str = NAME) -> Subject:
-    inputs, context, theirs = case.qkv(), (), None
+    inputs, context, constant = case.qkv(), (), None
     if operator == CONSTANT:  # the decays of RetNet (arXiv 2307.08621); no gradient is taken of them
         decay = torch.log1p(-(2.0 ** (-5 - torch.arange(case.heads[1], device=case.device) % 8)))
         context = (decay.expand(case.batch, case.time, -1).contiguous(),)
-        theirs = decay.repeat_interleave(case.heads[0] // case.heads[1])
+        constant = decay.repeat_interleave(case.heads[0] // case.heads[1])
     elif operator == PER_TOKEN:
         decay = -0.1 * torch.rand(case.batch, case.time, case.heads[1], device=case.device)
         inputs = *inputs, decay.requires_grad_()
-    found = {} if case.threads else {FLA: partial(fla_peer, case, inputs, theirs)}
+    found = {} if case.threads else {FLA: partial(fla_peer, case, inputs, constant)}
     if operator == NAME:
-        found[CHUNKED] = partial(chunked_peer, case, inputs, lambda chunk: peers.sums_before(case.time // chunk))
+        found[CHUNKED] = lambda: chunked_peer(case, inputs, plain_carry(case))
         if case.threads:
-            found[COMPILED] = partial(compiled_peer, case, inputs)
+            found[COMPILED] = lambda: compiled_peer(case, inputs)
     return Subject(case, ops.linear_attention, reference.linear_attention, inputs, context, found)
 
 
 def step_subject(case: Case) -> Subject:
     inputs, context = case.qkv(), (case.step_ids(), ALPHA.to(case.device))
-
-    def carry(chunk: int) -> Tensor:
-        return peers.corrected_sums_before(ALPHA, case.time, case.prompt, case.step, chunk)
-
-    found = {CHUNKED: partial(chunked_peer, case, inputs, carry)}
+    carry = partial(peers.corrected_sums_before, ALPHA, case.time, case.prompt, case.step)
+    found = {CHUNKED: lambda: chunked_peer(case, inputs, carry)}
     if not case.threads:
         found[UNCORRECTED] = lambda: Peer({"": lambda: ops.linear_attention(*inputs)[0]}, inputs, apart=True)
         found[FLA_UNCORRECTED] = lambda: replace(fla_peer(case, inputs), apart=True)
@@ -122,8 +119,7 @@ def step_subject(case: Case) -> Subject:
 def scan_subject(case: Case) -> Subject:
     """Grouped values with decay: one query and key head, many value heads. Both sides get x, dt, decay, B and C."""
     heads = case.heads[-1]
-    decay = -torch.arange(1.0, heads + 1)
-    dt = torch.rand(case.batch, case.time, heads) * 0.1
+    decay, dt = -torch.arange(1.0, heads + 1), torch.rand(case.batch, case.time, heads) * 0.1
     c, b, x = (case.random(*shape).detach() for shape in ((1, case.width), (1, case.width), (heads, SCAN_WIDTH)))
 
     def by(operator: Callable) -> Callable:
@@ -131,14 +127,11 @@ def scan_subject(case: Case) -> Subject:
 
     def peer() -> Peer:
         """It takes seconds and gigabytes: its chunk length is chosen on a quarter of the tokens."""
-        some = slice(0, case.time // 4)
-
-        def trial(chunk: int) -> float:
-            first = x[:, some], dt[:, some], decay, b[:, some], c[:, some]
-            return seconds_per_call(lambda: peers.chunked_mamba_scan(*first, chunk))
-
-        best = min(SCAN_CHUNKS, key=trial)
-        return Peer({f"C = {best}": lambda: peers.chunked_mamba_scan(x, dt, decay, b, c, best)})
+        scan = import_module("transformers.models.mamba2.modeling_mamba2").mamba2_chunk_scan
+        trial = [some[:, : case.time // 4] for some in (x, dt, b, c)]
+        trials = {chunk: partial(scan, *trial[:2], decay, *trial[2:], chunk) for chunk in SCAN_CHUNKS}
+        best = min(SCAN_CHUNKS, key=lambda chunk: seconds_per_call(trials[chunk]))
+        return Peer({f"C = {best}": partial(scan, x, dt, decay, b, c, best)})
 
     return Subject(case, by(ops.linear_attention), by(reference.linear_attention), (c, b, x, dt), peers={SCAN: peer})
 
@@ -164,25 +157,24 @@ def chunked_peer(case: Case, inputs: tuple[Tensor, ...], carry: Callable[[int], 
     """At the chunk lengths that divide prompt and steps. carry: of a chunk length."""
     chunks = CPU_CHUNKS if case.threads else GPU_CHUNKS
     chunks = [chunk for chunk in chunks if case.step % chunk == case.prompt % chunk == 0] or [case.step]
-
-    def variant(chunk: int, carried: Tensor | None) -> Callable[[], Tensor]:
-        return lambda: peers.chunked_linear_attention(*inputs, chunk, carried)
-
+    runs = {}
     if case.threads and case.time > CPU_TIME:  # only here a cumulative sum may be faster than a product
         chunks = [max(chunks)]
-        return Peer({"": variant(chunks[0], None), f"C = {chunks[0]}": variant(chunks[0], carry(chunks[0]))}, inputs)
-    return Peer({f"C = {chunk}": variant(chunk, carry(chunk).to(case.device)) for chunk in chunks}, inputs)
+        runs["cumulative sum"] = partial(peers.chunked_linear_attention, *inputs, *chunks)
+    for chunk in chunks:
+        runs[f"C = {chunk}"] = partial(peers.chunked_linear_attention, *inputs, chunk, carry(chunk).to(case.device))
+    return Peer(runs, inputs)
 
 
 def compiled_peer(case: Case, inputs: tuple[Tensor, ...]) -> Peer:
     torch.compiler.reset()
-    compiled = torch.compile(peers.chunked_linear_attention, dynamic=False, fullgraph=True)
+    compiled, carry = torch.compile(peers.chunked_linear_attention, dynamic=False, fullgraph=True), plain_carry(case)
+    runs = {f"C = {chunk}": partial(compiled, *inputs, chunk, carry(chunk)) for chunk in COMPILED_CHUNKS}
+    return Peer(runs, inputs, forward_only=True)
 
-    def variant(chunk: int) -> Callable[[], Tensor]:
-        carry = peers.sums_before(case.time // chunk)
-        return lambda: compiled(*inputs, chunk, carry)
 
-    return Peer({f"C = {chunk}": variant(chunk) for chunk in COMPILED_CHUNKS}, inputs, forward_only=True)
+def plain_carry(case: Case) -> Callable[[int], Tensor]:
+    return lambda chunk: peers.sums_before(case.time // chunk)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@
 On the CPU the parts are torch's; on a GPU they are statecore's own, so the ratio is what one operator saves over two.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -38,39 +37,28 @@ def questions(device: str) -> list[Question]:
 
 def subject(case: Case) -> Subject:
     inputs = *case.qkv(), *case.qkv(), case.random(case.heads[0], case.width)
-    ids, alpha = case.step_ids(), ALPHA.to(case.device)
-    found = {EAGER: lambda: eager_peer(case, inputs, ids)} if case.threads else {}
-    if not case.threads:
-        found[SEPARATE] = partial(separate_peer, inputs, ids, alpha)
-    return Subject(case, ops.mixed_attention, reference.mixed_attention, inputs, (ids, alpha), found)
+    context, name = (case.step_ids(), ALPHA.to(case.device)), EAGER if case.threads else SEPARATE
+    found = {name: partial(parts_peer, case, inputs, *context)}
+    return Subject(case, ops.mixed_attention, reference.mixed_attention, inputs, context, found)
 
 
-def eager_peer(case: Case, inputs: tuple[Tensor, ...], ids: Tensor) -> Peer:
-    q, k, v, lin_q, lin_k, lin_v, gate = inputs
-    mask, chunk = reference.segment_mask(ids, case.time), min(CHUNK, case.step)
-    carry = peers.corrected_sums_before(ALPHA, case.time, case.prompt, case.step, chunk)
-
-    def run() -> Tensor:
-        remembered = peers.chunked_linear_attention(lin_q, lin_k, lin_v, chunk, carry)
-        return gate_and_sum(peers.sdpa(q, k, v, mask), gate, remembered)
-
-    return Peer({f"C = {chunk}": run}, inputs)
-
-
-def separate_peer(inputs: tuple[Tensor, ...], ids: Tensor, alpha: Tensor) -> Peer:
-    """variants: how the element-wise part runs."""
-    q, k, v, lin_q, lin_k, lin_v, gate = inputs
-
-    def variant(gated: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[], Tensor]:
-        def run() -> Tensor:
-            attended, _ = ops.segment_attention(q, k, v, ids)
-            remembered, _ = ops.step_linear_attention(lin_q, lin_k, lin_v, ids, alpha)
-            return gated(attended, gate, remembered)
-
-        return run
-
-    compiled = torch.compile(gate_and_sum, dynamic=False, fullgraph=True)
-    return Peer({"eager": variant(gate_and_sum), "torch.compile": variant(compiled)}, inputs)
+def parts_peer(case: Case, inputs: tuple[Tensor, ...], ids: Tensor, alpha: Tensor) -> Peer:
+    """variants: of the chunk length on the CPU, on a GPU of how the element-wise part runs."""
+    qkv, lin_qkv, gate = inputs[:3], inputs[3:6], inputs[6]
+    if case.threads:
+        mask, chunk = reference.segment_mask(ids, case.time), min(CHUNK, case.step)
+        carry = peers.corrected_sums_before(alpha, case.time, case.prompt, case.step, chunk)
+        parts = partial(peers.sdpa, *qkv, mask), partial(peers.chunked_linear_attention, *lin_qkv, chunk, carry)
+        variants = {f"C = {chunk}": gate_and_sum}
+    else:
+        attend, remember = (
+            partial(ops.segment_attention, *qkv, ids),
+            partial(ops.step_linear_attention, *lin_qkv, ids, alpha),
+        )
+        parts = (lambda: attend()[0]), (lambda: remember()[0])
+        variants = {"eager": gate_and_sum, "torch.compile": torch.compile(gate_and_sum, dynamic=False, fullgraph=True)}
+    attended, remembered = parts
+    return Peer({name: lambda by=by: by(attended(), gate, remembered()) for name, by in variants.items()}, inputs)
 
 
 def gate_and_sum(attended: Tensor, gate: Tensor, remembered: Tensor) -> Tensor:

@@ -6,15 +6,15 @@ What measures is passed in (Instruments): the CPU's clock or a GPU's events. Eve
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from benchmarks import memory, roofline, timing
+from benchmarks import memory, timing
 from benchmarks.record import COMPARISON, KERNEL, QUANTITY, Number, Row
-from benchmarks.roofline import BOTH, FORWARD, NoPeak
-from benchmarks.timing import NotTimed, Run, Timing, fastest, seconds_per_call
+from benchmarks.roofline import BOTH, FORWARD, Ceilings, NoPeak, Passes, bound
+from benchmarks.timing import NotTimed, Run, Timing, seconds_per_call
 from benchmarks.workload import Case
 
 OURS = "statecore"
@@ -23,21 +23,31 @@ SAME = 0.03  # relative error beyond which two sides do not compute the same thi
 CORNER_HEADS, CORNER_TOKENS, ODD = 2, 1500, 37  # most that is compared: key heads, tokens, those behind the second step
 ABSENT, OTHER = "not installed: ", "computes something else, not timed: "
 NO_TIME = "left out, the time of the run was spent"
-MESSAGE = 200  # characters of a reason
-JUDGED = {"ms": "time", "us": "time", "TFLOP/s": "rate", "percent": "share of it"}  # by the unit of a target
-Timings = dict[tuple[str, str], Timing]  # by side and variant
+JUDGED = {
+    "ms": "time",
+    "us": "time",
+    "TFLOP/s": "rate",
+    "percent": "share of it",
+}  # number that a target's unit is about
 
 
 @dataclass(frozen=True)
 class Instruments:
     """What measures, on a GPU if not given. left: seconds of the run that remain."""
 
-    ceilings: Callable[[Case], roofline.Ceilings]
+    ceilings: Callable[[Case], Ceilings]
     left: Callable[[], float]
     time: Callable[[dict], dict] = timing.interleaved_on_gpu
-    captured: Callable[[Sequence[Run]], timing.Replay] = timing.captured
+    captured: Callable[[Sequence[Run]], tuple[Run, int | None]] = timing.captured
     extra: Callable[[Run], int | None] = memory.gpu_extra
     wait: Run = torch.cuda.synchronize
+
+    @staticmethod
+    def of_cpu(ceilings: Callable[[Case], Ceilings], left: Callable[[], float]) -> "Instruments":
+        def one(calls: Sequence[Run]) -> tuple[Run, None]:
+            return calls[0], None
+
+        return Instruments(ceilings, left, timing.interleaved, one, memory.cpu_extra, lambda: None)
 
 
 @dataclass(frozen=True)
@@ -73,34 +83,21 @@ class Subject:
     def run(self) -> Tensor:
         return self.results()[0]
 
-    def corner(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Inputs and context of the corner alone."""
-        cut = corner_of(self.case)
-        return [cut(x).detach().clone() for x in self.inputs], [cut(x).contiguous() for x in self.context]
-
 
 def contest(question: "Question", instruments: Instruments) -> Iterator[Row]:
     """What peers build, ours in every direction, and each peer that runs; of those that do not, why."""
     subject = question.subject(question.case)
-    if broken := reason_of(lambda: wrong(subject)):
-        yield from question.failed(broken)
-        return
-    peers, failures = made(subject.peers)
+    check_output(subject)
+    peers, failures = made(question.chosen(subject.peers))
     for name, peer in peers.items():
         for what, build in peer.prepared.items():
-
-            def finished(build: Run = build) -> None:
-                build()
-                instruments.wait()
-
-            finished()
-            yield question.quantity(f"{name}: {what}", {"time": (seconds_per_call(finished), "ms")})
-    steep = reason_of(lambda: wrong_gradients(subject)) if question.directions != (FORWARD,) else ""
+            build()
+            seconds = seconds_per_call(lambda: (build(), instruments.wait()))  # noqa: B023
+            yield question.row(QUANTITY, what=f"{name}: {what}", numbers={"time": (seconds, "ms")})
     for direction in question.directions:
-        if steep and direction != FORWARD:
-            yield question.kernel(direction, failure=steep)
-            continue
         try:
+            if direction != FORWARD:
+                check_gradients(subject)
             rows = list(one_direction(question, direction, subject, peers, failures, instruments))
         except Exception as error:  # of ours, or of a peer that has run before
             rows = [question.kernel(direction, failure=in_one_line(error))]
@@ -109,18 +106,19 @@ def contest(question: "Question", instruments: Instruments) -> Iterator[Row]:
 
 @dataclass(frozen=True)
 class Question:
-    """What is to be found out. section: of the page; work: {direction: passes} of a case; measure: its rows; aims:
-    {direction: (unit, target)} of ours; ratios: {(direction, peer): target}; rank: 1 is asked first; needs: seconds, it
-    is not asked where fewer remain.
+    """What is to be found out. section: of the page; work: {direction: passes} of a case; measure: its rows; peers: the
+    names of those that take part, else all; aims: {direction: (unit, target)} of ours; ratios: {(direction, peer):
+    target}; rank: 1 is asked first; needs: seconds, it is not asked where fewer remain.
     """
 
     section: str
     operator: str
     case: Case
-    work: Callable[[Case], dict[str, roofline.Passes]] = lambda case: {}
+    work: Callable[[Case], dict[str, Passes]] = lambda case: {}
     directions: tuple[str, ...] = (FORWARD,)
     subject: Callable[[Case], Subject] | None = None
     measure: Callable[["Question", Instruments], Iterator[Row]] = contest
+    peers: tuple[str, ...] | None = None
     aims: dict[str, tuple[str, float | None]] = field(default_factory=dict)
     ratios: dict[tuple[str, str], float] = field(default_factory=dict)
     rank: int = 1
@@ -132,19 +130,11 @@ class Question:
         heads = "/".join(map(str, case.heads))
         return f"{self.operator}: B {case.batch}, T {case.time}, heads {heads}, D {case.width}"
 
-    def passes(self, direction: str) -> roofline.Passes:
-        return self.work(self.case).get(direction, ())
-
-    def bound(self, direction: str, instruments: Instruments) -> float:
-        """The least seconds of ours, 0 where its work is not counted. Raises NoPeak."""
-        passes = self.passes(direction)
-        return roofline.bound(passes, instruments.ceilings(self.case)) if passes else 0.0
+    def chosen(self, makers: dict[str, Callable[[], Peer]]) -> dict[str, Callable[[], Peer]]:
+        return {name: make for name, make in makers.items() if self.peers is None or name in self.peers}
 
     def row(self, kind: str, **fields) -> Row:
         return Row(**{"kind": kind, "operator": self.operator, "case": self.case.labels()} | fields)
-
-    def quantity(self, what: str, numbers: dict[str, Number], **fields) -> Row:
-        return self.row(QUANTITY, what=what, numbers=numbers, **fields)
 
     def kernel(self, direction: str, numbers: dict[str, Number] | None = None, failure: str = "") -> Row:
         unit, target = self.aims.get(direction, ("ms", None))
@@ -154,62 +144,41 @@ class Question:
     def timed(self, direction: str, instruments: Instruments, taken: Timing, **more: Number) -> Row:
         """Ours, and what that is of the machine's ceilings."""
         unit, _ = self.aims.get(direction, ("ms", None))
-        passes, prefix = self.passes(direction), "G" if self.case.threads else "T"
-        work, moved = sum(one.flops for one in passes), sum(one.bytes for one in passes)
+        passes, least, prefix = self.work(self.case).get(direction, ()), None, "G" if self.case.threads else "T"
+        with suppress(NoPeak):
+            least = bound(passes, instruments.ceilings(self.case)) if passes else None
         numbers = {"time": (taken.median, "us" if unit == "us" else "ms"), "spread": (taken.spread, "percent")}
         if taken.host:
             numbers["CPU time"] = taken.host, "ms"
         if passes:
+            work, moved = sum(one.flops for one in passes), sum(one.bytes for one in passes)
             numbers |= {"work": (work, "GFLOP"), "rate": (work / taken.median, f"{prefix}FLOP/s")}
             numbers |= {"moved": (moved, "MB"), "bandwidth": (moved / taken.median, f"{prefix}B/s")}
-        with suppress(NoPeak):
-            if bound := self.bound(direction, instruments):
-                numbers |= {"roofline": (bound, "ms"), "share of it": (bound / taken.median, "percent")}
+        if least:
+            numbers |= {"roofline": (least, "ms"), "share of it": (least / taken.median, "percent")}
         return self.kernel(direction, numbers | more)
 
     def comparison(
-        self,
-        direction: str,
-        peer: str,
-        instruments: Instruments,
-        timings: Timings,
-        failure: str = "",
+        self, direction: str, peer: str, ours: Row, timings: dict[tuple[str, str], Timing], failure: str = "",
         work: float = 1.0,
-    ) -> Row:
-        """failure: why the peer is not among the timings."""
-        aim = {"judged": "ratio", "unit": "times", "target": self.ratios.get((direction, peer))}
-        ours, theirs = timings[OURS, ""], {variant: its for (name, variant), its in timings.items() if name == peer}
-        if not theirs:
-            return self.row(COMPARISON, direction=direction, what=peer, failure=failure, **aim)
-        best = fastest(theirs)
-        its = theirs[best]
-        numbers = {
-            "time": (ours.median, "ms"), "spread": (ours.spread, "percent"),
-            "its time": (its.median, "ms"), "its spread": (its.spread, "percent"),
-        }  # fmt: skip
-        if its.host:
-            numbers["its CPU time"] = its.host, "ms"
-        if best:
-            numbers["its best form"] = best, "text"
-        numbers["ratio"] = its.median / ours.median * work, "times"
-        with suppress(NoPeak):
-            if bound := self.bound(direction, instruments):
-                numbers["at our roofline"] = its.median / bound * work, "times"
-        tried = {variant: taken.median for variant, taken in theirs.items()}
-        return self.row(COMPARISON, direction=direction, what=peer, numbers=numbers, tried=tried, **aim)
-
-    def failed(self, reason: str) -> Iterator[Row]:
-        return (self.kernel(direction, failure=reason) for direction in self.directions)
-
-
-def among(subject: Callable[[Case], Subject], *names: str) -> Callable[[Case], Subject]:
-    """With these peers alone."""
-
-    def chosen(case: Case) -> Subject:
-        found = subject(case)
-        return replace(found, peers={name: make for name, make in found.peers.items() if name in names})
-
-    return chosen
+    ) -> Row:  # fmt: skip
+        """ours: the row of this direction. timings: by side and variant; failure: why the peer is not among them."""
+        theirs = {variant: taken for (name, variant), taken in timings.items() if name == peer}
+        tried, numbers = {variant: taken.median for variant, taken in theirs.items()}, {}
+        if theirs:
+            best, (seconds, _) = min(tried, key=tried.get), ours.numbers["time"]
+            its = theirs[best]
+            numbers = {"time": (seconds, "ms"), "spread": ours.numbers["spread"]}
+            numbers |= {"its time": (its.median, "ms"), "its spread": (its.spread, "percent")}
+            numbers |= {"its CPU time": (its.host, "ms")} if its.host else {}
+            numbers |= {"its best form": (best, "text")} if best else {}
+            numbers |= {"ratio": (its.median / seconds * work, "times")}
+            if "roofline" in ours.numbers:
+                numbers["at our roofline"] = its.median / ours.numbers["roofline"][0] * work, "times"
+        return self.row(
+            COMPARISON, direction=direction, what=peer, numbers=numbers, failure="" if theirs else failure,
+            tried=tried, judged="ratio", unit="times", target=self.ratios.get((direction, peer)),
+        )  # fmt: skip
 
 
 def made(makers: dict[str, Callable[[], object]]) -> tuple[dict[str, object], dict[str, str]]:
@@ -223,6 +192,16 @@ def made(makers: dict[str, Callable[[], object]]) -> tuple[dict[str, object], di
     return found, failures
 
 
+def in_one_line(error: Exception) -> str:
+    """Its first line, or what of that fits a table."""
+    if isinstance(error, NotTimed):
+        return str(error)
+    if isinstance(error, ImportError):
+        return ABSENT + str(error)
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {textwrap.shorten(first, 200, placeholder=' ...')}"
+
+
 # ---- how fast is it?
 
 
@@ -232,7 +211,7 @@ def one_direction(
 ) -> Iterator[Row]:  # fmt: skip
     gradient = None if direction == FORWARD else torch.randn_like(subject.run())
     ours = directed(direction, subject.run, subject.inputs, gradient)
-    mine = in_tuple(ours())
+    mine = ours()
     if not all(bool(x.isfinite().all()) for x in mine):
         raise NotTimed("wrong, not timed: infinite or not a number")
     runs, failures = {(OURS, ""): ours}, dict(failures)
@@ -243,39 +222,38 @@ def one_direction(
                 if instruments.left() <= 0:
                     raise NotTimed(NO_TIME)
                 candidate = directed(direction, run, peer.inputs, gradient)
-                theirs = in_tuple(candidate())
+                theirs = candidate()
                 instruments.wait()
                 if not peer.apart:
-                    agree(mine, theirs)
+                    agree(theirs, mine)
                 runs[name, variant] = candidate
             except Exception as error:
                 failures[name] = in_one_line(error)
     del mine
     timings = instruments.time(runs)
     # Forward with all results: they are no extra memory.
-    extra = instruments.extra(directed(FORWARD, subject.results) if direction == FORWARD else ours)
-    yield question.timed(direction, instruments, timings[OURS, ""], **{"memory beyond": (extra, "MB")})
+    extra = instruments.extra(torch.no_grad()(subject.results) if direction == FORWARD else ours)
+    row = question.timed(direction, instruments, timings[OURS, ""], **{"memory beyond": (extra, "MB")})
+    yield row
     for name in subject.peers:
         if name in peers or name in failures:
             work = peers[name].work if name in peers else 1.0
-            yield question.comparison(direction, name, instruments, timings, failures.get(name, ""), work)
+            yield question.comparison(direction, name, row, timings, failures.get(name, ""), work)
 
 
-def directed(direction: str, run: Run, inputs: tuple[Tensor, ...] = (), gradient: Tensor | None = None) -> Run:
+def directed(
+    direction: str, run: Run, inputs: tuple[Tensor, ...] = (), gradient: Tensor | None = None
+) -> Callable[[], tuple[Tensor, ...]]:
     """What is timed of a run in a direction; gradients are those of the inputs."""
     if direction == FORWARD:
-        return torch.no_grad()(run)
+        return torch.no_grad()(lambda: (run(),))
     if direction == BOTH:
         return lambda: torch.autograd.grad(run(), inputs, gradient)
     out = run()
     return lambda: torch.autograd.grad(out, inputs, gradient, retain_graph=True)
 
 
-def in_tuple(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (results,) if isinstance(results, Tensor) else results
-
-
-# ---- is it right?
+# ---- is it right? What is not raises NotTimed.
 
 
 def corner_of(case: Case) -> Callable[[Tensor], Tensor]:
@@ -286,51 +264,49 @@ def corner_of(case: Case) -> Callable[[Tensor], Tensor]:
     keys = min(CORNER_HEADS, case.heads[1])
 
     def cut(x: Tensor) -> Tensor:
-        if x.dim() < 2:  # has no T
-            return x
-        x = x[-1:, :tokens]
-        return x if x.dim() == 2 else x[:, :, -(x.shape[2] * keys // case.heads[1]) :]
+        x = x[-1:, :tokens] if x.dim() > 1 else x  # else it has no T
+        return x[:, :, -(x.shape[2] * keys // case.heads[1]) :] if x.dim() > 2 else x
 
     return cut
 
 
-def wrong(subject: Subject) -> str:
-    """What differs from the definition, or an empty string: the corner of the timed output, and that of a corner."""
-    with torch.no_grad():
-        inputs, context = subject.corner()
-        expected = subject.definition(*exact(inputs), *exact(context))[0]
-        timed, corner = corner_of(subject.case)(subject.run()), subject.ours(*inputs, *context)[0]
-    return first_wrong({"the output": (timed, expected), "a corner's output": (corner, expected)}, RIGHT)
+def corner(subject: Subject) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
+    """Output and inputs of the corner alone, of ours and of the definition: in float64, and on the CPU, because the
+    definitions go from token to token.
+    """
+    cut = corner_of(subject.case)
+    mine = [cut(x).detach().clone().requires_grad_() for x in subject.inputs]
+    exact = [x.detach().cpu().double().requires_grad_() for x in mine]
+    context = [cut(x).contiguous() for x in subject.context]
+    exact_context = [x.cpu().double() if x.is_floating_point() else x.cpu() for x in context]
+    return subject.ours(*mine, *context)[0], mine, subject.definition(*exact, *exact_context)[0], exact
 
 
-def wrong_gradients(subject: Subject) -> str:
-    """The same of a corner's gradients."""
-    inputs, context = subject.corner()
-    mine, theirs = ([x.requires_grad_() for x in found] for found in (inputs, exact(inputs)))
-    out = subject.ours(*mine, *context)[0]
+@torch.no_grad()
+def check_output(subject: Subject) -> None:
+    """The corner of the timed output, and the output of a corner."""
+    out, _, expected, _ = corner(subject)
+    for what, found in {"the output": corner_of(subject.case)(subject.run()), "a corner's output": out}.items():
+        right(found, expected, RIGHT, what)
+
+
+def check_gradients(subject: Subject) -> None:
+    """Those of a corner."""
+    out, mine, expected, exact = corner(subject)
     gradient = torch.randn_like(out)
-    found = torch.autograd.grad(out, mine, gradient)
-    wanted = torch.autograd.grad(subject.definition(*theirs, *exact(context))[0], theirs, *exact([gradient]))
-    pairs = enumerate(zip(found, wanted, strict=True))
-    return first_wrong({f"gradient {index}": pair for index, pair in pairs}, RIGHT_GRADIENT)
+    wanted = torch.autograd.grad(expected, exact, gradient.cpu().double())
+    for index, found in enumerate(torch.autograd.grad(out, mine, gradient)):
+        right(found, wanted[index], RIGHT_GRADIENT, f"gradient {index}")
 
 
-def exact(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """In float64, and on the CPU, because the definitions go from token to token."""
-    tensors = [x.detach().cpu() for x in tensors]
-    return [x.double() if x.is_floating_point() else x for x in tensors]
+def right(found: Tensor, wanted: Tensor, tolerance: float, what: str) -> None:
+    error = relative_difference(found, wanted)
+    if not error <= tolerance:
+        raise NotTimed(f"wrong, not timed: {what} differs from the definition by {error:.2g}")
 
 
-def first_wrong(pairs: dict[str, tuple[Tensor, Tensor]], tolerance: float) -> str:
-    for what, (found, wanted) in pairs.items():
-        error = relative_difference(found, wanted)
-        if not error <= tolerance:
-            return f"wrong, not timed: {what} differs from the definition by {error:.2g}"
-    return ""
-
-
-def agree(mine: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> None:
-    """Of results with the same shapes; expanded keys have gradients of their own."""
+def agree(theirs: tuple[Tensor, ...], mine: tuple[Tensor, ...]) -> None:
+    """Results with the same shapes; expanded keys have gradients of their own."""
     for index, (found, wanted) in enumerate(zip(theirs, mine, strict=False)):
         if found.shape == wanted.shape and not (error := relative_difference(found, wanted)) <= SAME:
             raise NotTimed(f"{OTHER}result {index} differs by {error:.2g}")
@@ -339,21 +315,3 @@ def agree(mine: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> None:
 def relative_difference(found: Tensor, wanted: Tensor) -> float:
     found, wanted = found.detach().double(), wanted.detach().double().to(found.device)
     return float((found - wanted).norm() / wanted.norm().clamp_min(1e-30))
-
-
-def reason_of(check: Callable[[], str]) -> str:
-    """What it finds, or the error it raises."""
-    try:
-        return check()
-    except Exception as error:
-        return in_one_line(error)
-
-
-def in_one_line(error: Exception) -> str:
-    """Its first line, or what of that fits a table."""
-    if isinstance(error, NotTimed):
-        return str(error)
-    if isinstance(error, ImportError):
-        return ABSENT + str(error)
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {textwrap.shorten(first, MESSAGE, placeholder=' ...')}"

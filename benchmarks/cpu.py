@@ -9,9 +9,6 @@ Written are cpu.json, cpu.md made of it, and the pictures, each whole or not at 
 device, is `python -m benchmarks.bench_<operator>`.
 """
 
-import math
-from collections.abc import Sequence
-
 from benchmarks import (
     bench_decoding,
     bench_linear_attention,
@@ -31,9 +28,5 @@ def questions() -> list[Question]:
     return [question for operator in OPERATORS for question in operator.questions("cpu")]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    suite.main_of_device("cpu", questions(), math.inf, arguments)
-
-
 if __name__ == "__main__":
-    main()
+    suite.main_of_device("cpu", questions())

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks.contest import OURS, Instruments, Question, Subject, among, directed, made
-from benchmarks.record import Row
+from benchmarks.contest import OURS, Instruments, Question, Subject, directed, made
+from benchmarks.record import QUANTITY, Row
 from benchmarks.roofline import FORWARD, Passes, product
 from benchmarks.workload import ALL_THREADS, DTYPES, Case, cpu_case, cpu_cases
 
@@ -22,14 +22,14 @@ def questions(
     operator: str, subject: Callable[[Case], Subject], work: Callable[[Case], dict[str, Passes]], *pictured: str
 ) -> list[Question]:
     """pictured: the peers in the picture."""
-    alone = {"operator": operator, "subject": among(subject), "work": work}
+    ours = {"operator": operator, "subject": subject, "work": work}
     growing = [cpu_case(dtype, time=LONG, threads=n) for n in sorted({1, ALL_THREADS}) for dtype in DTYPES]
-    drawn = [cpu_case(dtype, time=LONG) for dtype in DTYPES]
     shares = [(case, {FORWARD: ("percent", OF_PEAK[case.dtype])}) for case in cpu_cases()]
+    drawn = {"measure": by_length, "peers": pictured}
     return [
-        *(Question("peak", case=case, measure=share_of_peak, aims=aims, **alone) for case, aims in shares),
-        *(Question("growth", operator, case, subject=among(subject, *pictured), measure=by_length) for case in drawn),
-        *(Question("growth", case=case, measure=eightfold, **alone) for case in growing),
+        *(Question("peak", case=case, measure=share_of_peak, aims=aims, **ours) for case, aims in shares),
+        *(Question("growth", case=cpu_case(dtype, time=LONG), **ours, **drawn) for dtype in DTYPES),
+        *(Question("growth", case=case, measure=eightfold, **ours) for case in growing),
     ]
 
 
@@ -44,28 +44,26 @@ def share_of_peak(question: Question, instruments: Instruments) -> Iterator[Row]
 
 def eightfold(question: Question, instruments: Instruments) -> Iterator[Row]:
     """The length of the case against an eighth of it."""
-    short, long = question.case.time // 8, question.case.time
-    subjects = {time: question.subject(replace(question.case, time=time)) for time in (short, long)}
-    taken = instruments.time({time: directed(FORWARD, subject.run) for time, subject in subjects.items()})
+    times = short, long = question.case.time // 8, question.case.time
+    runs = {time: question.subject(replace(question.case, time=time)).run for time in times}
+    taken = instruments.time({time: directed(FORWARD, run) for time, run in runs.items()})
     numbers = {
         "time": (taken[long].median, "ms"), "spread": (taken[long].spread, "percent"),
         f"at T = {short}": (taken[short].median, "ms"), "ratio": (taken[long].median / taken[short].median, "growth"),
     }  # fmt: skip
-    aim = {"judged": "ratio", "unit": "growth", "target": TIMES_EIGHT}
-    yield question.quantity(f"time({long}) / time({short})", numbers, **aim)
+    what, aim = f"time({long}) / time({short})", {"judged": "ratio", "unit": "growth", "target": TIMES_EIGHT}
+    yield question.row(QUANTITY, what=what, numbers=numbers, **aim)
 
 
 def by_length(question: Question, instruments: Instruments) -> Iterator[Row]:
     """Ours and the peers at doubling lengths up to the case's; the fastest form of a peer counts."""
-    whole = question.case.time
-    seconds: dict[str, dict[int, float]] = defaultdict(dict)
+    whole, found = question.case.time, defaultdict(dict)
     for time in (whole >> i for i in range(6, -1, -1) if whole >> i >= min(SHORTEST, whole // 2)):
         subject = question.subject(replace(question.case, time=time))
-        peers, _ = made(subject.peers)
-        runs = {(name, variant): run for name, peer in peers.items() for variant, run in peer.runs.items()}
-        runs = {key: directed(FORWARD, run) for key, run in ({(OURS, ""): subject.run} | runs).items()}
-        for (side, _), taken in instruments.time(runs).items():
-            seconds[side][time] = min(taken.median, seconds[side].get(time, taken.median))
-    for side, found in seconds.items():
-        numbers = {f"T = {time}": (taken, "ms") for time, taken in found.items()}
-        yield question.quantity(side, numbers, direction=BY_LENGTH)
+        runs, (peers, _) = {(OURS, ""): subject.run}, made(question.chosen(subject.peers))
+        runs |= {(name, variant): run for name, peer in peers.items() for variant, run in peer.runs.items()}
+        taken = instruments.time({key: directed(FORWARD, run) for key, run in runs.items()})
+        for side in dict.fromkeys(name for name, _ in taken):
+            found[side][f"T = {time}"] = min(its.median for (name, _), its in taken.items() if name == side), "ms"
+    for side, numbers in found.items():
+        yield question.row(QUANTITY, what=side, direction=BY_LENGTH, numbers=numbers)

@@ -10,8 +10,6 @@ Written are gpu.json and gpu.md made of it (gpu_expected.md), whole or not at al
 is `python -m benchmarks.bench_<operator>`.
 """
 
-from collections.abc import Sequence
-
 from benchmarks import (
     bench_linear_attention,
     bench_mixed_attention,
@@ -22,16 +20,11 @@ from benchmarks import (
 from benchmarks.contest import Question
 
 OPERATORS = bench_linear_attention, bench_segment_attention, bench_mixed_attention, bench_state_update
-BUDGET = 280.0  # seconds
 
 
 def questions() -> list[Question]:
     return [question for operator in OPERATORS for question in operator.questions("cuda")]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    suite.main_of_device("cuda", questions(), BUDGET, arguments)
-
-
 if __name__ == "__main__":
-    main()
+    suite.main_of_device("cuda", questions())

@@ -15,7 +15,7 @@ from benchmarks.workload import ALL_THREADS
 from statecore import ops
 
 SOURCES = Path(__file__).parents[1] / "csrc"
-GPU_PEERS = ("fla-core", "flash-attn", "flash-attn-3", "flash-attn-4")
+GPU_PACKAGES = ("triton", "fla-core", "flash-attn", "flash-attn-3", "flash-attn-4")
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 COPIED = 256 << 20  # bytes: far more than any cache
 
@@ -54,8 +54,7 @@ def gpu_facts() -> dict[str, str]:
         "statecore": _revision(),
         "statecore's kernels": str(ops.build_info()["cuda_architectures"]),
         "torch": torch.__version__,
-        "triton": installed("triton"),
-        **{peer: installed(peer) for peer in GPU_PEERS},
+        **{package: installed(package) for package in GPU_PACKAGES},
         "python": platform.python_version(),
         "processor": _processor(),
     }

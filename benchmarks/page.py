@@ -20,20 +20,6 @@ UNITS = {  # one of it, what stands behind the number, significant digits
     "GB/s": (1e9, " GB/s", 3), "TB/s": (1e12, " TB/s", 3), "GFLOP/s": (1e9, " GFLOP/s", 3),
     "TFLOP/s": (1e12, " TFLOP/s", 3),
 }  # fmt: skip
-CHECKS = {
-    "build": "the library for this GPU, by nvcc",
-    "conformance": "instructions as the emulator has them, byte by byte",
-    "operators": "values and gradients against float64",
-    "cuda_graphs": "captured, and replayed on other contents",
-    "same_bits": "200 runs, one result",
-    "memcheck": "compute-sanitizer: accesses out of bounds",
-    "racecheck": "compute-sanitizer: races in shared memory",
-    "synccheck": "compute-sanitizer: barriers",
-    "benchmarks": "what is measured on this page",
-}
-
-
-# ---- numbers and rows
 
 
 def shown(number: float | str | None, unit: str) -> str:
@@ -50,15 +36,14 @@ def shown(number: float | str | None, unit: str) -> str:
     return (f"{number:.{digits}g}" if number < 1000 else f"{number:,.0f}") + behind
 
 
+# ---- rows
+
+
 def question(row: Row) -> str:
     """What a row answers; rows of different cases may share it."""
     what = f"against {row.what}" if row.kind == COMPARISON else row.what
     parts = (row.operator, "share of the peak") if row.unit == "percent" else (row.operator, row.direction, what)
     return ", ".join(part for part in parts if part)
-
-
-def value(row: Row) -> str:
-    return shown(row.value, row.unit) if row.judged in row.numbers else ""
 
 
 def target(row: Row) -> str:
@@ -72,8 +57,22 @@ def verdict(row: Row) -> str:
 def line(row: Row) -> str:
     """A row while the suite runs."""
     case = ", ".join(f"{name} {label}" for name, label in row.case.items())
-    found = row.failure or value(row) or ", ".join(f"{name} {shown(*number)}" for name, number in row.numbers.items())
+    numbers = {row.judged: row.numbers[row.judged]} if row.judged in row.numbers else row.numbers
+    found = row.failure or ", ".join(f"{name} {shown(*number)}" for name, number in numbers.items())
     return f"{question(row)}: {case}: {found} {verdict(row)}".rstrip()
+
+
+def cells(row: Row, named: bool = True) -> dict[str, str]:
+    """Of a row in a table. Units that stand behind a number are part of the column's name."""
+    found = {"operator": row.operator, "direction": row.direction} if named else {}
+    if named:
+        found["peer" if row.kind == COMPARISON else "what"] = row.what
+    found |= {name: str(label) for name, label in row.case.items()}
+    for name, (number, unit) in row.numbers.items():
+        behind = UNITS.get(unit, (1, "", 0))[1].strip("x")
+        cell = shown(number, unit).removesuffix(behind)
+        found[name + behind] = f"**{cell}**" if name == row.judged else cell
+    return found | {"failure": row.failure, "target": target(row), "": verdict(row)}
 
 
 # ---- tables
@@ -84,21 +83,8 @@ def table(rows: Iterable[dict[str, str]]) -> list[str]:
     rows = list(rows)
     names = [name for name in dict.fromkeys(name for row in rows for name in row) if any(row.get(name) for row in rows)]
     names.sort(key=LAST.__contains__)
-    cells = [names, ["---"] * len(names), *([row.get(name, "") for name in names] for row in rows)]
-    return [*("| " + " | ".join(line) + " |" for line in cells), ""]
-
-
-def cells(row: Row, named: bool = True) -> dict[str, str]:
-    """Of a row in a table. Units that stand behind a number are part of the column's name."""
-    found = {"operator": row.operator, "direction": row.direction} if named else {}
-    if named:
-        found["peer" if row.kind == COMPARISON else "what"] = row.what
-    found |= {name: str(label) for name, label in row.case.items()}
-    for name, (number, unit) in row.numbers.items():
-        behind = UNITS.get(unit, (1, "", 0))[1]
-        column, cell = name + behind.strip("x"), shown(number, unit).removesuffix(behind.strip("x"))
-        found[column] = f"**{cell}**" if name == row.judged else cell
-    return found | {"failure": row.failure, "target": target(row), "": verdict(row)}
+    lines = [names, ["---"] * len(names), *([row.get(name, "") for name in names] for row in rows)]
+    return [*("| " + " | ".join(line) + " |" for line in lines), ""]
 
 
 def tables(rows: Sequence[Row]) -> list[str]:
@@ -111,7 +97,7 @@ def tables(rows: Sequence[Row]) -> list[str]:
 
     refused = [row for row in rows if row.kind == COMPARISON and row.failure]
     rows = [row for row in rows if row not in refused]
-    order = list(dict.fromkeys(key(row) for row in rows))
+    order = list(dict.fromkeys(map(key, rows)))
     lines = []
     for (_, title), found in groupby(sorted(rows, key=lambda row: order.index(key(row))), key):
         lines += [f"{title}:", ""] if title else []
@@ -133,25 +119,27 @@ def refusals(rows: Sequence[Row]) -> list[str]:
     return [*lines, ""] if rows else []
 
 
-def summary(rows: Sequence[Row]) -> str:
+def summary(rows: Sequence[Row]) -> list[str]:
     """How many targets are reached, and the range of values behind each."""
     aimed = [row for row in rows if row.target is not None]
-    judged = [row for row in aimed if row.reached is not None]
+    judged = [row.reached for row in aimed if row.reached is not None]
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in aimed:
         groups.setdefault((question(row), target(row)), []).append(row)
     lines = []
     for (asked, wanted), found in groups.items():
-        measured = sorted((row for row in found if row.reached is not None), key=lambda row: row.value)
-        span, mark = f"not measured: {found[0].failure}", ""
-        if measured:
-            reached = sum(row.reached for row in measured)
-            span = " ... ".join(dict.fromkeys((value(measured[0]), value(measured[-1]))))
-            mark = "reached" if reached == len(measured) else f"not reached ({reached} of {len(measured)})"
-        dtypes = ", ".join(dict.fromkeys(row.case["dtype"] for row in found))
-        lines.append({"question": asked, "dtype": dtypes, "target": wanted, "lowest ... highest": span, "": mark})
-    reached = f"**{sum(row.reached for row in judged)} of {len(judged)} targets reached.**"
-    return "\n".join([reached, "", *table(lines)] if lines else [reached])
+        values = sorted(row.value for row in found if row.reached is not None)
+        reached = sum(row.reached is True for row in found)
+        mark = "reached" if reached == len(values) else f"not reached ({reached} of {len(values)})"
+        span = " ... ".join(dict.fromkeys(shown(number, found[0].unit) for number in (values[:1] + values[-1:])))
+        lines.append(
+            {
+                "question": asked, "dtype": ", ".join(dict.fromkeys(row.case["dtype"] for row in found)),
+                "target": wanted, "lowest ... highest": span or f"not measured: {found[0].failure}",
+                "": mark if values else "",
+            }
+        )  # fmt: skip
+    return [f"**{sum(judged)} of {len(judged)} targets reached.**", "", *(table(lines) if lines else [])]
 
 
 # ---- pages
@@ -165,33 +153,34 @@ def page(record: dict, name: str) -> str:
         return f"{title}\n\nNothing was timed.\n\n{checks}" if checks else template(f"{name}_unmeasured")
     newest = max(sections.values(), key=lambda section: section["date"])
     rows = {key: [Row(**fields) for fields in section["rows"]] for key, section in sections.items()}
+    texts = {}
+    for key, section in sections.items():
+        ours, other = (
+            found["machine"] | {"memory bandwidth": ""} for found in (section, newest)
+        )  # measured every time
+        apart = (
+            f"Measured apart: {section['date']}, {'; '.join(section['machine'].values())}.\n\n" if ours != other else ""
+        )
+        texts[key] = apart + "\n".join(tables(rows[key]))
     seconds = sum(section["seconds"] for section in sections.values())
     left_out = [f"- {left}" for section in sections.values() for left in section["left_out"]]
-    texts = {key: "\n".join([*apart(section, newest), *tables(rows[key])]) for key, section in sections.items()}
+    facts = newest["machine"] | {"date": newest["date"]}
     return filled(
         name, texts, checks=checks, minutes=f"{seconds / 60:.0f}", seconds=f"{seconds:.0f}",
-        machine="\n".join(f"- {name}: {fact}" for name, fact in (newest["machine"] | {"date": newest["date"]}).items()),
-        summary=summary([row for key in PLACEHOLDER.findall(template(name)) for row in rows.get(key, [])]),
+        machine="\n".join(f"- {name}: {fact}" for name, fact in facts.items()),
+        summary="\n".join(summary([row for key in PLACEHOLDER.findall(template(name)) for row in rows.get(key, [])])),
         left_out="\n".join(["Left out, as the time of the run was spent:", "", *left_out]) if left_out else "",
     )  # fmt: skip
 
 
-def apart(section: dict, newest: dict) -> list[str]:
-    if section["machine"] == newest["machine"]:
-        return []
-    return [f"Measured apart: {section['date']}, {'; '.join(section['machine'].values())}.", ""]
-
-
 def checked(checks: dict) -> str:
-    machine = "; ".join(f"{name} {fact}" for name, fact in checks["machine"].items())
-    stages = table(
-        {
-            "stage": stage["name"], "what is checked": CHECKS[stage["name"]], "verdict": f"**{stage['verdict']}**",
-            "seconds": stage["seconds"], "what it said last": stage["said"].replace("|", "\\|"),
-        }
+    """What `make gpu` ran."""
+    said = dict.fromkeys(PLACEHOLDER.findall(template("gpu_checks")), "not run |  | ") | {
+        stage["name"]: f"**{stage['verdict']}** | {stage['seconds']} | " + stage["said"].replace("|", "\\|")
         for stage in checks["stages"]
-    )  # fmt: skip
-    return "\n".join(["## Checks", "", f"`make gpu`, {checks['date']}: {machine}.", "", *stages])
+    }
+    machine = "; ".join(f"{name} {fact}" for name, fact in checks["machine"].items())
+    return template("gpu_checks").format(**said | {"date": checks["date"], "machine": machine})
 
 
 def expected_page(asked: Sequence[Question]) -> str:
@@ -202,10 +191,8 @@ def expected_page(asked: Sequence[Question]) -> str:
         lines = table(cells(expected(question, way)) for question in found for way in question.directions)
         ratios = [(question.operator, *aim, ratio) for question in found for aim, ratio in question.ratios.items()]
         if ratios:
-            lines += ["Beside these, as fast as peers in the same run:", ""]
-            lines += dict.fromkeys(
-                f"- {name}, {way}: at least {ratio:g} times {peer}" for name, way, peer, ratio in ratios
-            )
+            beside = (f"- {name}, {way}: at least {ratio:g} times {peer}" for name, way, peer, ratio in ratios)
+            lines += ["Beside these, as fast as peers in the same run:", "", *dict.fromkeys(beside)]
         texts[section] = "\n".join(lines)
     flops, moved = shown(roofline.H200.flops, "TFLOP/s"), shown(roofline.H200.bytes, "TB/s")
     return filled("gpu_expected", texts, flops=flops, bytes=moved)

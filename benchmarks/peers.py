@@ -1,5 +1,5 @@
-"""The same operators by others: composed of PyTorch calls, as fast as such compositions get, and by other packages. A
-function whose package is missing, or refuses, raises; the page then says why.
+"""The same operators by others: composed of PyTorch calls, as fast as such compositions get, and by other packages.
+Where a package is missing or refuses, these functions raise, and the page says why.
 
 Letters: B batch, T time, Hq / Hk query / key heads, G = Hq / Hk, D width, C chunk length, N = T / C chunks.
 """
@@ -39,30 +39,18 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     return out.transpose(1, 2)
 
 
-def sdpa_on_gpu(name: str) -> Attention:
-    """Causal, by one of the backends in SDPA."""
+def causal_attention(name: str) -> Attention:
+    """By one of SDPA's backends, or by one of FLASH_MODULES."""
+    attend = None if name in SDPA else import_module(FLASH_MODULES[name]).flash_attn_func
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(SDPA[name]):
-            return sdpa(q, k, v)
-
-    return run
-
-
-def flash_attention(name: str) -> Attention:
-    """Causal, by one of FLASH_MODULES."""
-    attend = import_module(FLASH_MODULES[name]).flash_attn_func
-
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if attend is None:
+            with sdpa_kernel(SDPA[name]):
+                return sdpa(q, k, v)
         out = attend(q, k, v, causal=True)
         return out[0] if isinstance(out, tuple) else out
 
     return run
-
-
-def masked_sdpa_bytes(time: int, dtype: torch.dtype) -> int:
-    """What the fused kernel needs under a mask: the boolean mask, and its copy as numbers that are added."""
-    return time * time * (1 + dtype.itemsize)
 
 
 def block_mask(step_ids: Tensor) -> BlockMask:
@@ -238,16 +226,6 @@ def corrected_sums_before(alpha: Tensor, time: int, prompt: int, step: int, chun
         running = running.clone()
         running[index] += 1
     return carry
-
-
-def chunked_mamba_scan(x: Tensor, dt: Tensor, decay: Tensor, b: Tensor, c: Tensor, chunk: int) -> Tensor:
-    """Mamba-2's SSD by transformers' own CPU function, the whole of its mixer between convolution and gate.
-
-    x [B, T, Hv, Dv], dt [B, T, Hv], decay [Hv] (< 0), b and c [B, T, groups, Dk] -> [B, T, Hv, Dv] in float32.
-    """
-    from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
-
-    return mamba2_chunk_scan(x, dt, decay, b, c, chunk)
 
 
 def fla_linear_attention(decay: Tensor | None) -> Attention:

@@ -16,7 +16,6 @@ from benchmarks.record import COMPARISON, KERNEL, Row
 
 COLOURS = {"float32": "tab:blue", "bfloat16": "tab:orange"}
 STYLES = ("o-", "x--", "s:", "^-.")
-RATIOS, LENGTHS = "cpu_ratios.png", "cpu_lengths.png"
 BARS = {"segment": COMPARISON, "linear": COMPARISON, "peak": KERNEL}  # what is drawn of these sections
 
 
@@ -25,14 +24,14 @@ def draw(record: dict, folder: Path) -> None:
     rows = {name: [Row(**fields) for fields in section["rows"]] for name, section in record["sections"].items()}
     bars = [row for name, kind in BARS.items() for row in rows.get(name, []) if row.kind == kind and not row.failure]
     if bars:
-        ratios(bars, folder / RATIOS)
+        ratios(bars, folder / "cpu_ratios.png")
     if lines := [row for row in rows.get("growth", []) if row.direction == BY_LENGTH]:
-        lengths(lines, folder / LENGTHS)
+        lengths(lines, folder / "cpu_lengths.png")
 
 
 def ratios(rows: list[Row], path: Path) -> None:
-    """One panel per question, one group of bars per heads and threads, dashed lines at the targets."""
-    questions = list(dict.fromkeys(question(row) for row in rows))
+    """One panel per question."""
+    questions = list(dict.fromkeys(map(question, rows)))
     columns = min(4, len(questions))
     lines = -(-len(questions) // columns)
     size = (4.2 * columns, 3.2 * lines)
@@ -49,15 +48,15 @@ def ratios(rows: list[Row], path: Path) -> None:
 
 
 def panel(axis: Axes, asked: str, rows: list[Row]) -> None:
+    """One group of bars per heads and threads, dashed lines at the targets."""
     percent = 100 if rows[0].unit == "percent" else 1
-    cases = {id(row): (row.case["heads"], row.case["threads"]) for row in rows}
-    groups = list(dict.fromkeys(cases.values()))
+    groups = list(dict.fromkeys(map(group, rows)))
     dtypes = list(dict.fromkeys(row.case["dtype"] for row in rows))
     width = 0.8 / len(dtypes)
     for place, dtype in enumerate(dtypes):
-        shown = [row for row in rows if row.case["dtype"] == dtype]
-        at = [groups.index(cases[id(row)]) + (place - (len(dtypes) - 1) / 2) * width for row in shown]
-        bars = axis.bar(at, [row.value * percent for row in shown], width, color=COLOURS.get(dtype))
+        own = [row for row in rows if row.case["dtype"] == dtype]
+        at = [groups.index(group(row)) + (place - (len(dtypes) - 1) / 2) * width for row in own]
+        bars = axis.bar(at, [row.value * percent for row in own], width, color=COLOURS.get(dtype))
         axis.bar_label(bars, fmt="%.3g", fontsize=7)
     targets = {row.case["dtype"]: row.target for row in rows if row.target is not None}
     for dtype, aim in targets.items():
@@ -68,7 +67,7 @@ def panel(axis: Axes, asked: str, rows: list[Row]) -> None:
         axis.axhline(1, color="black", linewidth=0.6)
     axis.set_title(asked.replace(", against", "\nagainst"), fontsize=9)
     axis.set_ylabel("% of the peak" if percent == 100 else "times faster", fontsize=8)
-    axis.set_xticks(range(len(groups)), [f"{heads}\n{_threads(threads)}" for heads, threads in groups], fontsize=8)
+    axis.set_xticks(range(len(groups)), groups, fontsize=8)
 
 
 def lengths(rows: list[Row], path: Path) -> None:
@@ -78,14 +77,14 @@ def lengths(rows: list[Row], path: Path) -> None:
     figure, axes = plt.subplots(1, len(operators), figsize=size, constrained_layout=True, squeeze=False)
     for axis, operator in zip(axes.flat, operators, strict=True):
         own = [row for row in rows if row.operator == operator]
-        for style, side in zip(STYLES, dict.fromkeys(row.what for row in own), strict=False):
-            for row in (row for row in own if row.what == side):
-                times, taken = _tokens(row), [seconds * 1e3 for seconds, _ in row.numbers.values()]
-                dtype = row.case["dtype"]
-                axis.loglog(times, taken, style, color=COLOURS.get(dtype), label=f"{side}, {dtype}")
-        title = f"{operator}, {own[0].case['heads']} heads, {_threads(own[0].case['threads'])}"
-        axis.set(title=title, xlabel="tokens", ylabel="ms, forward")
-        ticks = sorted({time for row in rows for time in _tokens(row)})
+        styles = dict(zip(dict.fromkeys(row.what for row in own), STYLES, strict=False))
+        for row in sorted(own, key=lambda row: list(styles).index(row.what)):
+            times, dtype = [int(name.removeprefix("T = ")) for name in row.numbers], row.case["dtype"]
+            taken, label = [seconds * 1e3 for seconds, _ in row.numbers.values()], f"{row.what}, {dtype}"
+            axis.loglog(times, taken, styles[row.what], color=COLOURS.get(dtype), label=label)
+        heads, threads = group(own[0]).split("\n")
+        axis.set(title=f"{operator}, {heads} heads, {threads}", xlabel="tokens", ylabel="ms, forward")
+        ticks = sorted({int(name.removeprefix("T = ")) for row in rows for name in row.numbers})
         axis.set_xticks(ticks, [str(tick) for tick in ticks])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
@@ -94,9 +93,6 @@ def lengths(rows: list[Row], path: Path) -> None:
     plt.close(figure)
 
 
-def _tokens(row: Row) -> list[int]:
-    return [int(name.removeprefix("T = ")) for name in row.numbers]
-
-
-def _threads(count: int) -> str:
-    return "1 thread" if count == 1 else f"{count} threads"
+def group(row: Row) -> str:
+    threads = row.case["threads"]
+    return f"{row.case['heads']}\n{threads} thread{'s' if threads > 1 else ''}"

@@ -11,14 +11,15 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import memory, pictures, record, roofline
+from benchmarks import pictures, record, roofline
 from benchmarks.contest import Instruments, Question, in_one_line
 from benchmarks.machine import cpu_facts, gpu_facts
 from benchmarks.page import expected_page, line, page, tables
 from benchmarks.record import Row
-from benchmarks.timing import in_sequence, interleaved, interleaved_on_gpu
+from benchmarks.timing import interleaved_on_gpu
 from statecore.outputs import write_text
 
+GPU_BUDGET = 280.0  # seconds
 NO_GPU = "benchmarks.gpu: torch finds no GPU here, so nothing is measured; --expected calculates what to expect of one"
 
 
@@ -30,8 +31,7 @@ def prepared(device: str, budget: float = math.inf) -> tuple[Instruments, dict[s
         return budget - (time.perf_counter() - start)
 
     if device == "cpu":
-        cpu = interleaved, in_sequence, memory.cpu_extra, lambda: None
-        return Instruments(roofline.cpu_peak, left, *cpu), cpu_facts(), {}
+        return Instruments.of_cpu(roofline.cpu_peak, left), cpu_facts(), {}
     if not torch.cuda.is_available():
         sys.exit(NO_GPU)
     machine, (reached, rows) = gpu_facts(), roofline.gpu_ceilings(interleaved_on_gpu)
@@ -76,7 +76,7 @@ def answers(question: Question, instruments: Instruments) -> Iterator[Row]:
             torch.set_num_threads(question.case.threads)
         yield from question.measure(question, instruments)
     except Exception as error:
-        yield from question.failed(in_one_line(error))
+        yield from (question.kernel(direction, failure=in_one_line(error)) for direction in question.directions)
 
 
 def show(sections: dict[str, dict]) -> None:
@@ -87,20 +87,19 @@ def show(sections: dict[str, dict]) -> None:
 def main_of_operator(questions: Callable[[str], list[Question]]) -> None:
     """One operator's tables, printed; the script of an operator is no more than this."""
     parser = argparse.ArgumentParser()
-    there = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=there, help=f"{there} if not given")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=device, help=f"{device} if not given")
     parser.add_argument("--only", default="", metavar="TEXT", help="questions whose names contain it")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to try it out")
     chosen = parser.parse_args()
-    instruments, machine, ceilings = prepared(chosen.device)
     asked = [question for question in questions(chosen.device) if chosen.only in question.name]
-    asked = small(asked) if chosen.quick else asked
-    show(ceilings | measure(asked, instruments, machine))
+    instruments, machine, ceilings = prepared(chosen.device)
+    show(ceilings | measure(small(asked) if chosen.quick else asked, instruments, machine))
 
 
-def main_of_device(device: str, asked: Sequence[Question], budget: float, arguments: Sequence[str] | None) -> None:
+def main_of_device(device: str, asked: Sequence[Question], arguments: Sequence[str] | None = None) -> None:
     """Every operator, or some sections, into the record of the device and its page."""
-    name = {"cpu": "cpu", "cuda": "gpu"}[device]
+    name, budget, draw = ("cpu", math.inf, pictures.draw) if device == "cpu" else ("gpu", GPU_BUDGET, None)
     names = list(dict.fromkeys(question.section for question in asked))
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}")
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
@@ -108,41 +107,41 @@ def main_of_device(device: str, asked: Sequence[Question], budget: float, argume
     parser.add_argument("--budget", type=float, default=budget, metavar="SECONDS", help=f"{budget:g} if not given")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, writes nothing")
     parser.add_argument("--page", action="store_true", help="the page anew from the JSON, nothing measured")
+    parser.set_defaults(expected=False, checks=None)
     if device == "cuda":
         parser.add_argument("--expected", action="store_true", help="what an H200 allows, calculated; needs no GPU")
-        parser.add_argument("--checks", type=Path, metavar="WORK", help="the end of cuda_tests/run_gpu.sh")
+        parser.add_argument("--checks", type=Path, metavar="WORK", help="adds what cuda_tests/run_gpu.sh found there")
     chosen = parser.parse_args(arguments)
     asked = [question for question in asked if question.section in chosen.only]
-    if getattr(chosen, "expected", False):
+    found = record.stored(chosen.checks / "benchmarks" if chosen.checks else chosen.out, name)
+
+    def keep(sections: dict[str, dict]) -> None:
+        found["sections"] |= sections
+        record.write(found, chosen.out, name, page(found, name), draw)
+
+    if chosen.expected:
         text = expected_page(asked)
         print(text)
         if chosen.only == names:
             write_text(chosen.out / f"{name}_expected.md", text)
-        return
-    checks = getattr(chosen, "checks", None)
-    found = record.stored(checks / "benchmarks" if checks else chosen.out, name)
-
-    def keep(sections: dict[str, dict]) -> None:
-        found["sections"] |= sections
-        record.write(found, chosen.out, name, page(found, name), pictures.draw if device == "cpu" else None)
-
-    if checks:
-        found["checks"] = {"date": record.now(), "machine": gpu_facts(), "stages": stages(checks / "stages.tsv")}
-    if checks or chosen.page:
+    elif chosen.checks:
+        rows = stages(chosen.checks / "stages.tsv")
+        found["checks"] = {"date": record.now(), "machine": gpu_facts(), "stages": rows}
         keep({})
-        return
-    instruments, machine, ceilings = prepared(device, chosen.budget)
-    if chosen.quick:
-        show(measure(small(asked), instruments, machine))
-        return
-    found["sections"] |= ceilings
-    measured = measure(asked, instruments, machine, *([keep] if device == "cuda" else []))
-    keep(measured)
-    show(measured)
+    elif chosen.page:
+        keep({})
+    else:
+        instruments, machine, ceilings = prepared(device, chosen.budget)
+        if chosen.quick:
+            show(ceilings | measure(small(asked), instruments, machine))
+            return
+        found["sections"] |= ceilings
+        measured = measure(asked, instruments, machine, keep if device == "cuda" else lambda sections: None)
+        keep(measured)
+        show(measured)
 
 
 def stages(table: Path) -> list[dict[str, str]]:
     """What `make gpu` ran: a line per stage with its name, verdict, seconds and the last line that it printed."""
-    with table.open() as lines:
-        fields = ["name", "verdict", "seconds", "said"]
-        return list(csv.DictReader(lines, fields, delimiter="\t", quoting=csv.QUOTE_NONE))
+    fields = ["name", "verdict", "seconds", "said"]
+    return list(csv.DictReader(table.read_text().splitlines(), fields, delimiter="\t", quoting=csv.QUOTE_NONE))

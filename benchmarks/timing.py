@@ -42,7 +42,8 @@ class Timing:
 
 def interleaved(candidates: dict[Hashable, Run]) -> dict[Hashable, Timing]:
     """All candidates in turn: 3 rounds where one takes over a second, else 5 to 25 in about two seconds."""
-    first = {name: _warm(run) for name, run in candidates.items()}
+    first = {name: seconds_per_call(run) for name, run in candidates.items()}
+    first |= {name: seconds_per_call(candidates[name]) for name, seconds in first.items() if seconds <= SLOW}
     calls = {name: max(1, math.ceil(SAMPLE / max(seconds, 1e-7))) for name, seconds in first.items()}
     a_round = sum(first[name] * calls[name] for name in candidates)
     rounds = 3 if max(first.values()) > SLOW else min(25, max(5, int(BUDGET / a_round)))
@@ -61,7 +62,7 @@ def interleaved_on_gpu(candidates: dict[Hashable, Run]) -> dict[Hashable, Timing
     """
     cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     other = torch.ones(2 * cache // 4, device="cuda")
-    hosts = {name: _warm_on_gpu(run) for name, run in candidates.items()}
+    hosts = {name: _seconds_to_issue(run) for name, run in candidates.items()}
     events: dict[Hashable, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in candidates}
 
     def a_round() -> None:
@@ -84,40 +85,25 @@ def interleaved_on_gpu(candidates: dict[Hashable, Run]) -> dict[Hashable, Timing
     }
 
 
-@dataclass(frozen=True)
-class Replay:
-    """Several calls as one. launches: nodes of their CUDA graph, None where they cannot be counted."""
-
-    run: Run
-    launches: int | None = None
-
-    def __call__(self) -> None:
-        self.run()
-
-
-def in_sequence(calls: Sequence[Run]) -> Replay:
-    """Without a graph."""
-    return Replay(lambda: [call() for call in calls])
-
-
-def captured(calls: Sequence[Run]) -> Replay:
-    """One CUDA graph of all calls, one after the other."""
+def captured(calls: Sequence[Run]) -> tuple[Run, int | None]:
+    """All calls as one CUDA graph, and how many nodes it has, None where they cannot be counted."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for index in range(WARM_CALLS):
             calls[index % len(calls)]()
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph(keep_graph=True)
+    graph, count = torch.cuda.CUDAGraph(keep_graph=True), ctypes.c_size_t()
     with torch.cuda.graph(graph):
         for call in calls:
             call()
     graph.instantiate()
-    return Replay(graph.replay, _nodes(graph))
-
-
-def fastest(timings: dict[str, Timing]) -> str:
-    return min(timings, key=lambda name: timings[name].median)
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+        error = driver.cuGraphGetNodes(ctypes.c_void_p(graph.raw_cuda_graph()), None, ctypes.byref(count))
+    except (OSError, AttributeError, RuntimeError):
+        error = True
+    return graph.replay, None if error else count.value
 
 
 def seconds_per_call(run: Run, calls: int = 1) -> float:
@@ -127,23 +113,8 @@ def seconds_per_call(run: Run, calls: int = 1) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def _nodes(graph: torch.cuda.CUDAGraph) -> int | None:
-    count = ctypes.c_size_t()
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-        error = driver.cuGraphGetNodes(ctypes.c_void_p(graph.raw_cuda_graph()), None, ctypes.byref(count))
-    except (OSError, AttributeError, RuntimeError):
-        return None
-    return None if error else count.value
-
-
-def _warm(run: Run) -> float:
-    seconds = seconds_per_call(run)
-    return seconds if seconds > SLOW else seconds_per_call(run)
-
-
-def _warm_on_gpu(run: Run) -> float:
-    """Median seconds the CPU takes to issue a call."""
+def _seconds_to_issue(run: Run) -> float:
+    """The median of warm calls, by the CPU's clock."""
     samples: list[float] = []
     start = time.perf_counter()
     while len(samples) < 3 or (len(samples) < WARM_CALLS and time.perf_counter() - start < WARM_SECONDS):

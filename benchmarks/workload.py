@@ -14,7 +14,7 @@ DTYPES = torch.float32, torch.bfloat16
 CPU_TIME, CPU_HEADS = 4096, ((12, 2), (16, 16))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Case:
     """One shape. heads: (Hq, Hk). prompt, step: their tokens. threads: 0 on a GPU."""
 

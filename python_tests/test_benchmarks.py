@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import relative_error
 
-from benchmarks import cpu, memory, peers, pictures, record, roofline, suite, timing
+from benchmarks import cpu, peers, pictures, record, roofline, suite
 from benchmarks.contest import Instruments, made
 from benchmarks.page import page, target, verdict
 from benchmarks.record import COMPARISON, QUANTITY, Row
@@ -140,10 +140,7 @@ def quick_record():
         for question in asked
         if question.case.dtype == torch.float32
     ]
-    instruments = Instruments(
-        lambda case: roofline.Ceilings(1e12, 1e12), lambda: 1e9, interleaved, timing.in_sequence, memory.cpu_extra,
-        lambda: None,
-    )  # fmt: skip
+    instruments = Instruments.of_cpu(lambda case: roofline.Ceilings(1e12, 1e12), lambda: 1e9)
     return {"sections": suite.measure(asked, instruments, {"processor": "any"})}
 
 

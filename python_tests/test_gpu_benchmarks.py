@@ -25,7 +25,7 @@ from benchmarks import (
     roofline,
     suite,
 )
-from benchmarks.contest import NO_TIME, Instruments, Peer, contest, corner_of, wrong, wrong_gradients
+from benchmarks.contest import NO_TIME, Instruments, Peer, check_gradients, check_output, corner_of
 from benchmarks.page import expected_page, page
 from benchmarks.peers import CHUNKED, EAGER_UPDATE
 from benchmarks.record import COMPARISON, KERNEL, Row
@@ -168,7 +168,7 @@ def test_varlen_attention_has_what_we_call():
 def test_sdpa_is_plain_causal_attention():
     q, k, v = Case(time=64, dtype=torch.float32, heads=(4, 2), width=16, prompt=0, step=64).qkv()
     mine, _ = ops.segment_attention(q, k, v, torch.ones(1, 64, dtype=torch.int32))
-    assert relative_error(peers.sdpa_on_gpu("SDPA, flash")(q, k, v), mine) < 1e-5
+    assert relative_error(peers.causal_attention("SDPA, flash")(q, k, v), mine) < 1e-5
 
 
 def test_flex_attention_is_segment_attention(monkeypatch):
@@ -274,19 +274,13 @@ def by_the_clock(runs):
     return {name: Timing(1e-3 * (1 + place), 0.1, 1e-5) for place, name in enumerate(runs)}
 
 
-class Sequence:
+def in_sequence(calls):
     """Several calls as one, where there are no graphs."""
-
-    def __init__(self, calls):
-        self.calls, self.launches = calls, len(calls)
-
-    def __call__(self):
-        for call in self.calls:
-            call()
+    return lambda: [call() for call in calls], len(calls)
 
 
 def instruments(left=lambda: 1e9, **changes) -> Instruments:
-    own = {"time": by_the_clock, "captured": Sequence, "extra": lambda run: 0, "wait": lambda: None}
+    own = {"time": by_the_clock, "captured": in_sequence, "extra": lambda run: 0, "wait": lambda: None}
     return Instruments(lambda case: ROUGH, left, **own | changes)
 
 
@@ -425,12 +419,13 @@ def small_subject(heads=(4, 2)):
 
 
 def answers(subject, own):
-    return contest(replace(first(), subject=lambda case: subject), own)
+    return suite.answers(replace(first(), subject=lambda case: subject), own)
 
 
 def test_a_wrong_result_is_reported_and_not_timed(quick):
     subject = small_subject()
-    assert wrong(subject) == wrong_gradients(subject) == ""
+    check_output(subject)
+    check_gradients(subject)
     more = replace(subject, ours=lambda q, k, v: tuple(1.05 * x for x in ops.linear_attention(q, k, v)))
     rows = list(answers(more, instruments(time=lambda runs: pytest.fail("timed"))))
     assert [row.failure[:29] for row in rows] == ["wrong, not timed: the output "] * 2
@@ -452,7 +447,7 @@ def test_what_is_not_finite_is_not_timed(quick):
         return out, state
 
     subject = replace(small_subject(heads=(8, 4)), ours=poisoned)
-    assert wrong(subject) == ""
+    check_output(subject)
     failures = {row.direction: row.failure for row in answers(subject, instruments()) if row.failure}
     assert "infinite" in failures[FORWARD]
 
@@ -516,7 +511,7 @@ def test_expected_table_is_the_committed_one():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_ends_with_one_line(tmp_path):
     with pytest.raises(SystemExit) as ended:
-        gpu.main(["--out", str(tmp_path)])
+        suite.main_of_device("cuda", gpu.questions(), ["--out", str(tmp_path)])
     assert ended.value.code == suite.NO_GPU
     assert list(tmp_path.iterdir()) == []
 
@@ -528,8 +523,8 @@ def test_instruments_of_the_gpu():
     timings = own.time({"add": lambda: x + 1, "sort": lambda: x.sort()})
     assert 0 < timings["add"].median < timings["sort"].median
     assert timings["add"].host > 0
-    replay = own.captured([lambda: x.add_(1), lambda: x.add_(1)])
-    assert replay.launches == 2
+    replay, launches = own.captured([lambda: x.add_(1), lambda: x.add_(1)])
+    assert launches == 2
     before = x.clone()
     replay()
     assert torch.equal(x, before + 1 + 1)
