@@ -1,6 +1,6 @@
 """A whole model on the CPU: long prefill and decoding with statecore against the same model with stock attention.
 
-    python -m benchmarks.bench_decoding [--quick]
+`python -m benchmarks.bench_decoding [--quick]` prints its table.
 
 The shape of Qwen2.5-0.5B but for the vocabulary. Random weights, the same in both models; the state-transition model
 has its linear branches on top. Token ids are given and the same for both, so both do equal work: a prompt, then steps

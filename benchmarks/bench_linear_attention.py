@@ -1,6 +1,6 @@
 """linear_attention without decay, with a constant one and with one per token, and step_linear_attention.
 
-python -m benchmarks.bench_linear_attention [--device cpu|cuda] [--only TEXT] [--quick]
+`python -m benchmarks.bench_linear_attention [--device cpu|cuda] [--only TEXT] [--quick]` prints its tables.
 """
 
 from collections.abc import Callable

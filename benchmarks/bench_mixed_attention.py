@@ -1,6 +1,6 @@
 """mixed_attention: one operator against its two parts, gated and summed by element-wise passes.
 
-    python -m benchmarks.bench_mixed_attention [--device cpu|cuda] [--only TEXT] [--quick]
+`python -m benchmarks.bench_mixed_attention [--device cpu|cuda] [--only TEXT] [--quick]` prints its tables.
 
 On the CPU the parts are torch's; on a GPU they are statecore's own, so the ratio is what one operator saves over two.
 """

@@ -1,6 +1,6 @@
 """segment_attention among steps and as plain causal attention; its work is what is visible, counted from the step ids.
 
-python -m benchmarks.bench_segment_attention [--device cpu|cuda] [--only TEXT] [--quick]
+`python -m benchmarks.bench_segment_attention [--device cpu|cuda] [--only TEXT] [--quick]` prints its tables.
 """
 
 from collections.abc import Callable, Iterator
@@ -113,7 +113,8 @@ def causal_peer(case: Case, inputs: tuple[Tensor, ...], ids: Tensor, make: Calla
 
 def long_sequence(question: Question, instruments: Instruments) -> Iterator[Row]:
     """Where a mask is out of the question."""
-    case, run = question.case, torch.no_grad()(question.subject(question.case).results)
+    case, ours = question.case, question.subject(question.case)
+    run = torch.no_grad()(lambda: ours.ours(*ours.inputs, *ours.context))
     grown, results = peak_growth(run)
     sizes = {
         "peak memory growth": grown, "of it results": nbytes(results),

@@ -1,6 +1,6 @@
 """state_update: one decoding token per row, in place.
 
-    python -m benchmarks.bench_state_update [--device cpu|cuda] [--only TEXT] [--quick]
+`python -m benchmarks.bench_state_update [--device cpu|cuda] [--only TEXT] [--quick]` prints its tables.
 
 On a GPU it is replayed from a CUDA graph, as in decoding: of as many calls, each with states of its own, as it takes
 for the states to exceed the L2 cache. On the CPU it is called with a pool of states far larger than the caches, and
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from benchmarks import peers, roofline, suite
-from benchmarks.contest import OURS, RIGHT, Instruments, Question, agree, made, relative_difference
+from benchmarks.contest import OTHER, OURS, RIGHT, SAME, WRONG, Instruments, Question, agree, made
 from benchmarks.machine import last_level_cache
 from benchmarks.peers import EAGER_UPDATE, FLA
 from benchmarks.record import QUANTITY, Row
-from benchmarks.timing import NotTimed, Timing
+from benchmarks.timing import Timing
 from benchmarks.workload import DTYPES, Case, cpu_cases
 from statecore import ops, reference
 
@@ -88,11 +88,11 @@ def update(question: Question, instruments: Instruments) -> Iterator[Row]:
         side: Timing(taken.median / len(sets), taken.spread)
         for side, taken in instruments.time({(OURS, ""): ours} | runs).items()
     }
-    more = {"memory beyond": (instruments.extra(calls[0]), "MB")}
+    more = {}
     if case.threads and COPY in found:
         pool, its = sets[0][0].nbytes, min(its.median for (name, _), its in timings.items() if name == COPY)
         more |= {"pool": (pool, "MB"), "copy": (2 * pool / its, "GB/s")}
-    row = question.timed(direction, instruments, timings[OURS, ""], **more)
+    row = question.timed(direction, instruments, timings[OURS, ""], instruments.extra(calls[0]), **more)
     yield row
     if launches is not None:
         numbers, aim = {"launches": (launches / len(calls), "launches")}, {"unit": "launches", "target": 1.0}
@@ -106,7 +106,7 @@ def entered(make: Callable[[Case, list[Inputs]], Calls], case: Case, sets: list[
     variants = make(case, sets)
     if make is not copy_calls:
         states, *vectors = sets[0]
-        agree((variants[""][0](),), (ops.state_update(states.clone(), *vectors),))
+        agree(variants[""][0](), ops.state_update(states.clone(), *vectors), SAME, f"{OTHER}the output differs")
     return {variant: instruments.captured(calls)[0] for variant, calls in variants.items()}
 
 
@@ -128,9 +128,8 @@ def check(states: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
     mine, exact = states.clone(), states[:, -1:].double()
     out = ops.state_update(mine, q, k, v)
     expected = reference.state_update(exact, *(x[-1:].double() for x in (q, k, v)))
-    error = max(relative_difference(out[-1:], expected), relative_difference(mine[:, -1:], exact))
-    if not error <= RIGHT:
-        raise NotTimed(f"wrong, not timed: the last row differs from the definition by {error:.2g}")
+    for found, wanted in ((out[-1:], expected), (mine[:, -1:], exact)):
+        agree(found, wanted, RIGHT, f"{WRONG}the last row differs from the definition")
 
 
 def fla_calls(case: Case, sets: list[Inputs]) -> Calls:

@@ -21,7 +21,7 @@ OURS = "statecore"
 RIGHT, RIGHT_GRADIENT = 0.01, 0.02  # relative errors against the definition in float64, of results rounded to 16 bits
 SAME = 0.03  # relative error beyond which two sides do not compute the same thing
 CORNER_HEADS, CORNER_TOKENS, ODD = 2, 1500, 37  # most that is compared: key heads, tokens, those behind the second step
-ABSENT, OTHER = "not installed: ", "computes something else, not timed: "
+ABSENT, WRONG, OTHER = "not installed: ", "wrong, not timed: ", "computes something else, not timed: "
 NO_TIME = "left out, the time of the run was spent"
 JUDGED = {
     "ms": "time",
@@ -44,10 +44,9 @@ class Instruments:
 
     @staticmethod
     def of_cpu(ceilings: Callable[[Case], Ceilings], left: Callable[[], float]) -> "Instruments":
-        def one(calls: Sequence[Run]) -> tuple[Run, None]:
-            return calls[0], None
-
-        return Instruments(ceilings, left, timing.interleaved, one, memory.cpu_extra, lambda: None)
+        """A single call in place of a graph; memory beyond is not measured."""
+        one, none = (lambda calls: (calls[0], None)), (lambda *_: None)
+        return Instruments(ceilings, left, timing.interleaved, one, none, none)
 
 
 @dataclass(frozen=True)
@@ -77,11 +76,8 @@ class Subject:
     context: tuple[Tensor, ...] = ()
     peers: dict[str, Callable[[], Peer]] = field(default_factory=dict)
 
-    def results(self) -> tuple[Tensor, ...]:
-        return self.ours(*self.inputs, *self.context)
-
     def run(self) -> Tensor:
-        return self.results()[0]
+        return self.ours(*self.inputs, *self.context)[0]
 
 
 def contest(question: "Question", instruments: Instruments) -> Iterator[Row]:
@@ -141,8 +137,10 @@ class Question:
         aim = {"judged": JUDGED[unit], "unit": unit, "target": target}
         return self.row(KERNEL, direction=direction, numbers=numbers or {}, failure=failure, **aim)
 
-    def timed(self, direction: str, instruments: Instruments, taken: Timing, **more: Number) -> Row:
-        """Ours, and what that is of the machine's ceilings."""
+    def timed(
+        self, direction: str, instruments: Instruments, taken: Timing, extra: int | None = None, **more: Number
+    ) -> Row:
+        """Ours, and what that is of the machine's ceilings. extra: bytes of memory beyond inputs and results."""
         unit, _ = self.aims.get(direction, ("ms", None))
         passes, least, prefix = self.work(self.case).get(direction, ()), None, "G" if self.case.threads else "T"
         with suppress(NoPeak):
@@ -156,6 +154,8 @@ class Question:
             numbers |= {"moved": (moved, "MB"), "bandwidth": (moved / taken.median, f"{prefix}B/s")}
         if least:
             numbers |= {"roofline": (least, "ms"), "share of it": (least / taken.median, "percent")}
+        if extra is not None:
+            numbers["memory beyond"] = extra, "MB"
         return self.kernel(direction, numbers | more)
 
     def comparison(
@@ -213,7 +213,7 @@ def one_direction(
     ours = directed(direction, subject.run, subject.inputs, gradient)
     mine = ours()
     if not all(bool(x.isfinite().all()) for x in mine):
-        raise NotTimed("wrong, not timed: infinite or not a number")
+        raise NotTimed(f"{WRONG}infinite or not a number")
     runs, failures = {(OURS, ""): ours}, dict(failures)
     peers = {name: peer for name, peer in peers.items() if direction == FORWARD or not peer.forward_only}
     for name, peer in peers.items():
@@ -224,16 +224,17 @@ def one_direction(
                 candidate = directed(direction, run, peer.inputs, gradient)
                 theirs = candidate()
                 instruments.wait()
-                if not peer.apart:
-                    agree(theirs, mine)
+                for index, (its, own) in enumerate(zip(theirs, mine, strict=False)):
+                    if its.shape == own.shape and not peer.apart:  # expanded keys have gradients of their own
+                        agree(its, own, SAME, f"{OTHER}result {index} differs")
                 runs[name, variant] = candidate
             except Exception as error:
                 failures[name] = in_one_line(error)
     del mine
     timings = instruments.time(runs)
-    # Forward with all results: they are no extra memory.
-    extra = instruments.extra(torch.no_grad()(subject.results) if direction == FORWARD else ours)
-    row = question.timed(direction, instruments, timings[OURS, ""], **{"memory beyond": (extra, "MB")})
+    whole = torch.no_grad()(lambda: subject.ours(*subject.inputs, *subject.context))  # its results are no extra memory
+    extra = instruments.extra(whole if direction == FORWARD else ours)
+    row = question.timed(direction, instruments, timings[OURS, ""], extra)
     yield row
     for name in subject.peers:
         if name in peers or name in failures:
@@ -271,14 +272,12 @@ def corner_of(case: Case) -> Callable[[Tensor], Tensor]:
 
 
 def corner(subject: Subject) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
-    """Output and inputs of the corner alone, of ours and of the definition: in float64, and on the CPU, because the
-    definitions go from token to token.
-    """
+    """Output and inputs of the corner alone: ours, and in float64 those of the definition."""
     cut = corner_of(subject.case)
     mine = [cut(x).detach().clone().requires_grad_() for x in subject.inputs]
-    exact = [x.detach().cpu().double().requires_grad_() for x in mine]
+    exact = [x.detach().double().requires_grad_() for x in mine]
     context = [cut(x).contiguous() for x in subject.context]
-    exact_context = [x.cpu().double() if x.is_floating_point() else x.cpu() for x in context]
+    exact_context = [x.double() if x.is_floating_point() else x for x in context]
     return subject.ours(*mine, *context)[0], mine, subject.definition(*exact, *exact_context)[0], exact
 
 
@@ -287,31 +286,20 @@ def check_output(subject: Subject) -> None:
     """The corner of the timed output, and the output of a corner."""
     out, _, expected, _ = corner(subject)
     for what, found in {"the output": corner_of(subject.case)(subject.run()), "a corner's output": out}.items():
-        right(found, expected, RIGHT, what)
+        agree(found, expected, RIGHT, f"{WRONG}{what} differs from the definition")
 
 
 def check_gradients(subject: Subject) -> None:
     """Those of a corner."""
     out, mine, expected, exact = corner(subject)
     gradient = torch.randn_like(out)
-    wanted = torch.autograd.grad(expected, exact, gradient.cpu().double())
+    wanted = torch.autograd.grad(expected, exact, gradient.double())
     for index, found in enumerate(torch.autograd.grad(out, mine, gradient)):
-        right(found, wanted[index], RIGHT_GRADIENT, f"gradient {index}")
+        agree(found, wanted[index], RIGHT_GRADIENT, f"{WRONG}gradient {index} differs from the definition")
 
 
-def right(found: Tensor, wanted: Tensor, tolerance: float, what: str) -> None:
-    error = relative_difference(found, wanted)
+def agree(found: Tensor, wanted: Tensor, tolerance: float, complaint: str) -> None:
+    found, wanted = found.detach().double(), wanted.detach().double()
+    error = float((found - wanted).norm() / wanted.norm().clamp_min(1e-30))
     if not error <= tolerance:
-        raise NotTimed(f"wrong, not timed: {what} differs from the definition by {error:.2g}")
-
-
-def agree(theirs: tuple[Tensor, ...], mine: tuple[Tensor, ...]) -> None:
-    """Results with the same shapes; expanded keys have gradients of their own."""
-    for index, (found, wanted) in enumerate(zip(theirs, mine, strict=False)):
-        if found.shape == wanted.shape and not (error := relative_difference(found, wanted)) <= SAME:
-            raise NotTimed(f"{OTHER}result {index} differs by {error:.2g}")
-
-
-def relative_difference(found: Tensor, wanted: Tensor) -> float:
-    found, wanted = found.detach().double(), wanted.detach().double().to(found.device)
-    return float((found - wanted).norm() / wanted.norm().clamp_min(1e-30))
+        raise NotTimed(f"{complaint} by {error:.2g}")

@@ -28,12 +28,6 @@ def peak_growth(run: Callable[[], object]) -> tuple[int | None, object]:
     return _status("VmHWM") - before, result
 
 
-def cpu_extra(run: Callable[[], object]) -> int | None:
-    """Bytes that a call needs beyond its results."""
-    growth, results = peak_growth(run)
-    return None if growth is None else max(0, growth - nbytes(results))
-
-
 def gpu_extra(run: Callable[[], object]) -> int:
     """Bytes that torch allocates on the GPU during a call at most, beyond its results."""
     torch.cuda.synchronize()

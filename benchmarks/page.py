@@ -56,10 +56,7 @@ def verdict(row: Row) -> str:
 
 def line(row: Row) -> str:
     """A row while the suite runs."""
-    case = ", ".join(f"{name} {label}" for name, label in row.case.items())
-    numbers = {row.judged: row.numbers[row.judged]} if row.judged in row.numbers else row.numbers
-    found = row.failure or ", ".join(f"{name} {shown(*number)}" for name, number in numbers.items())
-    return f"{question(row)}: {case}: {found} {verdict(row)}".rstrip()
+    return f"{question(row)}: " + ", ".join(f"{name} {cell}" for name, cell in cells(row, named=False).items() if cell)
 
 
 def cells(row: Row, named: bool = True) -> dict[str, str]:

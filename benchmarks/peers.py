@@ -7,8 +7,8 @@ Letters: B batch, T time, Hq / Hk query / key heads, G = Hq / Hk, D width, C chu
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import import_module
+from typing import NamedTuple
 
 import torch
 import torch._functorch.config
@@ -84,8 +84,7 @@ def flex(shapes: tuple[torch.Size, ...], gradients: bool) -> Callable[[Tensor, T
 # ---- segment attention in two calls
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """Attention inside N pairs of a run of queries and a run of keys: their offsets, int32 [N + 1], and longest."""
 
     queries: Tensor
@@ -114,15 +113,14 @@ class VarlenAttention:
     def forward(self, part: Part, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """q [Tq, Hq, D], k and v [Tk, Hk, D] -> out [Tq, Hq, D], lse [Hq, Tq]."""
         window = (-1, 0) if part.causal else (-1, -1)
-        lengths = part.queries, part.keys, part.longest_queries, part.longest_keys
-        return self.attend(q, k, v, *lengths, window_size=window, **self.options)
+        return self.attend(q, k, v, *part[:4], window_size=window, **self.options)
 
     def backward(
         self, part: Part, gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         return torch.ops.aten._flash_attention_backward(
-            gradient, q, k, v, out, lse, part.queries, part.keys, part.longest_queries, part.longest_keys,
-            0.0, part.causal, torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device),
+            gradient, q, k, v, out, lse, *part[:4], 0.0, part.causal,
+            torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device),
         )  # fmt: skip
 
 

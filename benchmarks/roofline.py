@@ -1,19 +1,9 @@
 """The least time an operator can take: its floating-point work or its bytes through memory, whichever takes longer. The
 only place where either is counted.
 
-Letters: B batch, T time, Hq / Hk query / key heads, D width, C chunk length, e bytes per element.
-
 Work is what no implementation that keeps its states on the chip can avoid: the visible half of causal triangles, and in
 the backward of linear attention the states once more (storing them would cost more). Bytes are each input read once and
-each result written once.
-
-- linear attention, per token: Hq (2 D D + 2 D (C + 1)) + Hk 2 D D forward; backward that again for dq, then Hk 4 D D +
-  Hq (2 D D + 4 D (C + 1)). Bytes: e D (2 Hq + 2 Hk) forward (q, out; k, v) and e D (3 Hq + 4 Hk) backward (q, dout, dq;
-  k, v, dk, dv), with a decay 4 Hk more forward and 8 Hk backward; final states are 4 Hk D D per sequence.
-- segment attention, per visible pair: 4 D Hq forward, 10 D Hq backward. Bytes per token: e D (2 Hq + 2 Hk) + 4 Hq + 4
-  forward (with lse and the step ids), e D (4 Hq + 4 Hk) + 4 Hq + 4 backward.
-- mixed attention: the work of both. Bytes per token: e D (4 Hq + 4 Hk) + 4 forward, e D (7 Hq + 8 Hk) + 4 backward.
-- state update, per row: 2 D D (Hq + Hk), and 8 D D Hk + e D (2 Hq + 2 Hk) bytes.
+each result written once. Hq / Hk are query / key heads.
 """
 
 import ctypes
@@ -73,11 +63,11 @@ def linear_attention(case: Case, decay: bool = False, states: int = 1) -> dict[s
     """states: how many D x D results there are per sequence and key head."""
     tokens, row, queries, keys = _sizes(case)
     chunk = CPU_CHUNK[case.dtype] if case.threads else GPU_CHUNK
-    state, triangle = 2 * case.width**2, case.width * (chunk + 1)
+    state, triangle = 2 * case.width**2, case.width * (chunk + 1)  # per token: an update or a read; half a square
     forward = queries * (state + 2 * triangle) + keys * state
-    backward = forward + keys * 2 * state + queries * (state + 4 * triangle)
+    backward = forward + keys * 2 * state + queries * (state + 4 * triangle)  # that again for dq; dk and dv
     decays, written = 4 * keys * decay, STATE * states * case.batch * keys * case.width**2
-    return _directions(
+    return _directions(  # q, out; k, v. Backward q, dout, dq; k, v, dk, dv
         Work(tokens * forward, tokens * (row * (2 * queries + 2 * keys) + decays) + written),
         Work(tokens * backward, tokens * (row * (3 * queries + 4 * keys) + 2 * decays) + written),
     )
@@ -91,7 +81,7 @@ def linear_attention_reads_and_updates(case: Case) -> dict[str, Passes]:
 def segment_attention(case: Case) -> dict[str, Passes]:
     tokens, row, queries, keys = _sizes(case)
     pairs = case.batch * visible_pairs(replace(case, batch=1, device="cpu").step_ids())
-    flops, small = 4 * case.width * queries * pairs, 4 * queries + 4
+    flops, small = 4 * case.width * queries * pairs, 4 * queries + 4  # lse and the step ids
     return _directions(
         Work(flops, tokens * (row * (2 * queries + 2 * keys) + small)),
         Work(2.5 * flops, tokens * (row * (4 * queries + 4 * keys) + small)),
