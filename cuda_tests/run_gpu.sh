@@ -124,5 +124,5 @@ stage memcheck 60
 stage racecheck 60
 stage synccheck 60
 stage benchmarks "$LIMIT" # all remaining time
-"$PYTHON" -m benchmarks.gpu_checks "$GPU_WORK" "$folder" || failed=1
+"$PYTHON" -m benchmarks.gpu --checks "$GPU_WORK" --out "$folder" || failed=1
 exit "$failed"
