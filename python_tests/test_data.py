@@ -22,7 +22,7 @@ from statecore.language import LanguageOptions
 from statecore.patterns import PatternOptions
 from statecore.prepare import prepare, problem_share
 from statecore.segmentation import EntropyOptions, StepOptions
-from statecore.steps import derive
+from statecore.steps import steps_from_markers
 from statecore.traces import ReadOptions, RowFields
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def test_steps_open_with_transitions_and_lie_inside_markers(prepared_folder):
         rank = np.full_like(ids, -1)
         for i in range(4):
             rank[ids == starts[i]], rank[ids == ends[i]] = i, 4 + i
-        derived = derive(torch.tensor(rank)[None], 4, torch.ones(1, len(ids), dtype=torch.bool)).ids
+        derived = steps_from_markers(torch.tensor(rank)[None], 4, torch.ones(1, len(ids), dtype=torch.bool)).ids
         assert derived[0].tolist() == steps.tolist()
         for number, pattern in enumerate(row["patterns"], 1):
             step = ids[steps == number]
