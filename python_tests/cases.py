@@ -1,4 +1,4 @@
-"""Random inputs for operator tests, and how far a result may be from float64."""
+"""Random inputs for operator tests, and error budgets against float64."""
 
 from dataclasses import dataclass
 
@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 EXACT = 1e-11  # float64 against float64: rounding only
-# Relative RMS error of results and of gradients. Rounding alone costs 16-bit results about 0.4 of what stands here; how
-# much arithmetic may add is decided on sizes with enough numbers to tell (1.5 times eager's error).
+# Budgets of the relative RMS error of results and gradients. Rounding alone uses about 0.4 of the 16-bit ones. What
+# arithmetic may add is tested at sizes with meaningful statistics (1.5 times eager's error).
 VALUE = {torch.float64: EXACT, torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 GRADIENT = {torch.float64: EXACT, torch.float32: 1e-4, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:
-    """Root mean square of the difference over that of `wanted` (0 / 0 is 0). Infinities must be in the same places."""
+    """RMS of the difference relative to the RMS of `wanted` (0 / 0 is 0). Infinities must be in the same places."""
     assert got.shape == wanted.shape, f"shape {tuple(got.shape)}, expected {tuple(wanted.shape)}"
     got, wanted = got.double(), wanted.double()
     infinite = wanted.isinf()
@@ -26,10 +26,8 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
 def random_step_ids(
     batch: int, time: int, *, prompt: int = 5, longest: int = 7, padding: int = 0, skip: bool = False, generator=None
 ) -> Tensor:
-    """int32 [B, T]: about `prompt` prompt tokens, then steps of 1 to `longest` tokens; up to `padding` tokens of -1 at
-    either end.
-
-    With `skip`, ids leave out values now and then.
+    """int32 [B, T]: about `prompt` prompt tokens, then steps of 1 to `longest` tokens, with up to `padding` tokens of
+    padding at either end. skip: ids leave out values now and then.
     """
 
     def draw(high: int) -> int:
@@ -50,7 +48,7 @@ def random_step_ids(
 
 @dataclass
 class Heads:
-    """Head counts and widths of a case."""
+    """Numbers of heads, and widths, of a case."""
 
     q: int
     k: int

@@ -1,4 +1,4 @@
-"""What every test file shares: reproducible randomness, and one thread unless a test says otherwise."""
+"""Fixtures of all test files: reproducible randomness, devices, shared data."""
 
 import os
 from collections.abc import Iterator
@@ -19,10 +19,10 @@ def _reproducible():
 
 @pytest.fixture(params=["cpu", "emulated", "cuda"])
 def device(request) -> Iterator[Device]:
-    """The test runs once on each: on the CPU, with CUDA kernels on the emulator, and on a GPU.
+    """The test runs once on each device: on the CPU, with the CUDA kernels on the emulator, and on a GPU.
 
-    What is missing here is skipped, or fails where STATECORE_REQUIRE_EMULATOR=1 or STATECORE_REQUIRE_CUDA=1.
-    Parametrised indirectly, tests also get "checked", the emulator that looks at every memory access.
+    It is skipped on a missing device, or fails there with STATECORE_REQUIRE_EMULATOR=1 or STATECORE_REQUIRE_CUDA=1.
+    Indirect parametrisation also offers "checked", the emulator that checks every memory access.
     """
     require(request.param)
     with using(request.param) as device:
@@ -31,8 +31,8 @@ def device(request) -> Iterator[Device]:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Folder of real data and tokenizers that is not part of the project."""
+    """A folder with real data and tokenizers that is not part of the project."""
     folder = Path(os.environ.get("STATECORE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
     if not (folder / "data").is_dir():
-        pytest.skip(f"needs the shared data folder, and {folder} is not there (set STATECORE_SHARED)")
+        pytest.skip(f"needs the shared data folder, and {folder} does not exist (set STATECORE_SHARED)")
     return folder

@@ -1,4 +1,4 @@
-"""What the fixture `device` stands for, and the CUDA kernels on the emulator in place of the CPU backend."""
+"""The devices of the fixture `device`: CPU, GPU, and the CUDA kernels on an emulator in place of the CPU backend."""
 
 import os
 import random
@@ -16,18 +16,18 @@ from torch import Tensor
 
 from statecore import ops
 
-# Test libraries: the shipped CUDA operators on the emulator, plain and with a check of every memory access.
+# Test libraries: the shipped CUDA operators on the emulator, without and with a check of every memory access.
 EMULATORS = {"emulated": "statecore_emulated", "checked": "statecore_checked"}
 
 
 def operators() -> list[str]:
-    """Names of those with a CPU backend."""
+    """Names of the operators with a CPU backend."""
     names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("statecore::")]
     return [name.partition("::")[2] for name in names if torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")]
 
 
 def require(name: str) -> None:
-    """Skips the test where nothing can run on the device `name`; fails it where the environment demands the device."""
+    """Skips the test if the device `name` is missing; fails it if the environment demands the device."""
     missing = None
     if name == "cuda" and ops.build_info()["cuda_architectures"] == "none":
         missing = "statecore was built without CUDA kernels"
@@ -48,9 +48,9 @@ def _library(name: str) -> Path:
 
 
 class Device(str):
-    """Where a test's tensors are: "cpu" or "cuda", which torch takes as it is.
+    """A torch device, "cpu" or "cuda", and what it supports.
 
-    `name` is that of the parameter, cpu, emulated, checked or cuda; `runs_cuda` says that the CUDA kernels serve it.
+    name: cpu, emulated, checked or cuda. runs_cuda: the CUDA kernels run, on a GPU or on the emulator.
     """
 
     def __new__(cls, name: str):
@@ -61,27 +61,27 @@ class Device(str):
 
     @property
     def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
-        """Two that are served: the one with the least error, and one with more."""
+        """Two supported dtypes: the most accurate one, and one below it."""
         return (torch.float32, torch.bfloat16) if self.runs_cuda else (torch.float64, torch.float32)
 
-    def served(self, heads: Heads) -> Heads:
-        """The same heads, with the next widths that are served."""
+    def supported(self, heads: Heads) -> Heads:
+        """The same heads with the next supported widths."""
         if not self.runs_cuda:
             return heads
         key_width, value_width = (min(-(-width // 16) * 16, 128) for width in (heads.key_width, heads.value_width))
         return replace(heads, key_width=key_width, value_width=value_width)
 
     def length(self, time: int) -> int:
-        """Tokens of a long case: fewer where thousands take minutes."""
+        """Tokens of a long case; fewer on the emulator, where thousands take minutes."""
         return min(time, 512) if self.name in EMULATORS else time
 
     def vary(self, draw: random.Random) -> None:
-        """From here on the emulated GPU is another one; kernels, tiles and splits are chosen by its size."""
+        """Draws another emulated GPU; its architecture and size decide kernels, tiles and splits."""
         if self.name in EMULATORS:
             emulator(self.name).gpu(draw.choice([80, 90]), draw.choice([1, 8, 132]))
 
     def every_way(self) -> Iterator[str]:
-        """Ways to run the same once more that must not change a bit, which hold until the next one is asked for."""
+        """Ways to repeat a computation that must not change a bit of its results. Each holds until the next one."""
         if self.name == "cpu":
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)
@@ -98,7 +98,7 @@ CPU = Device("cpu")
 
 
 def on(device: Device, *values):
-    """The same values, tensors among them on the device."""
+    """The same values, with tensors moved to the device."""
     return tuple(x.to(device) if isinstance(x, Tensor) else x for x in values)
 
 
@@ -113,9 +113,9 @@ class Emulator:
 
     @contextmanager
     def serving(self) -> Iterator[None]:
-        """They compute for CPU tensors meanwhile; gradients, fakes and autocast stay those of statecore.ops.
+        """Inside, these kernels compute for CPU tensors. Gradients, fakes and autocast stay those of statecore.ops.
 
-        Controls and counters start at their defaults, and memory that nobody has set is NaN.
+        Controls and counters start at their defaults; uninitialised memory is poisoned with NaN.
         """
         self.schedule("forward")
         self.gpu()
@@ -123,9 +123,9 @@ class Emulator:
         deterministic = torch.are_deterministic_algorithms_enabled()
         registrations = torch.library.Library("statecore", "IMPL")
         try:
-            torch.use_deterministic_algorithms(True)  # fills new tensors
+            torch.use_deterministic_algorithms(True)  # poisons new tensors
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Warning only once for all operators")  # that this overrides
+                warnings.filterwarnings("ignore", "Warning only once for all operators")  # about the override
                 for name in operators():
                     registrations.impl(name, getattr(self._ops, name).default, "CPU")
             yield
@@ -135,17 +135,18 @@ class Emulator:
 
     # ---- controls and counters
     def schedule(self, order: str, asynchronous: str = "late", seed: int = 1) -> None:
-        """`order` in which threads run that could: forward, reverse, random; when asynchronous copies and products
-        take effect: late, early, random."""
+        """order: in which runnable threads run: forward, reverse, random. asynchronous: when asynchronous copies and
+        products take effect: late, early, random.
+        """
         orders, times = ("forward", "reverse", "random"), ("late", "early", "random")  # as in cuda_tests/simt/simt.h
         self._ops.set_schedule(orders.index(order), times.index(asynchronous), seed)
 
     def gpu(self, arch: int = 80, multiprocessors: int = 132) -> None:
-        """What host code finds when it chooses kernels: 80 is A100, 90 H200."""
+        """The GPU for which host code chooses kernels. arch: 80 for A100, 90 for H200."""
         self._ops.set_device(arch, multiprocessors)
 
     def take_work(self) -> tuple[list[str], int]:
-        """Names of the kernels launched since the last call, and how many tensor-core products they made."""
+        """Names of the kernels launched since the last call, and the number of their tensor-core products."""
         launches, products = self._ops.take_work()
         return launches.splitlines(), products
 

@@ -1,4 +1,4 @@
-"""What the tests of linear attention share: masked forms in float64, random cases, and comparison with gradients."""
+"""Oracles of the linear attention tests: masked forms in float64, and comparison of results and gradients."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 def scattered(x: Tensor, aligned: bool = False) -> Tensor:
-    """The same values as x `[B, T, heads, width]` with no two dimensions next to each other in memory.
+    """The values of x `[B, T, heads, width]` in memory where no two dimensions are contiguous.
 
-    `aligned`: rows begin at multiples of 16 bytes, if the width is one.
+    aligned: rows start at multiples of 16 bytes, if the width is one.
     """
     batch, time, heads, width = x.shape
     before, beside = (8, 16) if aligned else (2, 3)
@@ -27,7 +27,7 @@ def leaf(x: Tensor | None, dtype: torch.dtype | None = None, requires_grad: bool
 
 
 def run(function: Callable, args: Sequence, kwargs: dict, cotangents: Sequence[Tensor] | None = None):
-    """(results, gradients of the args that require one, cotangents of the results, random where not given)."""
+    """Results, gradients of the args that require one, and the cotangents of the results (default: random)."""
     results = function(*args, **kwargs)
     if cotangents is None:
         cotangents = [torch.randn_like(x) for x in results]
@@ -37,7 +37,7 @@ def run(function: Callable, args: Sequence, kwargs: dict, cotangents: Sequence[T
         gradients = []
     elif total.requires_grad:
         gradients = torch.autograd.grad(total, leaves, materialize_grads=True)
-    else:  # nothing but padding: a result that depends on no input
+    else:  # only padding: results do not depend on the inputs
         gradients = [torch.zeros_like(x) for x in leaves]
     return [x.detach() for x in results], list(gradients), cotangents
 
@@ -56,7 +56,7 @@ def assert_like_reference(
         ("gradient", GRADIENT[dtype], zip(gradients, wanted_gradients, strict=True)),
     ):
         for i, (x, y) in enumerate(pairs):
-            # A sum of terms of about 1 that cancel to 0 has no relative error.
+            # For sums of terms around 1 that cancel to 0, the absolute error counts.
             error = min(relative_error(x, y), float((x.double() - y).norm()))
             assert error <= budget, f"{kind} {i}: error {error:.2e}"
 
@@ -68,7 +68,7 @@ def same_heads(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def masked_linear_attention(q, k, v, log_decay=None, initial_state=None, *, scale=None):
-    """`linear_attention` as one [T, T] matrix a head (papers' duality form); differentiable, any dtype; no packing."""
+    """`linear_attention` as one [T, T] matrix per head (arXiv 2405.21060's duality); differentiable, no packing."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     batch, time, value_heads = v.shape[:3]
     decay = q.new_zeros(batch, time, value_heads) if log_decay is None else log_decay.to(q.dtype)
@@ -96,10 +96,10 @@ def _weighted(weight: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def step_weights(ids: Tensor, alpha: Tensor) -> Tensor:
-    """ids [T] of one sequence, 0, 1, 2, ... -> float64 [T, T] weight of token b in what token a reads.
+    """ids [T] of one sequence, 0, 1, 2, ... -> float64 [T, T], weight of token b in the state that token a reads.
 
-    W[t] = W[t-1] + (1 - alpha_t) e_t + alpha_t / (t-1) W[t-1] is the share of each step's own sum in S_t - S_0; a token
-    reads its own step and the prompt in full.
+    W[t] = W[t-1] + (1 - alpha_t) e_t + alpha_t / (t-1) W[t-1] is the share of every step's own sum in S_t - S_0. The
+    prompt and a token's own step have weight 1.
     """
     steps = int(ids.max()) + 1
     shares = torch.zeros(steps, steps, dtype=torch.float64)
@@ -108,15 +108,13 @@ def step_weights(ids: Tensor, alpha: Tensor) -> Tensor:
         shares[t] = shares[t - 1] * (1 + (strength / (t - 1) if t > 1 else 0.0))
         shares[t, t] = 1 - strength
     shares[:, 0] = 1
-    before = shares[ids.long().clamp_min(1) - 1][
-        :, ids.long()
-    ]  # the reader's last finished step, by step of the writer
+    before = shares[ids.long().clamp_min(1) - 1][:, ids.long()]  # [last finished step of a, step of b]
     same = ids[:, None] == ids[None, :]
     return torch.where(same | (ids == 0)[None, :], 1.0, before).tril()
 
 
 def masked_step_linear_attention(q, k, v, ids, alpha, *, scale=None):
-    """`step_linear_attention` as a weighted mask, for fresh sequences with ids 0, 1, 2, ... without gaps or padding.
+    """`step_linear_attention` as a weighted mask, for new sequences with ids 0, 1, 2, ... without gaps or padding.
 
     Returns out and the running state.
     """

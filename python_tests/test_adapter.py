@@ -1,4 +1,4 @@
-"""Conversion of base checkpoints and the small file that holds the difference."""
+"""Conversion of base checkpoints, and the adapter files that hold the difference."""
 
 import json
 
@@ -23,8 +23,8 @@ def chain() -> torch.Tensor:
     return torch.tensor([random_chain(22, 4, 4)])
 
 
-def shaken(model):
-    """The model with an adapter that does something, as after training."""
+def trained(model):
+    """The model with random new weights, as after training."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if is_adapter_weight(name):
@@ -89,7 +89,7 @@ def test_step_rows_start_near_the_mean_row():
 def test_adapter_round_trip(tied, tmp_path):
     base = tiny_base("qwen3", tie_word_embeddings=tied)
     base.save_pretrained(tmp_path / "base")
-    model = shaken(convert(tmp_path / "base", **BEYOND, la_rank=6, la_norm=True, alpha_max=0.3))
+    model = trained(convert(tmp_path / "base", **BEYOND, la_rank=6, la_norm=True, alpha_max=0.3))
     save_adapter(model, tmp_path / "adapter")
     assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [
         "adapter.safetensors",
@@ -158,8 +158,8 @@ TINY_GEMMA2 = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads
     ],
 )
 def test_bases_with_features_that_would_be_dropped_are_refused(config, message, monkeypatch):
-    """Gemma2 stands for a family that was added without a look at what is special about it."""
-    # Scaled frequencies are the base's own affair.
+    """Gemma2 stands for a family that was added without regard to its special features."""
+    # Scaled RoPE frequencies are supported: the base computes them.
     families.causal_lm_class(LlamaConfig(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}))
     monkeypatch.setattr(families, "CAUSAL_LM_CLASSES", (*families.CAUSAL_LM_CLASSES, StateCoreGemma2ForCausalLM))
     with pytest.raises(ValueError, match=message):
@@ -192,13 +192,13 @@ def test_load_adapter_refuses(tmp_path):
         load_adapter_weights(convert(base, **STEP_TOKENS, la_rank=6, la_gate=False, la_norm=True), tmp_path)
 
 
-def test_a_broken_off_save_leaves_the_old_adapter(tmp_path, monkeypatch):
+def test_an_interrupted_save_leaves_the_old_adapter(tmp_path, monkeypatch):
     model = convert(tiny_base("qwen2"), **STEP_TOKENS, la_rank=6)
     save_adapter(model, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     monkeypatch.setattr("statecore.adapter.json.dumps", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        save_adapter(shaken(model), tmp_path)
+        save_adapter(trained(model), tmp_path)
     monkeypatch.undo()
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
     assert json.loads(before["statecore_config.json"])["step"]["la_rank"] == 6
@@ -206,7 +206,7 @@ def test_a_broken_off_save_leaves_the_old_adapter(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("norm", [False, True])
 def test_lora_beside_the_linear_branch(norm, tmp_path):
-    """peft on the base projections, with the linear branch saved whole, through its own files and back."""
+    """peft on the base's projections, with the linear branches in its own files, saved and loaded."""
     base, ids = tiny_base("qwen2"), chain()
 
     def fresh():

@@ -1,4 +1,4 @@
-"""What only the CPU backend promises: every instruction set, every schedule, and how much memory a call takes."""
+"""Promises of the CPU backend alone: every instruction set, every schedule, and the memory that a call takes."""
 
 import os
 import subprocess
@@ -22,9 +22,9 @@ MIB = 1 << 20
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
 def test_operators_on_every_instruction_set(isa):
-    """All tests of the operators again, with what an older processor would run."""
+    """All operator tests again with the kernels for older processors."""
     if ops.build_info()["cpu_isa"] == isa:
-        return  # that is what all other tests run
+        return  # all other tests run it
     environment = os.environ | {"STATECORE_CPU_ISA": isa}
     known = [sys.executable, "-c", "from statecore import ops; print(ops.build_info()['cpu_isa'])"]
     found = subprocess.run(known, env=environment, capture_output=True, text=True, check=False)
@@ -37,11 +37,11 @@ def test_operators_on_every_instruction_set(isa):
     assert done.returncode == 0, done.stdout[-3000:]
 
 
-# ---- schedules: few heads and long sequences, where segments are shared among threads
+# ---- schedules: few heads and long sequences, whose splits threads share
 
 
 def few_heads(case: str, dtype: torch.dtype):
-    """(operator, inputs): some long sequences with one or two key heads."""
+    """Operator and inputs: long sequences with one or two key heads."""
     time = 1500
     if case == "groups of query heads":
         return ops.linear_attention, [leaf(x) for x in Heads(6, 2, 2, 24, 40).qkv(1, time, dtype)]
@@ -65,7 +65,7 @@ CASES = ["groups of query heads", "groups of value heads with decay", "packed", 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES)
-def test_segments_shared_among_threads_give_the_same_bits(case, dtype):
+def test_splits_shared_among_threads_give_the_same_bits(case, dtype):
     operator, inputs = few_heads(case, dtype)
     torch.set_num_threads(1)
     results, grads, cotangents = run(operator, inputs, {})
@@ -76,13 +76,13 @@ def test_segments_shared_among_threads_give_the_same_bits(case, dtype):
             assert torch.equal(x, y), threads
 
 
-# ---- memory beyond the results, as csrc/*/*.h state it
+# ---- memory beyond the results, as stated in csrc/*/*.h
 
 
 def extra_memory(function, inputs, backward: bool) -> int:
-    """Bytes at the peak of one call, forward or backward, without its results."""
+    """Peak bytes of one call, forward or backward, without its results."""
     torch.set_num_threads(2)
-    function(*inputs)  # libraries and threads exist from here on
+    function(*inputs)  # creates libraries' buffers and threads
     if not backward:
         with torch.no_grad():
             growth, results = peak_growth(lambda: function(*inputs))
@@ -100,7 +100,7 @@ def extra_memory(function, inputs, backward: bool) -> int:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("heads", [(8, 2), (16, 16)])
 def test_linear_attention_needs_a_few_states_beyond_its_results(heads, dtype, backward):
-    """About 1 MiB a thread; nothing grows with tokens times widths (the inputs here are 20 to 200 MiB)."""
+    """About 1 MiB per thread, nothing that grows with tokens times widths (the inputs take 20 to 200 MiB)."""
     inputs = [leaf(x) for x in Heads(heads[0], heads[1], heads[1], 64, 64).qkv(1, 16384, dtype)]
     assert extra_memory(ops.linear_attention, inputs, backward) < 3 * MIB
 

@@ -1,5 +1,6 @@
-"""What everything rests on: one masked pass over a whole sequence = token by token with cleared keys and values = any
-chunking, through whole models in float64, in batches whose rows end their steps at different tokens.
+"""The main invariant: one masked pass over a sequence, token-by-token decoding with cleared keys and values, and any
+chunking in between compute the same, through whole models in float64, in batches whose rows end steps at different
+tokens.
 """
 
 from itertools import pairwise
@@ -29,7 +30,7 @@ def batch() -> dict[str, Tensor]:
 
 @torch.no_grad()
 def in_chunks(model, inputs: dict[str, Tensor], bounds: list[int]) -> tuple[Tensor, DynamicCache]:
-    """Logits [B, T, V] of the chunks between `bounds`, decoded over one cache."""
+    """Logits [B, T, V], computed over one cache in the chunks between `bounds`."""
     cache, logits = DynamicCache(config=model.config), []
     for begin, end in pairwise(bounds):
         part = {name: tensor[:, begin:end] for name, tensor in inputs.items()}
@@ -39,26 +40,26 @@ def in_chunks(model, inputs: dict[str, Tensor], bounds: list[int]) -> tuple[Tens
 
 
 @torch.no_grad()
-def assert_one_model(model, inputs: dict[str, Tensor]) -> None:
+def assert_chunking_does_not_matter(model, inputs: dict[str, Tensor]) -> None:
     time = inputs["input_ids"].shape[1]
-    real = inputs["attention_mask"].bool()
+    valid = inputs["attention_mask"].bool()
     whole = model(**inputs, use_cache=False).logits
     chunkings = {"one by one": list(range(time + 1)), "prompt, then one by one": [0, *range(8, time + 1)]}
     for parts in (2, 3, 6):
         chunkings[f"{parts} chunks"] = [0, *sorted(torch.randperm(time - 1)[: parts - 1].add(1).tolist()), time]
     for name, bounds in chunkings.items():
         logits, cache = in_chunks(model, inputs, bounds)
-        difference = (logits - whole)[real].abs().max()
+        difference = (logits - whole)[valid].abs().max()
         assert difference <= LARGEST_DIFFERENCE, f"{name} ({bounds}): {difference}"
         assert cache.get_seq_length() == time
-        assert cache.layers[0].keys.shape[2] < time - 10, "nothing was cleared"
+        assert cache.layers[0].keys.shape[2] < time - 10, "no slot was cleared"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_whole_equals_token_by_token_equals_chunks(family):
     model, inputs = tiny_model(family), batch()
-    assert_one_model(model, inputs)
-    # Otherwise the equality above would say little: state and correction both have a say in the result.
+    assert_chunking_does_not_matter(model, inputs)
+    # The equality above means something only if state and correction affect the result.
     with torch.no_grad():
         logits = model(**inputs).logits
         model.set_momentum(False)
@@ -71,17 +72,17 @@ def test_whole_equals_token_by_token_equals_chunks(family):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants_of_the_linear_branch(variant):
-    assert_one_model(tiny_model("qwen2", **VARIANTS[variant]), batch())
+    assert_chunking_does_not_matter(tiny_model("qwen2", **VARIANTS[variant]), batch())
 
 
 def test_segments_without_a_state():
     model = tiny_model("llama")
     model.set_linear_attention(False)
-    assert_one_model(model, batch())
+    assert_chunking_does_not_matter(model, batch())
 
 
-def test_rows_do_not_feel_each_other():
-    """A row of a padded batch gives what it gives alone, whichever way it is decoded."""
+def test_rows_are_independent():
+    """A row of a padded batch has the logits that it has alone."""
     model = tiny_model("qwen3")
     rows = [random_chain(*row) for row in zip(LENGTHS, PROMPTS, LONGEST_STEPS, strict=True)]
     inputs = left_padded(rows)
@@ -93,7 +94,7 @@ def test_rows_do_not_feel_each_other():
 
 
 def test_the_cache_never_exceeds_prompt_and_open_step():
-    """Token by token, after each pass: prompt columns + the longest step that is open in any row."""
+    """After each token the cache has at most the prompts' columns and those of the longest open step."""
     model, inputs = tiny_model("qwen2"), batch()
     cache = DynamicCache(config=model.config)
     prompt_columns = int((inputs["attention_mask"] == 0).sum(1).max()) + max(PROMPTS)
@@ -108,7 +109,7 @@ def test_the_cache_never_exceeds_prompt_and_open_step():
         assert cache.layers[0].keys.shape[2] == slots.ids.shape[1]
 
 
-def test_states_are_the_same_however_they_came_about():
+def test_chunking_does_not_change_states():
     model, inputs = tiny_model("qwen2"), batch()
     time = inputs["input_ids"].shape[1]
     _, one = in_chunks(model, inputs, [0, time])

@@ -1,4 +1,4 @@
-"""The demo: its task, its teacher, what it measures and the page it writes."""
+"""The demo: task, teacher, measurements and page."""
 
 import html.parser
 import inspect
@@ -31,7 +31,7 @@ def untrained_student(base: Qwen2ForCausalLM | None = None):
 
 
 def solve(prompt: list[str]) -> list[str]:
-    """The solution of a problem, worked out from the words of its prompt alone, as the module's docstring tells it."""
+    """The solution of a problem, computed from the words of its prompt as the module's docstring describes."""
     _, p, q, asked, last, *given = prompt
     p, q, asked, last = int(p[1:]), int(q[1:]), int(asked[2:]), int(last[3:])
     names = [int(word[1:-1]) for word in given[0::2]]
@@ -56,8 +56,8 @@ def test_solutions_are_right(steps):
         assert words[task.PROMPT_TOKENS :] == solve(words[: task.PROMPT_TOKENS])
 
 
-def test_docstring_tells_the_truth():
-    """The example in the module's docstring, with the step that it leaves out put in."""
+def test_docstring_example_is_right():
+    """The module's docstring shows a problem without its third step."""
     indented = [line.strip() for line in inspect.cleandoc(task.__doc__).splitlines() if line.startswith("    ")]
     lines = [line.split("   ")[0].split() for line in indented]
     (prompt, first, second, dots, last, answer) = lines
@@ -68,8 +68,8 @@ def test_docstring_tells_the_truth():
     assert words[-task.ANSWER_TOKENS - task.STEP_TOKENS - 1 :] == last + answer
 
 
-def test_steps_need_what_the_prompt_does_not_hold():
-    """From the second step on, most recalled terms are results of earlier steps."""
+def test_later_steps_recall_results_of_earlier_ones():
+    """From the fifth step on, no recalled term is in the prompt."""
     problems = draw(50, 8)
     body = problems.input_ids[:, task.PROMPT_TOKENS : -task.ANSWER_TOKENS - 1].unflatten(1, (8, task.STEP_TOKENS))
     in_prompt = [set(row) for row in problems.prompts[:, 5::2].tolist()]
@@ -91,7 +91,7 @@ def test_tokenizer_reads_what_it_writes():
 
 
 def test_training_set_is_a_prepared_one(tmp_path):
-    lengths = distil.LONGEST_TRAINED - 1  # 2 and upwards
+    lengths = distil.LONGEST_TRAINED - 1  # from 2 steps on
     folder = distil.write_training_set(tmp_path, rows=3 * lengths, seed=3)
     prepared = load_prepared(folder)
     assert len(prepared.train) == 3 * lengths
@@ -100,7 +100,7 @@ def test_training_set_is_a_prepared_one(tmp_path):
     plain = draw(2, row["steps"], seed=0)
     assert len(row["input_ids"]) == len(row["step_ids"]) == plain.input_ids.shape[1] + 2 * row["steps"]
     batch = PaddedCollator.of(prepared)([row])
-    # The model finds the same steps in the tokens, and the teacher's text is one the teacher knows.
+    # The model derives the same steps from the tokens, and the teacher's text is a problem of the task.
     student = untrained_student()
     derived = DynamicCache(config=student.config)
     student(batch["input_ids"], past_key_values=derived, logits_to_keep=1)
@@ -156,7 +156,7 @@ def test_answers_are_compared_token_by_token():
 
 
 def test_figures_of_decoding(shipped):
-    """A converted but untrained student: bounded bytes, and a state only where there is one."""
+    """The teacher and a converted, untrained student: exact bytes of keys and values, and of states."""
     student = untrained_student(shipped)
     problems = draw(3, 6)
     config = shipped.config
@@ -164,7 +164,7 @@ def test_figures_of_decoding(shipped):
     decoded = measure.decode(shipped, problems)
     assert decoded.correct.all()
     assert decoded.state_bytes == 0
-    assert decoded.kv_bytes == per_token * (problems.input_ids.shape[1] - 1)  # the last token is not fed again
+    assert decoded.kv_bytes == per_token * (problems.input_ids.shape[1] - 1)  # the last token is not fed
     states = measure.decode(student, problems).state_bytes
     assert states == 3 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim**2 * 4
 
@@ -190,11 +190,11 @@ def test_state_trajectories_start_at_the_prompt():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# All of it
+# The whole demo
 
 
 class References(html.parser.HTMLParser):
-    """Whatever a page would load from elsewhere."""
+    """Collects the references of a page."""
 
     def __init__(self):
         super().__init__()
@@ -223,7 +223,7 @@ def test_demo_end_to_end(tmp_path, monkeypatch, capsys):
         assert f"{100 * row['accuracy']:.1f} %" in printed
 
 
-def test_student_variants_are_held_to_steps():
+def test_student_variants_decode_in_steps():
     student = untrained_student()
     config = student.config
     hold = measure._InSteps(student)
@@ -236,9 +236,9 @@ def test_student_variants_are_held_to_steps():
         return set(hold(ids, scores.clone())[0].isfinite().nonzero()[:, 0].tolist())
 
     everything = set(range(config.vocab_size))
-    assert allowed() == set(config.step_start_token_ids)  # behind the prompt
+    assert allowed() == set(config.step_start_token_ids)  # after the prompt
     assert allowed(start) == everything  # inside a step
-    assert allowed(start, task.TOKEN_ID["x3="], end) == set(config.step_start_token_ids)  # a step that goes on
+    assert allowed(start, task.TOKEN_ID["x3="], end) == set(config.step_start_token_ids)  # another step must follow
     assert allowed(start, task.TOKEN_ID[task.DONE], end) == everything  # the last step
 
 

@@ -1,4 +1,4 @@
-"""The unmodified generate() on state-transition models, and step-wise decoding on top of it."""
+"""The unmodified generate() on state-transition models, step-wise decoding on top of it, and its command."""
 
 import io
 import json
@@ -17,7 +17,7 @@ from statecore.decoding import DecodingOptions
 from statecore.generate import PromptSource, _StepPrinter, generate
 from statecore.loading import load_state_transition_model
 
-# Random models hardly ever write a marker: these make steps come and go.
+# Random models hardly ever decode a marker; with this bias they open and close steps.
 BIAS = {(token,): 4.0 for token in STARTS + ENDS}
 
 
@@ -53,8 +53,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     ],
     ids=lambda arguments: " ".join(arguments),
 )
-def test_with_a_cache_as_without(family, arguments):
-    """Decoding over cleared caches gives the tokens that full passes over the whole sequence give."""
+def test_the_cache_does_not_change_tokens(family, arguments):
+    """Decoding over a cleared cache and full passes over the whole sequence give the same tokens."""
     model = tiny_model(family)
     results = []
     for use_cache in (True, False):
@@ -73,7 +73,7 @@ def prompts_of(seed: int) -> dict[str, torch.Tensor]:
         return prompts()
 
 
-def test_left_padded_rows_are_decoded_as_alone():
+def test_left_padding_does_not_change_tokens():
     model = tiny_model()
     rows = [random_chain(20, 4, 4), random_chain(13, 5, 3), random_chain(6, 6, 2)]
     inputs = left_padded(rows)
@@ -89,8 +89,8 @@ def test_left_padded_rows_are_decoded_as_alone():
         assert result[20:].tolist() == alone[0, len(row) :].tolist()
 
 
-def test_going_on_with_a_cache():
-    """A second turn over the cache of the first, given as the whole sequence, as generate() expects it."""
+def test_a_second_turn_over_the_cache():
+    """The input is the whole sequence, as generate() expects."""
     model = tiny_model()
     first, turn = torch.tensor([random_chain(15, 4, 4)]), torch.tensor([[STARTS[1], 7, ENDS[1], 9]])
     arguments = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
@@ -124,7 +124,7 @@ def test_assisted_decoding_is_refused():
 
 
 def test_finished_rows_stop_growing():
-    """A row that has ended gets padding until the others end; its keys and values must not pile up."""
+    """A finished row is fed padding until the others finish, which must not add keys and values."""
     model = tiny_model()
     cache = DynamicCache(config=model.config)
 
@@ -141,7 +141,7 @@ def test_finished_rows_stop_growing():
     assert result[0, 9:].tolist() == [0] * 27
     slots = cache.layers[0].slots
     assert slots.last_step.tolist()[0] == 0
-    assert slots.ids.shape[1] <= 6 + 3 + 4  # prompts, what row 0 wrote, row 1's open step
+    assert slots.ids.shape[1] <= 6 + 3 + 4  # prompts, the tokens of row 0, the open step of row 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -167,22 +167,22 @@ def test_grammar():
         decoding.StepGrammar(model, 1)
 
 
-def test_grammar_treats_every_row_by_itself():
+def test_grammar_treats_rows_independently():
     rows = torch.tensor([[3, STARTS[1], 5], [STARTS[0], 6, ENDS[0]], [3, 4, 5]])
-    model, together = tiny_model(), None
+    model = tiny_model()
     together = decoding.StepGrammar(model, 4)(rows, torch.zeros(3, 60))
     for row, scores in zip(rows.tolist(), together, strict=True):
         assert set((scores > -torch.inf).nonzero()[:, 0].tolist()) == allowed(model, row, max_step_tokens=4)
 
 
-def test_tracker_follows_the_rule_of_the_model():
+def test_tracker_and_model_follow_the_same_step_rule():
     model = tiny_model()
     for _ in range(20):
         tokens = torch.randint(2, 10, (40,))
         markers = torch.rand(40) < 0.4
         tokens[markers] = torch.tensor(STARTS + ENDS)[torch.randint(0, 6, (int(markers.sum()),))]
-        rows = model.get_input_embeddings().step_rows(tokens[None])
-        ids = steps.steps_from_markers(rows, 3, torch.ones(1, 40).bool()).ids[0].tolist()
+        step_rows = model.get_input_embeddings().step_rows(tokens[None])
+        ids = steps.steps_from_markers(step_rows, 3, torch.ones(1, 40).bool()).ids[0].tolist()
         tracker = decoding.StepTracker(model.config, tokens[:7].tolist())
         for token in tokens[7:].tolist():
             tracker.feed(token)
@@ -218,7 +218,7 @@ def test_generate_steps_reports(tokenizer):
         assert [word for word in result.text.split() if word[0] == "w"] == words
         assert "step" not in result.text
         token_bytes = 3 * 2 * 2 * 8 * 8
-        assert result.full_kv_bytes == token_bytes * (4 + 59)  # the last token is never fed
+        assert result.full_kv_bytes == token_bytes * (4 + 59)  # the last token is not fed
         assert result.peak_kv_bytes < result.full_kv_bytes
         assert result.state_bytes == 3 * 3 * 2 * 8 * 8 * 8
         assert result.ms_per_token > 0
@@ -239,7 +239,7 @@ def test_memory_is_bounded_by_prompt_and_longest_step():
     options = {"max_step_tokens": 8, "temperature": 1.0, "sequence_bias": BIAS | {(EOS,): -20.0}}
     short, long = (decoding.generate_steps(model, [[3, 4, 5]], max_new_tokens=n, **options)[0] for n in (60, 240))
     token_bytes = 3 * 2 * 2 * 8 * 8
-    prologue = next(i for i, token in enumerate(long.token_ids) if token in STARTS)  # belongs to the prompt
+    prologue = next(i for i, token in enumerate(long.token_ids) if token in STARTS)  # counts as prompt
     longest = max(len(step.tokens) for step in long.steps)
     assert longest <= 40
     assert long.peak_kv_bytes <= token_bytes * (3 + prologue + longest)
@@ -247,7 +247,7 @@ def test_memory_is_bounded_by_prompt_and_longest_step():
     assert long.full_kv_bytes > 3.5 * short.full_kv_bytes
 
 
-def test_momentum_switch_is_put_back():
+def test_momentum_switch_is_restored():
     model = tiny_model()
     (result,) = decoding.generate_steps(model, [[3, 4]], max_new_tokens=20, momentum=False, sequence_bias=BIAS)
     assert model.mode.momentum
@@ -284,7 +284,7 @@ def test_seed_and_empty_prompts():
 
 @pytest.fixture
 def adapter(tmp_path, tokenizer):
-    """An adapter folder as training leaves it, on a base checkpoint beside it."""
+    """An adapter folder as training writes it, and its base checkpoint beside it."""
     tiny_base("qwen2").save_pretrained(tmp_path / "base")
     model = convert(tmp_path / "base", step_start_token_ids=STARTS, step_end_token_ids=ENDS, la_rank=6)
     save_adapter(model, tmp_path / "adapter")
@@ -333,7 +333,7 @@ def test_file_in_file_out_and_resume(adapter, tmp_path):
     lines = [json.loads(line) for line in whole.splitlines()]
     assert [line["id"] for line in lines] == ["p0", "p1", "p2", "p3", "p4"]
     assert {"text", "answer", "steps", "tokens", "peak_kv_bytes", "state_bytes", "full_kv_bytes"} <= lines[0].keys()
-    # A run that was killed in the middle of a line goes on from the last whole one.
+    # A run that was killed while writing a line resumes after the last complete one.
     output.write_text("\n".join(whole.splitlines()[:3]) + '\n{"id": "p3", "te')
     assert len(generate(adapter, **arguments)) == 2
     assert [json.loads(line)["id"] for line in output.read_text().splitlines()] == ["p0", "p1", "p2", "p3", "p4"]
@@ -360,7 +360,7 @@ def test_stdin(adapter, monkeypatch, capsys):
         ('{"prompt": "a", "id": 7}\n{"prompt": "b", "id": "7"}', "'7' comes several times"),
     ],
 )
-def test_bad_input_is_named(content, message, adapter, tmp_path):
+def test_invalid_input_is_named(content, message, adapter, tmp_path):
     (tmp_path / "in").write_text(content)
     with pytest.raises(ValueError, match=message):
         generate(adapter, source=raw(input=tmp_path / "in"), options=SHORT)
@@ -388,13 +388,13 @@ def test_prompts_are_built_as_the_training_set_was(adapter, tokenizer):
     arguments = {"source": PromptSource("w3 w4"), "options": DecodingOptions(max_new_tokens=2), "quiet": True}
     (result,) = generate(adapter, **arguments)
     assert result.prompt_tokens == 5
-    # The same where the tokenizer stands in a folder of its own, as `prepare` writes it.
+    # The same with the tokenizer in a subfolder, where `prepare` writes it.
     tokenizer.save_pretrained(adapter / "tokenizer")
     (again,) = generate(adapter, **arguments)
     assert again.token_ids == result.token_ids
 
 
-def test_peak_is_measured_before_clearing():
+def test_peak_includes_cleared_slots():
     model = tiny_model()
     cache = DynamicCache(config=model.config)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What `import statecore` costs and registers, each time in a fresh interpreter."""
+"""What `import statecore` costs and registers, in fresh interpreters."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""linear_attention against its definition, its other forms, and itself in pieces."""
+"""linear_attention against its definition, its equivalent forms, and itself split into several calls."""
 
 import random
 from itertools import pairwise
@@ -17,7 +17,7 @@ TIMES, CUDA_TIMES = [1, 2, 15, 31, 32, 33, 64, 129], [1, 2, 15, 63, 64, 65, 129,
 
 
 def random_case(seed: int, dtype: torch.dtype, device: Device = CPU):
-    """Positional arguments of a random call: odd sizes, GQA or GVA, decay, initial state, packing and strides."""
+    """Arguments and scale of a random call: odd sizes, GQA or GVA, decay, initial state, packing, strides."""
     draw = random.Random(seed)
     torch.manual_seed(seed)
     device.vary(draw)
@@ -60,8 +60,8 @@ def test_equals_reference(seed, dtype, device):
 @pytest.mark.parametrize("device", ["checked"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("heads", [Heads(2, 1, 1, 16, 32), Heads(1, 1, 2, 48, 16), Heads(1, 1, 1, 128, 128)], ids=str)
-def test_every_access_is_right(heads, dtype, device):
-    """One tile and a bit of another, packed, with everything that can be given, on a small GPU and a large one."""
+def test_memory_accesses_are_valid(heads, dtype, device):
+    """Packed sequences over one tile and part of the next, all optional arguments, on a small and on a large GPU."""
     tensors = [leaf(x) for x in heads.qkv(1, 90, dtype)]
     decay, state = leaf(-torch.rand(1, 90, heads.v)), leaf(torch.randn(3, heads.v, heads.key_width, heads.value_width))
     args = (*tensors, decay, state, torch.tensor([0, 13, 13, 90], dtype=torch.int32))
@@ -71,8 +71,8 @@ def test_every_access_is_right(heads, dtype, device):
 
 
 @pytest.mark.parametrize("device", ["emulated"], indirect=True)
-def test_sequences_are_cut_where_they_are_few(device):
-    """Two heads of one sequence are all that a GPU of one multiprocessor can work on; a large one cuts them."""
+def test_few_sequences_are_split_across_multiprocessors(device):
+    """Two heads of one sequence fill a GPU with one multiprocessor; a large GPU splits them."""
     args = (*Heads(2, 2, 2, 32, 32).qkv(1, 300, torch.float32), -torch.rand(1, 300, 2), torch.randn(1, 2, 32, 32))
     launches = []
     for multiprocessors in (1, 132):
@@ -101,14 +101,14 @@ def test_float32_decay_and_state_beside_float64():
     assert relative_error(out, reference.linear_attention(*args)[0].detach()) < EXACT
 
 
-# ---- one call = several
+# ---- splitting and packing
 
 
 @pytest.mark.parametrize("decays", [False, True])
 @pytest.mark.parametrize("cut", [0, 1, 50, 64, 100, None])
-def test_split_anywhere_is_one_call(cut, decays, device):
-    dtype, heads = device.dtypes[0], device.served(Heads(4, 2, 2, 8, 20))
-    batch, time = (1, 300) if device.runs_cuda else (2, 129)  # on CUDA some of it in segments
+def test_two_calls_equal_one_call(cut, decays, device):
+    dtype, heads = device.dtypes[0], device.supported(Heads(4, 2, 2, 8, 20))
+    batch, time = (1, 300) if device.runs_cuda else (2, 129)  # long enough for splits on CUDA
     cut = time if cut is None else cut
     tensors = [leaf(x) for x in on(device, *heads.qkv(batch, time, dtype))]
     decay = leaf(-torch.rand(batch, time, 2, dtype=dtype).to(device)) if decays else None
@@ -129,9 +129,9 @@ def test_split_anywhere_is_one_call(cut, decays, device):
         assert relative_error(x, y) < GRADIENT[dtype]
 
 
-def test_packed_is_one_by_one(device):
-    """Bit for bit on the CPU; on CUDA how the work is split depends on how much there is."""
-    heads = device.served(Heads(4, 2, 2, 8, 20))
+def test_packed_equals_one_by_one(device):
+    """Bit for bit on the CPU. On CUDA, how the work is split depends on its amount."""
+    heads = device.supported(Heads(4, 2, 2, 8, 20))
     lengths = [5, 0, 64, 1, 270 if device.runs_cuda else 70]
     cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
     decay, state = -torch.rand(1, sum(lengths), 2), torch.randn(len(lengths), 2, heads.key_width, heads.value_width)
@@ -153,8 +153,8 @@ def test_packed_is_one_by_one(device):
 
 
 @pytest.mark.parametrize(("batch", "time"), [(0, 5), (2, 0), (0, 0)])
-def test_nothing_to_do(batch, time, device):
-    heads = device.served(Heads(4, 2, 2, 8, 20))
+def test_empty_inputs(batch, time, device):
+    heads = device.supported(Heads(4, 2, 2, 8, 20))
     tensors = [leaf(x) for x in on(device, *heads.qkv(batch, time, torch.float32))]
     state = leaf(torch.randn(batch, 2, heads.key_width, heads.value_width).to(device))
     (out, final), grads, (_, grad_final) = run(ops.linear_attention, (*tensors, None, state), {})
@@ -188,9 +188,9 @@ def test_bits_do_not_depend_on_threads_runs_or_strides(dtype, device):
             assert torch.equal(x, y)
 
 
-def test_gradient_without_strides(device):
-    """That of a sum: one number, expanded."""
-    heads = device.served(Heads(4, 2, 2, 8, 20))
+def test_expanded_gradient(device):
+    """The gradient of a sum is one number, expanded: all its strides are 0."""
+    heads = device.supported(Heads(4, 2, 2, 8, 20))
     args = on(device, *heads.qkv(1, 70, torch.float32), None, None, None, None)
     out, state = ops.linear_attention(*args[:3])
     one = torch.ones((), device=device)
@@ -216,7 +216,7 @@ def test_refuses_on_cuda(device):
 
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)
 def test_graph_capture(device):
-    """Captured once, replayed on other contents: where sequences begin is read when the kernels run."""
+    """Captured once and replayed with other contents: kernels read on the device where sequences begin."""
     heads = Heads(4, 2, 2, 64, 128)
     tensors = on(device, *heads.qkv(1, 300, torch.bfloat16))
     state, cu_seqlens = on(device, torch.randn(4, 2, 64, 128), torch.tensor([0, 0, 0, 0, 300], dtype=torch.int32))
@@ -227,7 +227,7 @@ def test_graph_capture(device):
         args = (*cotangents, *tensors, None, state, cu_seqlens, None)
         return *results, *torch.ops.statecore.linear_attention_backward(*args)
 
-    everything()  # before capture: kernels are loaded
+    everything()  # loads the kernels before capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         got = everything()
@@ -275,7 +275,7 @@ def test_rank_of_the_state():
 
 
 def test_decay_of_minus_infinity_forgets_everything(device):
-    heads = device.served(Heads(2, 1, 1, 4, 20))
+    heads = device.supported(Heads(2, 1, 1, 4, 20))
     q, k, v, decay = on(device, *heads.qkv(1, 40, torch.float32), -torch.rand(1, 40, 1))
     decay[0, 17] = float("-inf")
     out, state = ops.linear_attention(q, k, v, decay, torch.randn(1, 1, heads.key_width, heads.value_width).to(device))
@@ -299,8 +299,8 @@ def test_float32_error_at_length(time, strength, device):
     assert_like_reference(ops.linear_attention, masked_linear_attention, args)
 
 
-def test_gradient_of_decay_a_value_head(device):
-    """Groups of value heads share q and k; each decay still gets its own head's gradient, strong or weak."""
+def test_decay_has_a_gradient_per_value_head(device):
+    """Value heads of a group share q and k, but not the gradients of their decays, strong or weak."""
     heads = Heads(1, 1, 4, 32, 32)
     tensors = on(device, *heads.qkv(1, 600, torch.float32))
     decay = leaf((-torch.rand(1, 600, 4) * torch.tensor([0.001, 0.1, 2.0, 10.0])).to(device))
@@ -314,9 +314,9 @@ def test_gradient_of_decay_a_value_head(device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("strength", [None, 0.01, 1.0])
 def test_half_precision_error_is_that_of_rounding(dtype, strength, device):
-    """At most 1.5 times the error of float32 arithmetic on the same rounded inputs, rounded once at the end.
+    """At most 1.5 times the error of exact arithmetic on the same rounded inputs, rounded once at the end.
 
-    float32 results are held to more than that where kernels may round to 16 bits on the way (on CUDA).
+    float32 results have a larger budget on CUDA, where kernels may round intermediate results to 16 bits.
     """
     heads, time = Heads(4, 2, 2, 64, 64), device.length(2048)
     tensors = heads.qkv(1, time, dtype)
@@ -333,7 +333,7 @@ def test_half_precision_error_is_that_of_rounding(dtype, strength, device):
 
 @pytest.mark.parametrize("key_heads", [1, 16])
 def test_state_error_after_32768_tokens(key_heads, device):
-    """Summed by segment where heads are few, in place where they are many."""
+    """With few heads the state is summed over splits, with many in one sweep."""
     heads = Heads(key_heads, key_heads, key_heads, 64, 64)
     q, k, v = on(device, *heads.qkv(1, device.length(32768), torch.bfloat16))
     _, state = ops.linear_attention(q, k, v)
@@ -353,7 +353,7 @@ def refused(match: str, **changes):
         ops.linear_attention(**args)
 
 
-def test_refuses_what_it_cannot_take():
+def test_refuses_invalid_arguments():
     x = torch.randn
     integers = torch.zeros(2, 6, 4, 8, dtype=torch.int32)
     refused(r"q must be float32, bfloat16, float16 or float64, got int32", q=integers)

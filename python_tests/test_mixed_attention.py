@@ -1,4 +1,4 @@
-"""mixed_attention against its definition and against the two operators that it is made of."""
+"""mixed_attention against its definition and against the two operators that it combines."""
 
 import random
 from itertools import pairwise
@@ -29,7 +29,7 @@ def random_case(seed: int, dtype: torch.dtype, device: Device = CPU):
         *draw.choice([(1, 1, 1), (4, 2, 2), (6, 1, 1), (4, 4, 4)]), draw.choice([1, 8, 17]), draw.choice([3, 16])
     )
     device.vary(draw)
-    heads = device.served(heads)
+    heads = device.supported(heads)
     packed = draw.random() < 0.4
     batch, queries = 1 if packed else draw.choice([1, 2]), draw.choice([1, 15, 65, 100])
     keys = queries if packed else queries + draw.choice([0, 0, 1, 40])
@@ -67,7 +67,7 @@ def test_equals_reference(seed, dtype, device):
 
 @pytest.mark.parametrize("device", ["checked"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_access_is_right(dtype, device):
+def test_memory_accesses_are_valid(dtype, device):
     tensors = mixed_inputs(Heads(2, 1, 1, 32, 48), 1, 80, 80, 1, 16, dtype)
     ids, cu_seqlens = random_step_ids(1, 80, longest=30), torch.tensor([0, 0, 80], dtype=torch.int32)
     args = (*tensors, ids, ALPHA, torch.randn(3, 2, 1, 16, 48), None, cu_seqlens)
@@ -81,7 +81,7 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(ops.mixed_attention, (*tensors, ids, ALPHA, states))
 
 
-def in_pieces(q, k, v, lin_q, lin_k, lin_v, gate, ids, alpha, states=None, step=None, cu_seqlens=None, **scales):
+def combined(q, k, v, lin_q, lin_k, lin_v, gate, ids, alpha, states=None, step=None, cu_seqlens=None, **scales):
     segment, _ = ops.segment_attention(q, k, v, ids, cu_seqlens, scale=scales.get("scale"))
     own_ids = ids[:, ids.shape[1] - q.shape[1] :]
     lin_args = lin_q, lin_k, lin_v, own_ids, alpha, states, step, cu_seqlens
@@ -89,11 +89,11 @@ def in_pieces(q, k, v, lin_q, lin_k, lin_v, gate, ids, alpha, states=None, step=
     return segment + gate.sigmoid() * linear, states
 
 
-def test_is_made_of_the_two_operators(device):
+def test_combines_the_two_operators(device):
     args = random_case(1, torch.float32, device)
     args = [x if i == ALPHA_INDEX else leaf(x) for i, x in enumerate(args)]
     got, grads, cotangents = run(ops.mixed_attention, args, {"lin_scale": 0.2})
-    wanted, wanted_grads, _ = run(in_pieces, args, {"lin_scale": 0.2}, cotangents)
+    wanted, wanted_grads, _ = run(combined, args, {"lin_scale": 0.2}, cotangents)
     assert torch.equal(got[1], wanted[1])
     for x, y in zip(got + grads, wanted + wanted_grads, strict=True):
         assert relative_error(x, y) < 1e-6
@@ -104,7 +104,7 @@ def test_one_step_with_a_closed_gate_is_causal_attention(dtype, device):
     """T5."""
     if device.runs_cuda and dtype == torch.float64:
         return  # refused
-    tensors = mixed_inputs(device.served(Heads(4, 2, 2, 8, 12)), 2, 70, 70, 2, 16, dtype)
+    tensors = mixed_inputs(device.supported(Heads(4, 2, 2, 8, 12)), 2, 70, 70, 2, 16, dtype)
     tensors[6] = torch.full_like(tensors[6], -1000.0)
     *tensors, ids, alpha = on(device, *tensors, torch.ones(2, 70, dtype=torch.int32), ALPHA)
     out, _ = ops.mixed_attention(*tensors, ids, alpha)
@@ -114,10 +114,10 @@ def test_one_step_with_a_closed_gate_is_causal_attention(dtype, device):
 
 
 @pytest.mark.parametrize("cut", [1, 20, 64, 79])
-def test_split_over_a_cache_is_one_call(cut, device):
-    """Keys and ids of the whole sequence so far, states carried: chunked prefill."""
+def test_chunked_prefill_is_one_call(cut, device):
+    """The second call gets all keys and ids so far, and the states of the first."""
     dtype = device.dtypes[0]
-    tensors = mixed_inputs(device.served(Heads(4, 2, 2, 8, 12)), 2, 80, 80, 2, 16, dtype)
+    tensors = mixed_inputs(device.supported(Heads(4, 2, 2, 8, 12)), 2, 80, 80, 2, 16, dtype)
     *tensors, ids, alpha = on(device, *tensors, random_step_ids(2, 80, longest=20), ALPHA)
     q, k, v, *linear = tensors
     out, states = ops.mixed_attention(*tensors, ids, alpha)
@@ -131,7 +131,7 @@ def test_split_over_a_cache_is_one_call(cut, device):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_error_is_at_most_that_of_eager(dtype, device):
-    """Against the same formula in float32 with every operator's result rounded."""
+    """Eager: the same formula in float32, with every operator's result rounded."""
     tensors = mixed_inputs(Heads(4, 2, 2, 32, 32), 1, 200, 200, 2, 32, dtype)
     *tensors, ids, alpha = on(device, *tensors, random_step_ids(1, 200, prompt=20, longest=60), ALPHA)
 
@@ -162,7 +162,7 @@ def test_bits_do_not_depend_on_threads_runs_or_strides(device):
     *tensors, ids, alpha = on(device, *tensors, random_step_ids(2, 150, longest=40), ALPHA)
     wanted = None
     for run_number, _ in enumerate(device.every_way()):
-        # All but the gate, whose gradient is made by torch's own sigmoid: that has other bits for other strides.
+        # Not the gate: torch's sigmoid, which computes its gradient, has other bits for other strides.
         inputs = [leaf(scattered(x)) if run_number % 2 and i < 6 else leaf(x) for i, x in enumerate(tensors)]
         got = run(ops.mixed_attention, (*inputs, ids, alpha), {}, wanted and wanted[2])
         wanted = wanted or got
@@ -172,12 +172,12 @@ def test_bits_do_not_depend_on_threads_runs_or_strides(device):
 
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)
 def test_graph_capture(device):
-    """Captured once, replayed on other contents: where sequences and steps begin is read when the kernels run."""
+    """Captured once and replayed with other contents: kernels read on the device where sequences and steps begin."""
     tensors = mixed_inputs(Heads(4, 2, 2, 64, 128), 1, 300, 300, 2, 64, torch.bfloat16)
     ids, states = torch.zeros(1, 300, dtype=torch.int32), torch.randn(3, 3, 2, 64, 128)
     cu_seqlens = torch.tensor([0, 0, 0, 300], dtype=torch.int32)
     *tensors, ids, alpha, states, cu_seqlens = on(device, *tensors, ids, ALPHA, states, cu_seqlens)
-    ops.mixed_attention(*tensors, ids, alpha, states, None, cu_seqlens)  # before capture: kernels are loaded
+    ops.mixed_attention(*tensors, ids, alpha, states, None, cu_seqlens)  # loads the kernels before capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         got = ops.mixed_attention(*tensors, ids, alpha, states, None, cu_seqlens)
@@ -191,8 +191,8 @@ def test_graph_capture(device):
 
 
 @pytest.mark.parametrize(("batch", "time"), [(0, 5), (2, 0)])
-def test_nothing_to_do(batch, time, device):
-    heads = device.served(Heads(4, 2, 2, 8, 12))
+def test_empty_inputs(batch, time, device):
+    heads = device.supported(Heads(4, 2, 2, 8, 12))
     tensors = [leaf(x) for x in on(device, *mixed_inputs(heads, batch, time, time, 2, 16, torch.float32))]
     ids, alpha = on(device, torch.zeros(batch, time, dtype=torch.int32), ALPHA)
     (out, states), grads, _ = run(ops.mixed_attention, (*tensors, ids, alpha), {})
@@ -209,7 +209,7 @@ def refused(match: str, **changes):
         ops.mixed_attention(**{**args, **changes})
 
 
-def test_refuses_what_it_cannot_take():
+def test_refuses_invalid_arguments():
     x = torch.randn
     refused(r"k must have at least as many tokens as q, got 5 for 6", k=x(2, 5, 2, 8), v=x(2, 5, 2, 12))
     refused(r"step_ids must have shape \(2, 9\), got \(2, 6\)", step_ids=torch.zeros(2, 6, dtype=torch.int32))

@@ -1,4 +1,4 @@
-"""Configurations, models and caches: what a state-transition model shares with its base and what it adds."""
+"""Configurations, models and caches: what a state-transition model shares with its base, and what it adds."""
 
 import copy
 
@@ -87,35 +87,36 @@ P, S, E, T, U = -1, 0, 2, 1, 3  # ordinary token, start and end of pattern 0, st
 
 
 @pytest.mark.parametrize(
-    ("rows", "real", "ids"),
+    ("markers", "valid", "ids"),
     [
         ([P, P, S, P, E, T, P, U, P, P], [1] * 10, [0, 0, 1, 1, 1, 2, 2, 2, 3, 3]),
         ([S, P, E, P, S, E], [1] * 6, [1, 1, 1, 2, 3, 3]),  # text between two steps has an id of its own
         ([P, S, P, T, P, U], [1] * 6, [0, 1, 1, 2, 2, 2]),  # a start ends an open step
         ([P, E, E, P], [1] * 4, [0, 0, 1, 2]),
         ([P, P, S, E, P, P], [0, 1, 1, 1, 1, 0], [-1, 0, 1, 1, 2, -1]),
-        ([P, S, E, P, P, P], [1, 1, 1, 0, 0, 1], [0, 1, 1, -1, -1, 2]),  # an end reaches over padding
-        ([P, E, P, P], [1, 0, 1, 1], [0, -1, 0, 0]),  # a marker that is padding means nothing
+        ([P, S, E, P, P, P], [1, 1, 1, 0, 0, 1], [0, 1, 1, -1, -1, 2]),  # the step after an end begins behind padding
+        ([P, E, P, P], [1, 0, 1, 1], [0, -1, 0, 0]),  # a padded marker is ignored
     ],
 )
-def test_derived_step_ids(rows, real, ids):
-    rows, real = torch.tensor([rows]), torch.tensor([real]).bool()
-    assert steps.steps_from_markers(rows, 2, real).ids.tolist() == [ids]
-    for cut in range(1, rows.shape[1]):  # and in two parts, the first remembered by a cache
-        first = steps.steps_from_markers(rows[:, :cut], 2, real[:, :cut])
+def test_step_ids_from_markers(markers, valid, ids):
+    markers, valid = torch.tensor([markers]), torch.tensor([valid]).bool()
+    assert steps.steps_from_markers(markers, 2, valid).ids.tolist() == [ids]
+    for cut in range(1, markers.shape[1]):  # in two parts, with a cache
+        first = steps.steps_from_markers(markers[:, :cut], 2, valid[:, :cut])
         slots = steps.make_context(first, None, torch.zeros(1), None, True, caching=True).slots
-        second = steps.steps_from_markers(rows[:, cut:], 2, real[:, cut:], slots)
+        second = steps.steps_from_markers(markers[:, cut:], 2, valid[:, cut:], slots)
         assert torch.cat([first.ids, second.ids], 1).tolist() == [ids], cut
 
 
-def test_derived_step_ids_begin_anew_with_every_packed_sequence():
-    rows = torch.tensor([[P, S, P, E, P, S, E, P, P, P]])
-    real = torch.ones_like(rows).bool()
-    packed = torch.tensor([0, 4, 7, 7, 10], dtype=torch.int32)  # the first ends with an end token; the third is empty
-    assert steps.steps_from_markers(rows, 2, real, None, packed).ids.tolist() == [[0, 1, 1, 1, 0, 1, 1, 0, 0, 0]]
+def test_step_ids_restart_in_every_packed_sequence():
+    markers = torch.tensor([[P, S, P, E, P, S, E, P, P, P]])
+    valid = torch.ones_like(markers).bool()
+    bounds = torch.tensor([0, 4, 7, 7, 10], dtype=torch.int32)  # the first ends with an end token; the third is empty
+    ids = steps.steps_from_markers(markers, 2, valid, None, bounds).ids
+    assert ids.tolist() == [[0, 1, 1, 1, 0, 1, 1, 0, 0, 0]]
 
 
-def test_packed_bounds():
+def test_cu_seqlens_from_collators():
     position_ids = torch.tensor([[0, 1, 2, 0, 1, 0]])
     assert steps.packed_cu_seqlens(None, None, position_ids, 1).tolist() == [0, 3, 5, 6]
     assert steps.packed_cu_seqlens(None, torch.tensor([[4, 4, 4, 7, 7, 9]]), None, 1).tolist() == [0, 3, 5, 6]
@@ -137,7 +138,7 @@ def test_full_attention_is_the_base_bit_for_bit(family, attention):
     base.load_state_dict(model.state_dict(), strict=False)
     model.set_attn_implementation(attention)
     base.set_attn_implementation(attention)
-    # Tokens with markers too: to its teacher a model's step tokens are the base's spare rows.
+    # With markers among the tokens: for the teacher, step tokens are unused rows of the base's embedding.
     inputs = left_padded([random_chain(20, 4, 4), random_chain(17, 3, 2)])
     with torch.no_grad(), model.full_attention():
         assert torch.equal(model(**inputs).logits, base(**inputs).logits)
@@ -152,15 +153,15 @@ def test_full_attention_is_the_base_bit_for_bit(family, attention):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_fresh_model_is_its_base_with_segments(family):
     model = tiny_model(family, fresh=True)
-    words, steps_too = torch.randint(2, WORDS, (2, 15)), chain()
+    words, with_steps = torch.randint(2, WORDS, (2, 15)), chain()
     with torch.no_grad(), model.full_attention():
         plain = model(words).logits
     with torch.no_grad():
         ordinary = [token for token in range(BASE["vocab_size"]) if token not in STARTS + ENDS]
         torch.testing.assert_close(model(words).logits[..., ordinary], plain[..., ordinary], **TOLERANCE)
-        silent = model(steps_too).logits
+        silent = model(with_steps).logits
         model.set_linear_attention(False)
-        assert torch.equal(silent, model(steps_too).logits)
+        assert torch.equal(silent, model(with_steps).logits)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -181,7 +182,7 @@ def test_new_weights_are_initialised_when_a_base_checkpoint_is_loaded(family, tm
     alone = model_class.from_pretrained(
         tmp_path, config=model_class.config_class(**base_fields(family, **STEPS, la_projection="low_rank"))
     )
-    assert alone.model.layers[0].self_attn.la.q.B.std() > 0, "without a base below, a zero B would never learn"
+    assert alone.model.layers[0].self_attn.la.q.B.std() > 0, "without the base's q, a zero B would have no gradient"
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -200,7 +201,7 @@ def test_step_token_rows(tied):
     torch.testing.assert_close(logits, hidden @ weight.T, **TOLERANCE)
 
 
-def test_only_the_new_parts_learn():
+def test_only_new_weights_have_gradients():
     model = tiny_model()
     model.freeze_base()
     ids = chain()
@@ -209,7 +210,7 @@ def test_only_the_new_parts_learn():
         assert (parameter.grad is not None and bool(parameter.grad.any())) == is_adapter_weight(name), name
 
 
-def test_first_gradients_reach_a_silent_branch():
+def test_a_silent_branch_has_gradients():
     model = tiny_model(fresh=True)
     model.freeze_base()
     ids = chain()
@@ -246,7 +247,7 @@ def test_packed_sequences_equal_one_by_one(family):
         teacher = torch.cat([model(row).logits for row in rows], 1)
         for name, value in ways.items():
             torch.testing.assert_close(model(packed, **{name: value}).logits, teacher, **TOLERANCE)
-    # The last sequence filled up with padding.
+    # With padding in the last sequence.
     padded = {"input_ids": F.pad(packed, (0, 3)), "attention_mask": F.pad(torch.ones_like(packed), (0, 3))}
     padded["cu_seq_lens_q"] = bounds + torch.tensor([0, 0, 0, 3], dtype=torch.int32)
     with torch.no_grad():
@@ -267,15 +268,15 @@ def test_padding_on_either_side(side):
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
         logits = model(torch.tensor(ids), attention_mask=mask.long(), position_ids=positions).logits
-        for row, got, real in zip(rows, logits, mask, strict=True):
-            torch.testing.assert_close(got[real], model(torch.tensor([row])).logits[0], **TOLERANCE)
+        for row, got, valid in zip(rows, logits, mask, strict=True):
+            torch.testing.assert_close(got[valid], model(torch.tensor([row])).logits[0], **TOLERANCE)
 
 
-def test_given_step_ids_override_tokens():
+def test_step_ids_override_step_tokens():
     model = tiny_model()
     ids = chain()
-    rows = model.model.embed_tokens.step_rows(ids)
-    derived = steps.steps_from_markers(rows, 3, torch.ones_like(ids).bool()).ids
+    markers = model.model.embed_tokens.step_rows(ids)
+    derived = steps.steps_from_markers(markers, 3, torch.ones_like(ids).bool()).ids
     with torch.no_grad():
         logits = model(ids).logits
         assert torch.equal(model(ids, step_ids=derived).logits, logits)
@@ -305,7 +306,7 @@ def test_embeddings_in_place_of_tokens():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Machinery of transformers
+# Features of transformers
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -356,7 +357,7 @@ def test_resizing_keeps_the_step_rows(tied):
     assert (model.lm_head.step_weight is rows) == tied
 
 
-def test_a_copy_has_switches_of_its_own():
+def test_a_copy_has_its_own_switches():
     model, ids = tiny_model(), chain()
     other = copy.deepcopy(model)
     other.set_momentum(False)
@@ -460,7 +461,7 @@ def test_bytes():
     model = tiny_model(dtype=torch.float32)
     cache = filled_cache(model, {"input_ids": torch.tensor([[3, 4, START, 5, 6, END, STARTS[1], 7]])})
     used = caches.cache_bytes(cache)
-    token = 3 * 2 * 2 * 8 * 4  # layers, keys and values, heads, width, float32
+    token = 3 * 2 * 2 * 8 * 4  # layers, keys and values, heads, width, bytes of float32
     assert used == caches.CacheBytes(kv=4 * token, state=3 * 3 * 2 * 8 * 8 * 4, peak_kv=8 * token)
     cache.reset()
     assert cache.get_seq_length() == 0

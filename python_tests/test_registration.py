@@ -1,4 +1,4 @@
-"""What torch expects of an operator: schemas to the letter, fakes, autograd, compile, autocast, no double backward."""
+"""What torch expects of an operator: exact schemas, fake kernels, autograd, compile, autocast, no double backward."""
 
 import pytest
 import torch
@@ -73,7 +73,7 @@ DIFFERENTIABLE = [name for name in CASES if name != "state_update"]
 
 
 def scalar(results) -> torch.Tensor:
-    """A fixed random combination of all results, so that every one of them has a gradient."""
+    """A fixed random combination of all results, so that each has a gradient."""
     generator = torch.Generator().manual_seed(3)
     total = 0.0
     for x in (results,) if isinstance(results, torch.Tensor) else results:
@@ -88,7 +88,7 @@ def test_schema_is_the_contract(schema):
     assert str(getattr(torch.ops.statecore, name).default._schema) == f"statecore::{schema}"
 
 
-def test_what_runs_on_the_cpu_runs_on_cuda_where_kernels_are_compiled():
+def test_every_cpu_operator_has_a_cuda_kernel_if_any_is_compiled():
     compiled = ops.build_info()["cuda_architectures"] != "none"
     for name in operators():
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"statecore::{name}", "CUDA") == compiled, name

@@ -1,4 +1,4 @@
-"""segment_attention against its definition, at the edges of its tiles, and what it refuses."""
+"""segment_attention against its definition, at tile edges, and what it refuses."""
 
 import itertools
 import random
@@ -27,7 +27,7 @@ def ids_of(*lengths: int, first: int = 0) -> torch.Tensor:
 
 
 def with_gradients(function, tensors, *args, generator_seed=5, dtype=torch.float64, **kwargs):
-    """Results, and the gradients of a fixed combination of them (lse only where it is finite), random in `dtype`."""
+    """Results, and gradients of a fixed combination of them (lse where finite) with random weights in `dtype`."""
     leaves = [x.detach().requires_grad_() for x in tensors]
     out, lse = function(*leaves, *args, **kwargs)
     generator = torch.Generator().manual_seed(generator_seed)
@@ -37,13 +37,13 @@ def with_gradients(function, tensors, *args, generator_seed=5, dtype=torch.float
 
 
 def assert_like_reference(tensors, step_ids, cu_seqlens=None, scale=None, device: Device = CPU):
-    """float64 inputs: in every dtype of the device within its budget, float64 to the last bits."""
+    """Takes float64 inputs and checks results and gradients in every dtype of the device within its error budget."""
     device.vary(random.Random(step_ids.numel()))
     step_ids, cu_seqlens = on(device, step_ids, cu_seqlens)
     wanted = None
     for dtype in device.dtypes:
         inputs = [x.to(dtype) for x in on(device, *tensors)]
-        if wanted is None or dtype.itemsize == 2:  # rounded to more than float32's own error
+        if wanted is None or dtype.itemsize == 2:  # inputs rounded to 16 bits have other exact results
             exact = [x.double() for x in inputs]
             wanted = with_gradients(reference.segment_attention, exact, step_ids, cu_seqlens, scale=scale, dtype=dtype)
         got = with_gradients(ops.segment_attention, inputs, step_ids, cu_seqlens, scale=scale, dtype=dtype)
@@ -60,7 +60,7 @@ def assert_like_reference(tensors, step_ids, cu_seqlens=None, scale=None, device
 @pytest.mark.parametrize("kind", [PROMPT_AND_STEPS, TINY_STEPS, LONG_PROMPT], ids=["steps", "tiny steps", "prompt"])
 @pytest.mark.parametrize("padding", [0, 40])
 def test_random_cases(heads, kind, padding, device):
-    heads = device.served(heads)
+    heads = device.supported(heads)
     for batch, time in ((2, 150), (1, 301)):
         step_ids = random_step_ids(batch, time, padding=padding, **kind)
         assert_like_reference(heads.qkv(batch, time), step_ids, device=device)
@@ -68,7 +68,7 @@ def test_random_cases(heads, kind, padding, device):
 
 @pytest.mark.parametrize("time", [1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 255, 257])
 def test_lengths_around_tile_edges(time, device):
-    heads = device.served(Heads(q=2, k=1, v=1, key_width=8, value_width=8))
+    heads = device.supported(Heads(q=2, k=1, v=1, key_width=8, value_width=8))
     for step_ids in (random_step_ids(1, time, prompt=time // 4, longest=70), ids_of(0, time), ids_of(time)):
         assert_like_reference(heads.qkv(1, time), step_ids, device=device)
 
@@ -81,24 +81,24 @@ def test_steps_that_begin_around_tile_edges(edge, device):
 
 @pytest.mark.parametrize(("key_width", "value_width"), [(1, 1), (3, 17), (16, 128), (100, 64), (129, 15), (80, 112)])
 def test_any_width(key_width, value_width, device):
-    heads = device.served(Heads(q=2, k=1, v=1, key_width=key_width, value_width=value_width))
+    heads = device.supported(Heads(q=2, k=1, v=1, key_width=key_width, value_width=value_width))
     assert_like_reference(heads.qkv(2, 70), random_step_ids(2, 70, padding=3), device=device)
 
 
 def test_more_query_heads_than_rows_of_a_tile(device):
-    heads = device.served(Heads(q=70 if device.runs_cuda else 300, k=1, v=1, key_width=4, value_width=4))
+    heads = device.supported(Heads(q=70 if device.runs_cuda else 300, k=1, v=1, key_width=4, value_width=4))
     assert_like_reference(heads.qkv(1, 20), ids_of(5, 7, 8), device=device)
 
 
 def test_scale(device):
     for scale in (0.37, 0.0):
-        assert_like_reference(device.served(GQA).qkv(1, 40), ids_of(10, 30), scale=scale, device=device)
+        assert_like_reference(device.supported(GQA).qkv(1, 40), ids_of(10, 30), scale=scale, device=device)
 
 
 @pytest.mark.parametrize("device", ["checked"], indirect=True)
 @pytest.mark.parametrize("widths", [(16, 32), (128, 128)], ids=str)
-def test_every_access_is_right(widths, device):
-    """Prompt and steps over some tiles, and queries at the end of a cache with holes."""
+def test_memory_accesses_are_valid(widths, device):
+    """Prompt and steps over several tiles, and queries at the end of a cache with empty slots."""
     heads = Heads(2, 1, 1, *widths)
     step_ids = random_step_ids(1, 140, prompt=20, longest=60, padding=9)
     assert_like_reference(heads.qkv(1, 140), step_ids, torch.tensor([0, 140, 140], dtype=torch.int32), device=device)
@@ -111,7 +111,7 @@ def test_large_scores_do_not_overflow(device):
     out, lse = ops.segment_attention(300 * q, k, v, ids)
     wanted, wanted_lse = reference.segment_attention(300 * q.double(), k.double(), v.double(), ids)
     assert relative_error(lse, wanted_lse) < 1e-6
-    assert relative_error(out, wanted) < 1e-3  # scores of some 1000 carry an absolute error of 1e-4
+    assert relative_error(out, wanted) < 1e-3  # scores around 1000 have an absolute error of 1e-4
 
 
 def test_gradcheck():
@@ -127,20 +127,20 @@ def test_gradcheck():
 
 def test_one_step_without_prompt_is_causal_attention(device):
     dtype = device.dtypes[0]
-    q, k, v = on(device, *device.served(GQA).qkv(2, 200, dtype))
+    q, k, v = on(device, *device.supported(GQA).qkv(2, 200, dtype))
     out, _ = ops.segment_attention(q, k, v, torch.full((2, 200), 4, dtype=torch.int32, device=device))
     heads_first = (x.double().transpose(1, 2) for x in (q, k, v))
     wanted = F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True)
     assert relative_error(out, wanted.transpose(1, 2)) < VALUE[dtype]
 
 
-# ---- how tokens may be laid out
+# ---- packing, caches, padding, strides
 
 
 @pytest.mark.parametrize("lengths", [(70, 1, 0, 130, 3), (0, 0, 5), (64, 64), (0,), (200,)])
-def test_packed_is_one_by_one(lengths, device):
+def test_packed_equals_one_by_one(lengths, device):
     dtype = device.dtypes[0]
-    tensors = on(device, *device.served(GQA).qkv(1, sum(lengths), dtype))
+    tensors = on(device, *device.supported(GQA).qkv(1, sum(lengths), dtype))
     pieces = [random_step_ids(1, n, prompt=10, longest=30, padding=2) for n in lengths]
     step_ids = torch.cat(pieces, dim=1)
     offsets = list(itertools.accumulate(lengths, initial=0))
@@ -154,9 +154,9 @@ def test_packed_is_one_by_one(lengths, device):
 
 
 @pytest.mark.parametrize("queries", [1, 2, 7, 64, 100, 180])
-def test_queries_are_the_last_tokens_of_a_cache_with_holes(queries, device):
+def test_queries_at_the_end_of_a_cache_with_empty_slots(queries, device):
     keys = 180
-    q, k, v = device.served(GQA).qkv(3, queries, keys=keys)
+    q, k, v = device.supported(GQA).qkv(3, queries, keys=keys)
     step_ids = random_step_ids(3, keys, prompt=30, longest=50)
     step_ids[0, torch.rand(keys) < 0.3] = -1
     step_ids[1, 64:128] = -1
@@ -166,21 +166,22 @@ def test_queries_are_the_last_tokens_of_a_cache_with_holes(queries, device):
 
 @pytest.mark.parametrize("heads", [MHA, GQA], ids=["mha", "gqa"])
 @pytest.mark.parametrize("queries", [1, 100])
-def test_what_lies_in_holes_and_padding_does_not_matter(heads, queries, device):
+def test_empty_slots_and_padding_are_not_read(heads, queries, device):
+    """Poison both with NaN and infinity: results do not change, and their gradients are 0."""
     step_ids = random_step_ids(2, 180, prompt=30, longest=50)
     step_ids[torch.rand(2, 180) < 0.3] = -1
-    q, k, v, step_ids = on(device, *device.served(heads).qkv(2, queries, device.dtypes[0], keys=180), step_ids)
+    q, k, v, step_ids = on(device, *device.supported(heads).qkv(2, queries, device.dtypes[0], keys=180), step_ids)
     wanted = with_gradients(ops.segment_attention, (q, k, v), step_ids)
-    hole = step_ids == -1
-    padding = hole[:, 180 - queries :]
+    empty = step_ids == -1
+    padding = empty[:, 180 - queries :]
     q, k, v = q.clone(), k.clone(), v.clone()
-    k[hole], v[hole], q[padding] = float("nan"), float("inf"), float("nan")
+    k[empty], v[empty], q[padding] = float("nan"), float("inf"), float("nan")
     got = with_gradients(ops.segment_attention, (q, k, v), step_ids)
     for x, y in zip(got, wanted, strict=True):
         assert torch.equal(x, y)
     out, lse, grad_q, grad_k, grad_v = got
-    for nothing in (out[padding], grad_q[padding], grad_k[hole], grad_v[hole]):
-        assert (nothing == 0).all()
+    for zero in (out[padding], grad_q[padding], grad_k[empty], grad_v[empty]):
+        assert (zero == 0).all()
     assert (lse.transpose(1, 2)[padding] == -torch.inf).all()
 
 
@@ -192,12 +193,13 @@ def test_padding_stays_zero_beside_infinite_values(device):
 
 
 @pytest.mark.parametrize("queries", [1, 2, 5, 40])
-@pytest.mark.parametrize("beside", [7, 16])  # on CUDA: rows that are copied, and rows that are not
-def test_what_lies_beside_a_row_does_not_matter(queries, beside, device):
-    heads = device.served(Heads(q=1, k=1, v=1, key_width=9, value_width=20))
+@pytest.mark.parametrize("gap", [7, 16])  # on CUDA: rows too unaligned to copy, and aligned rows
+def test_gaps_between_tokens_are_not_read(queries, gap, device):
+    """Poison inter-token gaps with NaN; the kernel must not read them."""
+    heads = device.supported(Heads(q=1, k=1, v=1, key_width=9, value_width=20))
     *plain, ids = on(device, *heads.qkv(1, queries, device.dtypes[0], keys=130), ids_of(50, 80))
-    among = [F.pad(x, (beside, beside), value=float("nan"))[..., beside : beside + x.shape[-1]] for x in plain]
-    got = ops.segment_attention(*among, ids)
+    poisoned = [F.pad(x, (gap, gap), value=float("nan"))[..., gap : gap + x.shape[-1]] for x in plain]
+    got = ops.segment_attention(*poisoned, ids)
     for x, y in zip(got, ops.segment_attention(*plain, ids), strict=True):
         assert torch.equal(x, y)
 
@@ -205,7 +207,7 @@ def test_what_lies_beside_a_row_does_not_matter(queries, beside, device):
 @pytest.mark.parametrize("cuts", [(50,), (1, 2, 3), (64, 128), (33, 34, 150)])
 def test_chunked_prefill_is_one_call(cuts, device):
     time, dtype = 170, device.dtypes[0]
-    tensors = device.served(GQA).qkv(2, time, dtype)
+    tensors = device.supported(GQA).qkv(2, time, dtype)
     q, k, v, step_ids = on(device, *tensors, random_step_ids(2, time, prompt=30, longest=40, padding=5))
     out, lse = ops.segment_attention(q, k, v, step_ids)
     for begin, end in zip((0, *cuts), (*cuts, time), strict=True):
@@ -216,7 +218,7 @@ def test_chunked_prefill_is_one_call(cuts, device):
 
 def test_padding_on_either_side_changes_nothing(device):
     time, dtype = 90, device.dtypes[0]
-    tensors = device.served(GQA).qkv(1, time, dtype)
+    tensors = device.supported(GQA).qkv(1, time, dtype)
     q, k, v, step_ids = on(device, *tensors, random_step_ids(1, time, prompt=30, longest=40))
     wanted = with_gradients(ops.segment_attention, (q, k, v), step_ids, generator_seed=1)
     for left, right in ((70, 0), (0, 70), (3, 5)):
@@ -228,8 +230,8 @@ def test_padding_on_either_side_changes_nothing(device):
 
 
 @pytest.mark.parametrize(("batch", "queries", "keys"), [(0, 5, 5), (2, 0, 0), (2, 0, 7), (0, 0, 0)])
-def test_nothing_to_do(batch, queries, keys, device):
-    heads = device.served(GQA)
+def test_empty_inputs(batch, queries, keys, device):
+    heads = device.supported(GQA)
     tensors = on(device, *heads.qkv(batch, queries, device.dtypes[0], keys=keys))
     out, lse, grad_q, grad_k, grad_v = with_gradients(
         ops.segment_attention, tensors, torch.zeros(batch, keys, dtype=torch.int32, device=device)
@@ -241,9 +243,9 @@ def test_nothing_to_do(batch, queries, keys, device):
     assert (grad_v == 0).all()
 
 
-def test_nobody_at_all(device):
+def test_only_padding(device):
     *tensors, ids = on(
-        device, *device.served(GQA).qkv(2, 70, device.dtypes[0]), torch.full((2, 70), -1, dtype=torch.int32)
+        device, *device.supported(GQA).qkv(2, 70, device.dtypes[0]), torch.full((2, 70), -1, dtype=torch.int32)
     )
     out, lse, *grads = with_gradients(ops.segment_attention, tensors, ids)
     assert (out == 0).all()
@@ -273,10 +275,10 @@ def test_strided_inputs(device):
     assert_like_reference(sliced, step_ids[:1].expand(2, time), device=device)
 
 
-def test_gradient_without_strides(device):
-    """That of a sum: one number, expanded."""
+def test_expanded_gradient(device):
+    """The gradient of a sum is one number, expanded: all its strides are 0."""
     dtype = device.dtypes[0]
-    q, k, v, step_ids = on(device, *device.served(GQA).qkv(1, 50, dtype), ids_of(10, 40))
+    q, k, v, step_ids = on(device, *device.supported(GQA).qkv(1, 50, dtype), ids_of(10, 40))
     out, lse = ops.segment_attention(q, k, v, step_ids)
     one = torch.ones((), dtype=dtype, device=device)
     arguments = q, k, v, out, lse, step_ids, None, None
@@ -293,7 +295,7 @@ def test_gradient_without_strides(device):
 def test_error_budget_at_4096_tokens(lengths, device):
     heads, time = Heads(q=2, k=1, v=1, key_width=64, value_width=64), device.length(4096)
     *exact, step_ids = on(device, *heads.qkv(1, time), ids_of(*lengths)[:, :time])
-    # float64 on the CPU is held to the reference by other tests.
+    # On the CPU other tests compare float64 with the reference.
     exactly = reference.segment_attention if device.runs_cuda else ops.segment_attention
     wanted = with_gradients(exactly, exact, step_ids)
     got = with_gradients(ops.segment_attention, [x.float() for x in exact], step_ids)
@@ -304,7 +306,7 @@ def test_error_budget_at_4096_tokens(lengths, device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("lengths", [(64, *[64] * 9), (0, 640)], ids=str)
 def test_16_bit_error_against_eager_float32(dtype, lengths, device):
-    *rounded, step_ids = on(device, *device.served(GQA).qkv(1, 640, dtype), ids_of(*lengths))
+    *rounded, step_ids = on(device, *device.supported(GQA).qkv(1, 640, dtype), ids_of(*lengths))
     got = with_gradients(ops.segment_attention, rounded, step_ids)
     eager = with_gradients(lambda *args: _round_out(reference.segment_attention(*args), dtype),
                            [x.float() for x in rounded], step_ids)  # fmt: skip
@@ -320,10 +322,10 @@ def _round_out(results, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_same_bits_on_every_run_and_with_every_number_of_threads(dtype, device):
+def test_bits_do_not_depend_on_runs_or_threads(dtype, device):
     if device.runs_cuda and dtype == torch.float64:
         return  # refused: test_refuses_on_cuda
-    gqa, mqa = device.served(GQA), device.served(MQA)
+    gqa, mqa = device.supported(GQA), device.supported(MQA)
     long, packed = (900, 700) if device.length(900) == 900 else (300, 200)
     cuts = torch.tensor([0, 10, packed - 100, packed], dtype=torch.int32)
     cases = [
@@ -344,7 +346,7 @@ def test_same_bits_on_every_run_and_with_every_number_of_threads(dtype, device):
 
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)
 def test_graph_capture(device):
-    """Captured once, replayed on other contents: where sequences and steps begin is read when the kernels run."""
+    """Captured once and replayed with other contents: kernels read on the device where sequences and steps begin."""
     heads, time = Heads(4, 2, 2, 64, 128), 700
     *tensors, step_ids = on(device, *heads.qkv(1, time, torch.bfloat16), ids_of(0, time))
     cu_seqlens, grad_out, grad_lse = on(
@@ -356,7 +358,7 @@ def test_graph_capture(device):
         args = (grad_out, grad_lse, *tensors, out, lse, step_ids, cu_seqlens, None)
         return out, lse, *torch.ops.statecore.segment_attention_backward(*args)
 
-    everything()  # before capture: kernels are loaded
+    everything()  # loads the kernels before capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         got = everything()
@@ -385,9 +387,9 @@ def test_refuses_on_cuda(device):
 
 
 def test_keys_of_other_steps_are_never_touched(device):
-    """NaN in one step would spread through any block of keys that is multiplied at all, even with weight 0."""
+    """Poison one step with NaN: any product with its keys would spread it, even with probability 0."""
     length = 1024 if device.length(6144) == 6144 else 128
-    heads = device.served(Heads(q=1, k=1, v=1, key_width=4, value_width=4))
+    heads = device.supported(Heads(q=1, k=1, v=1, key_width=4, value_width=4))
     *tensors, step_ids = on(device, *heads.qkv(1, 6 * length, device.dtypes[0]), ids_of(length, *[length] * 5))
     step = slice(2 * length, 3 * length)
     for x in tensors[1:]:
@@ -403,8 +405,8 @@ def test_keys_of_other_steps_are_never_touched(device):
 
 
 @pytest.mark.parametrize("device", ["emulated"], indirect=True)
-def test_products_grow_with_what_is_visible(device):
-    """Twice the steps are twice the work; one step of twice the length is four times."""
+def test_products_grow_with_the_visible_area(device):
+    """Twice as many steps take twice the work; a step twice as long takes four times the work."""
 
     def products(*lengths: int) -> int:
         tensors = Heads(1, 1, 1, 16, 16).qkv(1, sum(lengths), torch.bfloat16)
@@ -425,11 +427,11 @@ def test_memory_grows_with_tokens_only():
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024  # KiB
 
 
-# ---- what is refused
+# ---- refusals
 
 
 def inputs(**changes):
-    """Arguments of a valid call, with some of them replaced."""
+    """Arguments of a valid call, some of them replaced by `changes`."""
     q, k, v = GQA.qkv(1, 12, torch.float32)
     return {"q": q, "k": k, "v": v, "step_ids": ids_of(4, 8), "cu_seqlens": None} | changes
 
@@ -498,11 +500,11 @@ def test_refusals(message):
     assert f"statecore: {message}" in str(refused.value)
 
 
-def test_ids_may_begin_again_with_each_packed_sequence():
+def test_step_ids_may_restart_in_each_packed_sequence():
     ops.segment_attention(**inputs(step_ids=torch.cat([ids_of(2, 4)] * 2, 1), cu_seqlens=int32(0, 6, 6, 12)))
 
 
-def test_backward_refuses_what_does_not_fit():
+def test_backward_refuses_invalid_arguments():
     call = inputs()
     out, lse = ops.segment_attention(**call)
     tensors = [call[name] for name in "qkv"]

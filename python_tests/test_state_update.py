@@ -1,4 +1,4 @@
-"""state_update against its definition, and against the operators that it is one token of."""
+"""state_update against its definition, and token by token against the operators over whole sequences."""
 
 import os
 import random
@@ -23,7 +23,7 @@ def int32(*values: int) -> torch.Tensor:
 
 
 def random_case(seed: int, dtype: torch.dtype, device: Device):
-    """(states, the other positional arguments)"""
+    """States, and the other positional arguments."""
     draw = random.Random(seed)
     torch.manual_seed(seed)
     widths = CUDA_WIDTHS if device.runs_cuda else WIDTHS
@@ -62,7 +62,7 @@ def test_equals_reference(seed, dtype, device):
 
 @pytest.mark.parametrize("heads", [Heads(4, 2, 2, 8, 12), Heads(4, 4, 4, 16, 16)], ids=["gqa", "mha"])
 def test_token_by_token_is_step_linear_attention(heads):
-    """Rows whose steps end at different tokens; `ends_step` at the last token of a step is what the next id reveals."""
+    """Steps end at different tokens in each row. `ends_step` of a token follows from the next token's id."""
     q, k, v = heads.qkv(3, 60)
     ids = random_step_ids(3, 60, prompt=6, longest=8)
     wanted, wanted_states = ops.step_linear_attention(q, k, v, ids, ALPHA)
@@ -87,7 +87,7 @@ def test_token_by_token_is_linear_attention_with_decay(heads):
     assert relative_error(states[0], wanted_state) < EXACT
 
 
-def test_other_slots_and_skipped_rows_are_left_alone(device):
+def test_other_slots_and_skipped_rows_are_unchanged(device):
     q, k, v = on(device, *(x[0] for x in Heads(4, 2, 2, 16, 32).qkv(1, 4, torch.float32)))
     states = torch.randn(3, 6, 2, 16, 32).to(device)
     before = states.clone()
@@ -100,7 +100,7 @@ def test_other_slots_and_skipped_rows_are_left_alone(device):
     assert out[[1, 3]].count_nonzero() == 0
 
 
-def test_end_of_prompt_makes_all_three_states_the_running_one(device):
+def test_end_of_prompt_sets_all_three_states(device):
     q, k, v = on(device, *(x[0] for x in Heads(2, 2, 2, 16, 32).qkv(1, 1, torch.float32)))
     states = torch.randn(3, 1, 2, 16, 32).to(device)
     running = states[0] + torch.einsum("bhd,bhe->bhde", k, v)
@@ -145,12 +145,12 @@ def test_no_rows(device):
 
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)
 def test_graph_capture(device):
-    """Captured once, replayed on other contents: what is read on the device is read when it runs."""
+    """Captured once and replayed with other contents, which the kernel reads on the device."""
     heads = Heads(12, 2, 2, 128, 128)
     q, k, v = on(device, *(x[0] for x in heads.qkv(1, 8, torch.bfloat16)))
     start = torch.randn(3, 8, 2, 128, 128).to(device)
     states, ends, slots, alpha = on(device, start.clone(), int32(*[-1] * 8), int32(*[-1] * 8), ALPHA)
-    ops.state_update(states, q, k, v, None, ends, alpha, slots)  # before capture: kernels are loaded
+    ops.state_update(states, q, k, v, None, ends, alpha, slots)  # loads the kernels before capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = ops.state_update(states, q, k, v, None, ends, alpha, slots)
@@ -190,7 +190,7 @@ with using(sys.argv[1]) as device:
 
 @pytest.mark.parametrize("device", ["emulated", "cuda"], indirect=True)
 def test_contents_are_refused_on_cuda_when_asked(device):
-    """In a process of its own: STATECORE_CHECK is read once."""
+    """In a process of its own, because STATECORE_CHECK is read once."""
     command = [sys.executable, "-c", CHECKED, device.name]
     environment = os.environ | {"STATECORE_CHECK": "1"}
     run = subprocess.run(
@@ -228,7 +228,7 @@ def refused(match: str, **changes):
     assert torch.equal(states, before), "refused, yet changed"
 
 
-def test_refuses_what_it_cannot_take():
+def test_refuses_invalid_arguments():
     x = torch.randn
     refused(r"q must have 3 dimensions \[B, Hq, Dk\], got shape \(1, 3, 4, 8\)", q=x(1, 3, 4, 8))
     refused(r"k must have shape \(3, 2, 8\), got \(3, 2, 9\)", k=x(3, 2, 9))

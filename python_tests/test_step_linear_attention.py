@@ -1,4 +1,4 @@
-"""step_linear_attention against its definition, its weighted mask, and itself in pieces."""
+"""step_linear_attention against its definition, its weighted mask, and itself split into several calls."""
 
 import random
 from itertools import pairwise
@@ -27,7 +27,7 @@ ALPHA = torch.tensor([7.0, 7.0, 0.1, 0.5, 0.0, 1.0, 0.3, 0.4])  # entries 0 and 
 
 
 def first_ids(ids: Tensor, cu_seqlens: Tensor | None = None) -> list[int]:
-    """Id of the first token of every sequence that is not padding; 0 where there is none."""
+    """Id of the first token of every sequence that is not padding; 0 for a sequence of padding."""
     rows = ids if cu_seqlens is None else [ids[0, a:b] for a, b in pairwise(cu_seqlens)]
     return [next((int(i) for i in row if i >= 0), 0) for row in rows]
 
@@ -80,8 +80,8 @@ def test_equals_reference(seed, dtype, device):
 
 @pytest.mark.parametrize("step", [1, 16, 63, 64, 65])
 def test_steps_that_end_around_tile_edges(step, device):
-    """Three sequences: the prompt ends at an edge, before it, or is not there; steps of one token among the others."""
-    heads = device.served(Heads(4, 2, 2, 8, 20))
+    """Three sequences whose prompt ends at a tile edge, before it, or is empty; some steps have one token."""
+    heads = device.supported(Heads(4, 2, 2, 8, 20))
     lengths = [64] + [step] * 3 + [1, 1, 5], [step] + [1] * 5 + [step, 64, 2], [0, 64, step]
     time = max(map(sum, lengths))
     ids = torch.full((3, time), -1, dtype=torch.int32)
@@ -94,8 +94,8 @@ def test_steps_that_end_around_tile_edges(step, device):
 @pytest.mark.parametrize("device", ["checked"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("heads", [Heads(2, 1, 1, 16, 32), Heads(1, 1, 1, 128, 128)], ids=str)
-def test_every_access_is_right(heads, dtype, device):
-    """One tile and a bit of another, packed, with steps carried in, on a small GPU and a large one."""
+def test_memory_accesses_are_valid(heads, dtype, device):
+    """Packed sequences over one tile and part of the next that continue steps, on a small and on a large GPU."""
     ids = torch.cat([torch.tensor([[3] * 12 + [4]]), random_step_ids(1, 77, longest=30)], 1).int()
     states = torch.randn(3, 3, 1, heads.key_width, heads.value_width)
     last, cu_seqlens = torch.tensor([2, 1, -1], dtype=torch.int32), torch.tensor([0, 13, 13, 90], dtype=torch.int32)
@@ -114,14 +114,14 @@ def test_gradcheck(initial_step):
     assert torch.autograd.gradcheck(ops.step_linear_attention, (*tensors, ids, ALPHA, states, last))
 
 
-# ---- one call = several
+# ---- splitting and packing
 
 
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("cut", [0, 1, 2, 13, 29, 64, 65, 99, None])
-def test_split_anywhere_is_one_call(cut, skip, device):
-    dtype, heads = device.dtypes[0], device.served(Heads(4, 2, 2, 8, 20))
-    batch, time = (1, 280) if device.runs_cuda else (3, 129)  # on CUDA some of it in segments
+def test_two_calls_equal_one_call(cut, skip, device):
+    dtype, heads = device.dtypes[0], device.supported(Heads(4, 2, 2, 8, 20))
+    batch, time = (1, 280) if device.runs_cuda else (3, 129)  # long enough for splits on CUDA
     cut = time if cut is None else cut
     ids = random_step_ids(batch, time, prompt=6, longest=30, padding=3, skip=skip)
     states = torch.randn(3, batch, 2, heads.key_width, heads.value_width, dtype=dtype)
@@ -142,9 +142,9 @@ def test_split_anywhere_is_one_call(cut, skip, device):
         assert relative_error(x, y) < GRADIENT[dtype]
 
 
-def test_packed_is_one_by_one(device):
-    """Bit for bit on the CPU; on CUDA how the work is split depends on how much there is."""
-    lengths, heads = [5, 0, 64, 1, 270 if device.runs_cuda else 70], device.served(Heads(4, 2, 2, 8, 20))
+def test_packed_equals_one_by_one(device):
+    """Bit for bit on the CPU. On CUDA, how the work is split depends on its amount."""
+    lengths, heads = [5, 0, 64, 1, 270 if device.runs_cuda else 70], device.supported(Heads(4, 2, 2, 8, 20))
     ends = torch.tensor(lengths).cumsum(0).tolist()
     cu_seqlens = torch.tensor([0, *ends], dtype=torch.int32)
     ids = torch.cat([random_step_ids(1, n, padding=2) for n in lengths], 1)
@@ -170,8 +170,8 @@ def test_packed_is_one_by_one(device):
 
 
 @pytest.mark.parametrize(("batch", "time"), [(0, 5), (2, 0), (0, 0)])
-def test_nothing_to_do(batch, time, device):
-    heads = device.served(Heads(4, 2, 2, 8, 20))
+def test_empty_inputs(batch, time, device):
+    heads = device.supported(Heads(4, 2, 2, 8, 20))
     tensors = [leaf(x) for x in on(device, *heads.qkv(batch, time, torch.float32))]
     states = leaf(torch.randn(3, batch, 2, heads.key_width, heads.value_width).to(device))
     ids = torch.zeros(batch, time, dtype=torch.int32)
@@ -182,21 +182,21 @@ def test_nothing_to_do(batch, time, device):
     assert torch.equal(grads[3], cotangent)
 
 
-def test_padding_is_nobody(device):
-    """Whatever padding holds, even NaN, changes nothing; its output and gradients are 0; a step ends across it too."""
-    heads = device.served(Heads(4, 2, 2, 8, 20))
+def test_padding_is_ignored(device):
+    """Poison padding with NaN: results do not change, its output and gradients are 0, and steps end across it."""
+    heads = device.supported(Heads(4, 2, 2, 8, 20))
     sizes = heads.key_width, heads.value_width
     tensors = on(device, *heads.qkv(1, 100, torch.float32))
     ids = random_step_ids(1, 100, prompt=0, longest=5) + 1
     ids, alpha, states = on(device, ids, ALPHA, torch.randn(3, 1, 2, *sizes))
     initial_step = torch.tensor([1], dtype=torch.int32, device=device)
-    real = torch.ones(1, 140, dtype=torch.bool)
-    real[0, [0, *range(3, 105, 3), *range(135, 140)]] = False
-    real = real.to(device)
+    valid = torch.ones(1, 140, dtype=torch.bool)
+    valid[0, [0, *range(3, 105, 3), *range(135, 140)]] = False
+    valid = valid.to(device)
 
     def spread(x, filler):
         padded = x.new_full((1, 140, *x.shape[2:]), filler)
-        padded[real] = x[0]
+        padded[valid] = x[0]
         return padded
 
     cotangents = on(device, torch.randn(1, 100, 4, heads.value_width), torch.randn(3, 1, 2, *sizes))
@@ -210,8 +210,8 @@ def test_padding_is_nobody(device):
     for x, y in zip([got[1], got_grads[3]], [wanted[1], wanted_grads[3]], strict=True):
         assert relative_error(x, y) < limit
     for x, y in zip([got[0], *got_grads[:3]], [wanted[0], *wanted_grads[:3]], strict=True):
-        assert x[~real].count_nonzero() == 0
-        assert relative_error(x[real][None], y) < limit
+        assert x[~valid].count_nonzero() == 0
+        assert relative_error(x[valid][None], y) < limit
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -233,7 +233,7 @@ def test_bits_do_not_depend_on_threads_runs_or_strides(dtype, device):
 
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)
 def test_graph_capture(device):
-    """Captured once, replayed on other contents: where sequences and steps begin is read when the kernels run."""
+    """Captured once and replayed with other contents: kernels read on the device where sequences and steps begin."""
     tensors = on(device, *Heads(4, 2, 2, 64, 128).qkv(1, 300, torch.bfloat16))
     ids, alpha, last = on(
         device, torch.zeros(1, 300, dtype=torch.int32), ALPHA, torch.full((4,), -1, dtype=torch.int32)
@@ -246,7 +246,7 @@ def test_graph_capture(device):
         results = ops.step_linear_attention(*args)
         return *results, *torch.ops.statecore.step_linear_attention_backward(*cotangents, *args, None)
 
-    everything()  # before capture: kernels are loaded
+    everything()  # loads the kernels before capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         got = everything()
@@ -276,34 +276,34 @@ def test_recurrence_is_a_weighted_mask():
 
 
 def step_end_states(k, v, ids, alpha) -> list[Tensor]:
-    """S_0, S_1, ... of one sequence without a gap in its ids: what the first token of the next step started from."""
+    """S_0, S_1, ... of one sequence whose ids have no gaps: the states at the start of the next step."""
     states = []
     for step in range(int(ids.max())):
         tokens = (ids[0] <= step + 1).nonzero()[:, 0]
         upto = slice(0, int((ids[0] <= step).sum()) + 1)
         assert upto.stop <= len(tokens)
-        _, found = ops.step_linear_attention(k[:, upto], k[:, upto], v[:, upto], ids[:, upto], alpha)
-        states.append(found[1])
+        _, last_states = ops.step_linear_attention(k[:, upto], k[:, upto], v[:, upto], ids[:, upto], alpha)
+        states.append(last_states[1])
     return states
 
 
-def test_mean_direction_telescopes():
-    """T3: the mean of the corrected directions of steps 1 .. t is (S_t - S_0) / t; each S_t is what the paper says."""
+def test_mean_change_telescopes():
+    """T3: the mean of the corrected changes in steps 1 .. t is (S_t - S_0) / t; each S_t is that of the paper."""
     _, k, v = Heads(2, 2, 2, 5, 6).qkv(1, 60)
     ids = random_step_ids(1, 60, prompt=6, longest=8)
     corrected = step_end_states(k, v, ids, ALPHA)
-    directions = [b - a for a, b in pairwise(corrected)]
-    assert len(directions) > 5
-    for t in range(1, len(directions)):
-        mean = torch.stack(directions[:t]).mean(0)
+    changes = [b - a for a, b in pairwise(corrected)]
+    assert len(changes) > 5
+    for t in range(1, len(changes)):
+        mean = torch.stack(changes[:t]).mean(0)
         assert relative_error(mean, (corrected[t] - corrected[0]) / t) < 1e-12
         raw = torch.einsum("thd,the->hde", k[0, ids[0] == t + 1], v[0, ids[0] == t + 1])[None]
         strength = float(ALPHA[t + 1]) if t + 1 < len(ALPHA) else 0.0
-        assert relative_error(directions[t], (1 - strength) * raw + strength * mean) < 1e-12
+        assert relative_error(changes[t], (1 - strength) * raw + strength * mean) < 1e-12
 
 
 def test_alpha_zero_is_linear_attention(device):
-    """T4: without a correction nothing of the steps is left but when the three states were last equal."""
+    """T4: without a correction, steps only decide when the other two states are set to the running one."""
     for dtype in dict.fromkeys((torch.float32, device.dtypes[0])):
         tensors = [leaf(x) for x in on(device, *Heads(4, 2, 2, 16, 32).qkv(2, 200, dtype))]
         ids = random_step_ids(2, 200, longest=80).to(device)
@@ -331,7 +331,7 @@ def test_one_step_is_linear_attention(device):
 
 
 def test_alpha_one_ignores_the_step():
-    """T4: alpha_t = 1 replaces the direction of step t by the mean direction before it."""
+    """T4: alpha_t = 1 replaces the change of the state in step t by the mean change before it."""
     _, k, v = Heads(1, 1, 1, 5, 6).qkv(1, 60)
     ids = random_step_ids(1, 60, prompt=6, longest=8)
     prompt, *corrected = step_end_states(k, v, ids, torch.ones(40))
@@ -382,8 +382,8 @@ def test_half_precision_error_is_that_of_rounding(dtype, device):
         assert relative_error(got, right) <= 1.5 * relative_error(right.to(dtype), right)
 
 
-def test_oracle_counts_what_the_definition_says():
-    """The weights by hand: three steps, alpha_2 = 0.5."""
+def test_oracle_weights():
+    """Computed by hand: a prompt and three steps, alpha_2 = 0.5."""
     ids = torch.tensor([0, 1, 2, 3])
     weights = step_weights(ids, torch.tensor([0.0, 0.0, 0.5]))
     # S_2 = S_1 + 0.5 D_2 + 0.5 (S_1 - S_0) = S_0 + 1.5 D_1 + 0.5 D_2
@@ -404,7 +404,7 @@ def refused(match: str, **changes):
         ops.step_linear_attention(**args)
 
 
-def test_refuses_what_it_cannot_take():
+def test_refuses_invalid_arguments():
     x = torch.randn
 
     def ids(*values):

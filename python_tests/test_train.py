@@ -1,4 +1,4 @@
-"""Distillation: the chunked loss, what learns and what stays, exact resume, LoRA through peft, recipes, options."""
+"""Distillation: the chunked loss, trained and frozen weights, exact resume, LoRA through peft, recipes, options."""
 
 import json
 import math
@@ -38,7 +38,7 @@ def tiny_base(tied: bool = True) -> Qwen2ForCausalLM:
 def tiny_student(base: Qwen2ForCausalLM | None = None, **fields):
     fields = {"la_rank": 4, "alpha_steps": 4} | fields
     model = convert(base or tiny_base(), step_start_token_ids=STARTS, step_end_token_ids=ENDS, **fields)
-    with torch.no_grad():  # v starts at zero; the tests want a branch that speaks
+    with torch.no_grad():  # v starts at zero, and the branch with it
         for name, parameter in model.named_parameters():
             if ".la.v.B" in name:
                 torch.nn.init.normal_(parameter, std=0.3)
@@ -110,7 +110,7 @@ def losses_of(model, batch: dict, *, chunk: int, beta: float = 0.7) -> tuple[Los
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("chunk", [1, 7, 10_000])
 def test_chunked_loss_is_the_plain_loss(tied, chunk):
-    """Against the formula written out over whole [T, vocabulary] tensors, values and gradients in float64."""
+    """Values and gradients in float64 against the formula over whole [T, vocabulary] tensors."""
     model = tiny_student(tiny_base(tied)).double().train()
     batch = PaddedCollator([*STARTS, *ENDS], 0)(rows(4))
     losses, gradients = losses_of(model, batch, chunk=chunk)
@@ -140,7 +140,7 @@ def test_chunked_loss_is_the_plain_loss(tied, chunk):
 
 
 class LargestTensor(TorchDispatchMode):
-    """Counts the elements of the largest floating-point tensor that any operation returns."""
+    """Number of elements of the largest floating-point tensor that an operation returns."""
 
     elements = 0
 
@@ -172,11 +172,11 @@ def test_loss_never_holds_all_logits():
 
 
 def test_teacher_and_student_agree_at_the_start_of_one_step():
-    """With a single step nothing is out of sight, and the branch is silent: the student is its teacher."""
+    """A single step hides no token, and the branch contributes nothing yet: the student equals its teacher."""
     model = convert(tiny_base(), step_start_token_ids=STARTS, step_end_token_ids=ENDS, la_rank=4).double()
     problems = task.draw(2, 1, torch.Generator().manual_seed(0))
     row = next(task.training_rows(problems, STARTS, ENDS))
-    # Without markers and with one segment id for everything behind the prompt.
+    # Without markers, and with one step id for everything after the prompt.
     ordinary = ~torch.isin(torch.tensor(row["input_ids"]), torch.tensor([*STARTS, *ENDS]))
     row["input_ids"] = torch.tensor(row["input_ids"])[ordinary].numpy()
     row["step_ids"] = torch.tensor(row["step_ids"])[ordinary].clamp(max=1).numpy()
@@ -199,7 +199,7 @@ def test_packed_equals_padded():
 # Trainer
 
 
-def test_only_the_new_parts_learn(training_set, tmp_path):
+def test_only_new_weights_are_trained(training_set, tmp_path):
     base = tiny_base()
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     model = tiny_student(base)
@@ -215,7 +215,7 @@ def test_only_the_new_parts_learn(training_set, tmp_path):
     logged = [entry for entry in trainer.state.log_history if "ar" in entry]
     assert len(logged) == 2
     for entry in logged:
-        share = 1 - 2 * 2.5 / (2.5 * 9 + 4)  # of the predicted tokens that are ordinary, on average
+        share = 1 - 2 * 2.5 / (2.5 * 9 + 4)  # of ordinary tokens among the predicted ones, on average
         assert math.isclose(entry["loss"], entry["ar"] + entry["kl"] * share, rel_tol=0.05)
 
 
@@ -250,7 +250,7 @@ def test_accumulated_batches_equal_one_large_batch(training_set, tmp_path):
 
 @pytest.mark.parametrize(("lora_rank", "packed", "muon"), [(0, False, None), (0, True, 0.02), (2, False, 0.02)])
 def test_resume_is_exact(training_set, base_folder, tmp_path, lora_rank, packed, muon):
-    """2 N updates equal N updates, a new process's worth of forgetting, and N more: bit for bit."""
+    """Six updates equal three, resumed from their checkpoint by a new model and trainer, bit for bit."""
 
     def run(folder: Path, **changes) -> dict[str, torch.Tensor]:
         usual = {
@@ -350,7 +350,7 @@ def test_recipe_errors(tmp_path):
 )
 def test_shipped_recipes_are_read(recipe):
     values = yaml.safe_load(recipe.read_text())
-    # A machine without a GPU refuses bf16 training; the names and types are what this is about.
+    # Only names and types matter here; without a GPU, transformers refuses bf16 training.
     got = train.parse(["--config", str(recipe), "--use_cpu", "true", "--bf16", "false"])
     for name, value in values.items():
         if name not in ("bf16", "report_to"):

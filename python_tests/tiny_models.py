@@ -24,7 +24,7 @@ BASE = {
     "num_key_value_heads": 2,
     "vocab_size": 60,
     "max_position_embeddings": 512,
-    "initializer_range": 0.2,  # logits of order one, so that absolute differences mean something
+    "initializer_range": 0.2,  # logits of order one, so that absolute differences are meaningful
     "tie_word_embeddings": True,
     "pad_token_id": PAD,
     "bos_token_id": None,
@@ -46,7 +46,7 @@ def tiny_base(family: str, dtype: torch.dtype = torch.float32, **fields) -> PreT
 def tiny_model(
     family: str = "qwen2", dtype: torch.dtype = torch.float64, *, fresh: bool = False, **fields
 ) -> StateCoreForCausalLM:
-    """A random model; `fresh` leaves the linear branch silent as it is after conversion."""
+    """A random model. fresh: with the linear branch silent, as after conversion."""
     model_class = FAMILIES[family][0]
     model = model_class(model_class.config_class(**base_fields(family, **(STEPS | fields)))).to(dtype).eval()
     if not fresh:
@@ -57,7 +57,7 @@ def tiny_model(
 
 
 def random_chain(length: int, prompt: int, longest: int) -> list[int]:
-    """A prompt, steps of up to `longest` tokens between markers, and what is left as an answer."""
+    """A prompt, steps of up to `longest` tokens between markers, and an answer that fills up `length`."""
 
     def words(count: int) -> list[int]:
         return torch.randint(2, WORDS, (count,)).tolist()
