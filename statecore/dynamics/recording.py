@@ -220,7 +220,7 @@ def record(
 
     step_ends: token counts at which steps end; None: after the step end tokens of a state-transition model. positions,
     every: further token counts to measure at, ignored past the end of the text, which is always measured. Memory: the
-    cache, one layer's singular values, and four numbers per head and position.
+    cache, the singular values at one position, and four numbers per head and position.
     """
     tokens = torch.as_tensor(tokens, dtype=torch.long)
     if not 0 < epsilon < 1:

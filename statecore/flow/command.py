@@ -7,7 +7,7 @@ drawn (report.py). Only the figures of a trace stay in memory.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -25,7 +25,7 @@ from ..outputs import new_file, new_folder, write_json
 from ..reading import context_length
 from ..segmentation import StepOptions, TransitionOptions, choose_transitions
 from ..settings import flat_settings
-from ..traces import BadRow, RowProblem, StepRules
+from ..traces import BadRow, LeftOut, RowProblem, StepRules
 from .gains import Method, StepGains, prompted_gains, step_gains
 from .readers import Chain, ChainFields, PreparedReader, TextReader, read_source
 from .report import RESULT_FILE, draw_summary, draw_trace, report_text, steps_text
@@ -145,20 +145,21 @@ def flow(
             read_labels(labels) if labels else {},
         )
         source = _Source(reader, read_source(trace, selection.split), tokenizer.unk_token_id)
-    left_out: list[BadRow] = []
+    left_out = LeftOut(selection.strict)
     with _opened(output_dir, outputs) as (folder, rewards):
         results = _Results(folder, rewards, outputs.pictures, {"model": str(model), "method": scoring.method})
         longest = selection.max_tokens or context_length(language)
         for chain in _chains(source, selection, longest, left_out):
             results.add(chain, measure(language, chain, scoring.method), source.unknown_token_id)
         if not results.summary.traces:
-            raise ValueError(_nothing_measured(trace, selection.row, left_out))
-        result, report = results.finish(settings, left_out)
+            raise ValueError(_nothing_measured(trace, selection.row, left_out.rows))
+        result, report = results.finish(settings, left_out.rows)
     print(report)
     return result
 
 
 def measure(model: PreTrainedModel, chain: Chain, method: Method) -> StepGains:
+    """The gains of one chain, with the model's own posterior if the chain has a prompt for it."""
     if chain.posterior_prompt is not None:
         return prompted_gains(model, chain.tokens, chain.step_ends, chain.posterior_prompt)
     return step_gains(model, chain.tokens, chain.step_ends, chain.answer, closing=chain.closing, method=method)
@@ -170,7 +171,7 @@ def measure(model: PreTrainedModel, chain: Chain, method: Method) -> StepGains:
 
 @dataclass(frozen=True)
 class _Source:
-    """Rows, (source, line, row or RowProblem) each, and the reader that makes chains of them."""
+    """Rows as (source, line, row or RowProblem), and the reader that turns them into chains."""
 
     reader: Callable[[Mapping[str, Any], str, int], Chain]
     rows: Iterable[tuple[str, int, Any]]
@@ -191,9 +192,7 @@ def _prepared_source(
     return _Source(reader, ((folder, number, row) for number, row in enumerate(prepared.part(split), 1)))
 
 
-def _chains(
-    source: _Source, selection: SelectionOptions, longest: int | None, left_out: list[BadRow]
-) -> Iterator[Chain]:
+def _chains(source: _Source, selection: SelectionOptions, longest: int | None, left_out: LeftOut) -> Iterator[Chain]:
     """The chains of the selected rows; rows that cannot be used go to `left_out`."""
     if selection.row is None:
         rows = islice(source.rows, selection.limit)
@@ -207,15 +206,12 @@ def _chains(
             if longest is not None and chain.token_count > longest:
                 raise RowProblem("too_long", f"{chain.token_count} tokens, at most {longest} allowed")
         except RowProblem as problem:
-            bad = BadRow(file, line, problem.reason, problem.detail)
-            if selection.strict:
-                raise ValueError(f"{bad} (strict: the first such row ends the run)") from problem
-            left_out.append(bad)
+            left_out.add(file, line, problem)
         else:
             yield chain
 
 
-def _nothing_measured(trace: str, row: int | None, left_out: list[BadRow]) -> str:
+def _nothing_measured(trace: str, row: int | None, left_out: Sequence[BadRow]) -> str:
     if row is not None and not left_out:
         return f"{trace} has no row {row}: rows count from 1"
     lines = [f"no trace could be measured, {len(left_out)} were left out", *map(str, left_out[:10])]
@@ -257,7 +253,7 @@ class _Results:
             draw_trace(path, chain, gains)
             write_json(path.with_suffix(".json"), record)
 
-    def finish(self, settings: Mapping[str, Any], left_out: list[BadRow]) -> tuple[dict[str, Any], str]:
+    def finish(self, settings: Mapping[str, Any], left_out: Sequence[BadRow]) -> tuple[dict[str, Any], str]:
         """The result, and what to print: the steps of a single trace, else the report."""
         result = {
             "settings": settings,
