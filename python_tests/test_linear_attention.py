@@ -71,16 +71,16 @@ def test_every_access_is_right(heads, dtype, device):
 
 
 @pytest.mark.parametrize("device", ["emulated"], indirect=True)
-def test_sequences_are_cut_where_they_are_few(device):
-    """Two heads of one sequence are all that a GPU of one multiprocessor can work on; a large one cuts them."""
+def test_sequences_are_split_where_they_are_few(device):
+    """Two heads of one sequence fill a GPU of one multiprocessor; a large GPU splits the sequence."""
     args = (*Heads(2, 2, 2, 32, 32).qkv(1, 300, torch.float32), -torch.rand(1, 300, 2), torch.randn(1, 2, 32, 32))
     launches = []
     for multiprocessors in (1, 132):
         emulator(device.name).gpu(multiprocessors=multiprocessors)
         assert_like_reference(ops.linear_attention, reference.linear_attention, args)
         launches.append(emulator(device.name).take_work()[0])
-    assert "scan_segments" not in launches[0]
-    assert "scan_segments" in launches[1]
+    assert "scan_splits" not in launches[0]
+    assert "scan_splits" in launches[1]
 
 
 @pytest.mark.parametrize("heads", [Heads(2, 1, 1, 2, 3), Heads(1, 1, 2, 3, 2)], ids=["gqa", "gva"])
