@@ -1,4 +1,4 @@
-"""Builds statecore/_C.so by driving CMake; everything about the build itself is said in CMakeLists.txt.
+"""Builds statecore/_C.so with CMake; see CMakeLists.txt.
 
 Environment: STATECORE_CUDA=AUTO|ON|OFF, STATECORE_CUDA_ARCHITECTURES="sm_80;sm_90a", MAX_JOBS.
 """
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 class CMakeBuild(build_ext):
-    """The library has no Python in it, so its file name carries no ABI tag."""
+    """The library does not depend on the Python ABI, so its file name has no ABI tag."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"
@@ -41,7 +41,7 @@ class CMakeBuild(build_ext):
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         settings = [f"-D{name}={value}" for name, value in options.items()]
         for name in ("STATECORE_CUDA", "STATECORE_CUDA_ARCHITECTURES"):
-            # Unset means the default, not what an earlier build in this folder was told.
+            # If unset, use the default rather than the value cached by an earlier build in this folder.
             settings.append(f"-D{name}={os.environ[name]}" if os.environ.get(name) else f"-U{name}")
         self._run("cmake", "-S", ROOT, "-B", build, *settings)
         self._run("cmake", "--build", build, "--parallel", jobs)
@@ -52,12 +52,12 @@ class CMakeBuild(build_ext):
         try:
             subprocess.run([str(part) for part in command], check=True)
         except subprocess.CalledProcessError as error:
-            reason = f"the reason is above (exit code {error.returncode})"
-            raise SystemExit(f"statecore: building the C++ library failed; {reason}.") from None
+            code = error.returncode
+            raise SystemExit(f"statecore: building the C++ library failed, see above (exit code {code}).") from None
 
 
 class PlatformWheel(bdist_wheel):
-    """One wheel for every Python 3: platform-specific, but free of any interpreter's ABI."""
+    """One wheel for all versions of Python 3: platform-specific, but independent of the Python ABI."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]

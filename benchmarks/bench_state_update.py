@@ -1,8 +1,10 @@
-"""state_update on a GPU, replayed from a CUDA graph as in decoding.
+"""state_update: one decoding token per row, in place.
 
-    python -m benchmarks.bench_state_update          this table alone; benchmarks.gpu runs them all
+`python -m benchmarks.bench_state_update [--device cpu|cuda] [--only TEXT] [--quick]` prints its tables.
 
-A graph holds as many calls, each with states of its own, as it takes for the states to exceed the second-level cache.
+On a GPU it is replayed from a CUDA graph, as in decoding: of as many calls, each with states of its own, as it takes
+for the states to exceed the L2 cache. On the CPU it is called with a pool of states far larger than the caches, and
+with pools that fit in them.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,149 +14,159 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks import gpu_peers, peers, roofline
-from benchmarks.contest import OURS, in_one_line
-from benchmarks.gpu_contest import (
-    ABSENT,
-    RIGHT,
-    STATE_UPDATE,
-    Instruments,
-    Question,
-    disagreement,
-    relative_difference,
-)
-from benchmarks.gpu_peers import FLA
-from benchmarks.peers import EAGER_UPDATE
-from benchmarks.rows import Launches, Row
+from benchmarks import peers, roofline, suite
+from benchmarks.contest import OTHER, OURS, RIGHT, SAME, WRONG, Instruments, Question, agree, made
+from benchmarks.machine import last_level_cache
+from benchmarks.peers import EAGER_UPDATE, FLA
+from benchmarks.record import QUANTITY, Row
 from benchmarks.timing import Timing
-from benchmarks.workload import Case
+from benchmarks.workload import DTYPES, Case, cpu_cases
 from statecore import ops, reference
 
-IN_PLACE, COPY = "in place, in a graph", "a copy of as many bytes of states"
-OF_COPY = 0.85
-A_CALL = ("us", 4e-6)  # of one row
-LARGE = 100e6  # bytes of states that are to move as fast as a copy
-EXCEEDS_CACHE = 128 << 20  # bytes
-MOST_CALLS = 1024
+NAME, IN_PLACE, IN_GRAPH = "state_update", "in place", "in place, in a graph"
+COPY = "a copy of as many bytes of states"
+TINY = 8  # width of states that are no work
+EXCEEDS_CACHE, MOST_CALLS = 128 << 20, 1024  # bytes of states in a graph
+LARGE = 100e6  # bytes of states that a GPU is to move as fast as a copy
+TIMES_COPY_ON_CPU, PER_HEAD_STATE = 0.8, 2e-6  # targets of the CPU,
+TIMES_COPY, OF_ONE_ROW = 0.85, ("us", 4e-6)  # and of a GPU
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]  # states [1, B, Hk, D, D], q [B, Hq, D], k and v [B, Hk, D]
-Call = Callable[[], Tensor | None]
+Calls = dict[str, list[Callable[[], Tensor | None]]]  # by variant, one for each of several inputs
 
 
-def questions() -> list[Question]:
-    first = {(1, (12, 2)), (256, (64, 64))}
-    second = {(64, (28, 4)), (256, (16, 16))}
+def questions(device: str) -> list[Question]:
+    def asked(section: str, direction: str, case: Case, rows: int, **fields) -> Question:
+        case = replace(case, time=1, prompt=0, step=1, batch=rows)
+        fields = {"measure": update, "needs": 5.0} | fields
+        return Question(section, NAME, case, partial(work, direction), (direction,), **fields)
+
+    if device == "cpu":
+        on_cpu, cache, found = partial(asked, "update", IN_PLACE), last_level_cache(), []
+        for case in cpu_cases():
+            fitting = cache // state_bytes(case)  # rows
+            found.append(on_cpu(case, max(1, 4 * fitting), ratios={(IN_PLACE, COPY): TIMES_COPY_ON_CPU}))
+            found.append(on_cpu(case, max(1, fitting // 4), measure=per_head_state))
+            found += [on_cpu(case, 1), on_cpu(case, 64)]
+        ones = [replace(case, heads=(1, 1)) for case in cpu_cases()[: len(DTYPES)]]  # one thread
+        return found + [on_cpu(case, 1, measure=per_head_state) for case in ones]
+
+    ranks = {(1, (12, 2)): 1, (256, (64, 64)): 1, (64, (28, 4)): 3, (256, (16, 16)): 3}
     found = []
     for heads in ((12, 2), (28, 4), (16, 16), (64, 64)):
+        case = Case(dtype=torch.bfloat16, heads=heads, time=1, device="cuda")
         for rows in (1, 8, 64, 256):
-            rank = 1 if (rows, heads) in first else 3 if (rows, heads) in second else 4
-            found.append(_question(rank, heads, rows))
+            aims = {IN_GRAPH: OF_ONE_ROW if rows == 1 else ("us", None)}
+            ratios = {(IN_GRAPH, COPY): TIMES_COPY} if rows * state_bytes(case) >= LARGE else {}
+            rank = ranks.get((rows, heads), 4)
+            found.append(asked(NAME, IN_GRAPH, case, rows, aims=aims, ratios=ratios, rank=rank))
     return found
 
 
-def _question(rank: int, heads: tuple[int, int], rows: int) -> Question:
-    case = Case(time=rows, dtype=torch.bfloat16, heads=heads, width=128, prompt=0, step=1)
-    return Question(
-        STATE_UPDATE, case, rank, {IN_PLACE: (roofline.state_update(case),)}, update,
-        {IN_PLACE: A_CALL if rows == 1 else ("us", None)},
-        {(IN_PLACE, COPY): OF_COPY} if state_bytes(case) >= LARGE else {}, needs=5.0,
-    )  # fmt: skip
+def work(direction: str, case: Case) -> dict[str, roofline.Passes]:
+    return {direction: (roofline.state_update(case),)}
 
 
 def state_bytes(case: Case) -> int:
-    return roofline.STATE * case.time * case.heads[1] * case.width**2
+    """Per row."""
+    return roofline.STATE * case.heads[1] * case.width**2
 
 
 def update(question: Question, instruments: Instruments) -> Iterator[Row]:
-    case = replace(question.case, device=instruments.device)
-    sets = inputs_beyond_the_cache(case)
-    failure = wrong(sets[0])
-    if failure:
-        yield from question.failed(failure, instruments.ceilings)
-        return
+    (direction,), case = question.directions, question.case
+    sets = inputs_of(case)
+    check(*sets[0])
     calls = [partial(ops.state_update, *inputs) for inputs in sets]
-    ours = instruments.captured(calls)
-    runs, failures = {OURS: ours}, {}
-    for peer, make in {FLA: fla_calls, EAGER_UPDATE: eager_calls, COPY: copy_calls}.items():
-        try:
-            theirs = make(case, sets)
-            if peer != COPY and (failure := differs(theirs[0], sets[0])):
-                failures[peer] = failure
-            else:
-                runs[peer] = instruments.captured(theirs)
-        except ImportError as error:
-            failures[peer] = ABSENT + str(error)
-        except Exception as error:
-            failures[peer] = in_one_line(error)
+    ours, launches = instruments.captured(calls)
+    makers = {FLA: fla_calls, EAGER_UPDATE: eager_calls, COPY: copy_calls}
+    if case.threads:
+        del makers[FLA]
+        if not question.ratios:  # inside the caches
+            del makers[COPY]
+    found, failures = made({name: partial(entered, make, case, sets, instruments) for name, make in makers.items()})
+    runs = {(name, variant): run for name, variants in found.items() for variant, run in variants.items()}
     timings = {
-        side: Timing(timing.median / len(sets), timing.spread) for side, timing in instruments.time(runs).items()
-    }  # fmt: skip
-    taken = timings.pop(OURS)
-    yield question.kernel(
-        IN_PLACE, instruments.ceilings, seconds=taken.median, spread=taken.spread, extra=instruments.extra(calls[0])
-    )
-    if ours.launches is not None:
-        yield Launches(operator=STATE_UPDATE, launches=ours.launches / len(calls), target=1.0, **question.case.labels())
-    for peer in (FLA, EAGER_UPDATE, COPY):
-        if peer in failures:
-            yield question.comparison(IN_PLACE, peer, taken, failure=failures[peer])
-        else:
-            its = timings[peer]
-            yield question.comparison(IN_PLACE, peer, taken, peer_s=its.median, peer_spread=its.spread)
+        side: Timing(taken.median / len(sets), taken.spread)
+        for side, taken in instruments.time({(OURS, ""): ours} | runs).items()
+    }
+    more = {}
+    if case.threads and COPY in found:
+        pool, its = sets[0][0].nbytes, min(its.median for (name, _), its in timings.items() if name == COPY)
+        more |= {"pool": (pool, "MB"), "copy": (2 * pool / its, "GB/s")}
+    row = question.timed(direction, instruments, timings[OURS, ""], instruments.extra(calls[0]), **more)
+    yield row
+    if launches is not None:
+        numbers, aim = {"launches": (launches / len(calls), "launches")}, {"unit": "launches", "target": 1.0}
+        yield question.row(QUANTITY, what="in a graph", numbers=numbers, judged="launches", **aim)
+    for name in makers:
+        yield question.comparison(direction, name, row, timings, failures.get(name, ""))
 
 
-def inputs_beyond_the_cache(case: Case) -> list[Inputs]:
-    count = max(1, min(MOST_CALLS, -(-EXCEEDS_CACHE // state_bytes(case))))
+def entered(make: Callable[[Case, list[Inputs]], Calls], case: Case, sets: list[Inputs], instruments: Instruments):
+    """{variant: all its calls as one}; the first call, on states that begin as ours, must agree with ours."""
+    variants = make(case, sets)
+    if make is not copy_calls:
+        states, *vectors = sets[0]
+        agree(variants[""][0](), ops.state_update(states.clone(), *vectors), SAME, f"{OTHER}the output differs")
+    return {variant: instruments.captured(calls)[0] for variant, calls in variants.items()}
+
+
+def inputs_of(case: Case) -> list[Inputs]:
+    """One set on the CPU; on a GPU as many as exceed the cache."""
+    count = 1 if case.threads else max(1, min(MOST_CALLS, -(-EXCEEDS_CACHE // (case.batch * state_bytes(case)))))
     queries, keys = case.heads
 
     def some(*shape: int, dtype: torch.dtype = case.dtype) -> Tensor:
         return (torch.randn(count, *shape, device=case.device) * 0.1).to(dtype)
 
-    states = some(1, case.time, keys, case.width, case.width, dtype=torch.float32)
-    vectors = (some(case.time, heads, case.width) for heads in (queries, keys, keys))
+    states = some(1, case.batch, keys, case.width, case.width, dtype=torch.float32)
+    vectors = (some(case.batch, heads, case.width) for heads in (queries, keys, keys))
     return list(zip(states, *vectors, strict=True))
 
 
-def wrong(inputs: Inputs) -> str:
+def check(states: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
     """Output and states of the last row against the definition in float64, on copies."""
-    states, q, k, v = inputs
-    mine = states.clone()
-    exact = states[:, -1:].double()
-    try:
-        out = ops.state_update(mine, q, k, v)
-    except Exception as error:
-        return in_one_line(error)
+    mine, exact = states.clone(), states[:, -1:].double()
+    out = ops.state_update(mine, q, k, v)
     expected = reference.state_update(exact, *(x[-1:].double() for x in (q, k, v)))
-    error = max(relative_difference(out[-1:], expected), relative_difference(mine[:, -1:], exact))
-    return "" if error <= RIGHT else f"wrong, not timed: the last row differs from the definition by {error:.2g}"
+    for found, wanted in ((out[-1:], expected), (mine[:, -1:], exact)):
+        agree(found, wanted, RIGHT, f"{WRONG}the last row differs from the definition")
 
 
-def differs(call: Call, inputs: Inputs) -> str:
-    """Of a peer's first call, which has states of its own that begin as ours."""
-    states, q, k, v = inputs
-    return disagreement((ops.state_update(states.clone(), q, k, v),), (call(),))
-
-
-def fla_calls(case: Case, sets: list[Inputs]) -> list[Call]:
+def fla_calls(case: Case, sets: list[Inputs]) -> Calls:
     """It has no groups: as many states as query heads, and k and v repeated beforehand."""
-    run = gpu_peers.fla_state_update()
-    group = case.heads[0] // case.heads[1]
+    run, group = peers.fla_state_update(), case.heads[0] // case.heads[1]
 
-    def call(states: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Call:
+    def call(states: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
         states, k, v = (x.repeat_interleave(group, dim=1) for x in (states[0], k, v))
         return partial(run, states, q, k, v)
 
-    return [call(*inputs) for inputs in sets]
+    return {"": [call(*inputs) for inputs in sets]}
 
 
-def eager_calls(case: Case, sets: list[Inputs]) -> list[Call]:
-    return [partial(peers.eager_state_update, states.clone(), *vectors) for states, *vectors in sets]
+def eager_calls(case: Case, sets: list[Inputs]) -> Calls:
+    return {"": [partial(peers.eager_state_update, states.clone(), *vectors) for states, *vectors in sets]}
 
 
-def copy_calls(case: Case, sets: list[Inputs]) -> list[Call]:
-    return [partial(torch.empty_like(states).copy_, states) for states, *_ in sets]
+def copy_calls(case: Case, sets: list[Inputs]) -> Calls:
+    if case.threads:
+        return {name: [run] for name, run in roofline.copies(sets[0][0].nbytes).items()}
+    return {"": [partial(torch.empty_like(states).copy_, states) for states, *_ in sets]}
+
+
+def per_head_state(question: Question, instruments: Instruments) -> Iterator[Row]:
+    """Inside the caches, without the cost of a call."""
+    case = question.case
+    (inputs,), (tiny,) = inputs_of(case), inputs_of(replace(case, width=TINY))
+    taken = instruments.time({"ours": lambda: ops.state_update(*inputs), "tiny": lambda: ops.state_update(*tiny)})
+    ours, call, count = taken["ours"], taken["tiny"].median, case.batch * case.heads[1]
+    numbers = {
+        "head-states": (count, "count"), "call": (ours.median, "us"), "spread": (ours.spread, "percent"),
+        "call on tiny states": (call, "us"), "per head-state": ((ours.median - call) / count, "us"),
+    }  # fmt: skip
+    what = f"time per head-state, {'one head-state' if count == 1 else 'fits in the last-level cache'}"
+    aim = {"judged": "per head-state", "unit": "us", "target": PER_HEAD_STATE}
+    yield question.row(QUANTITY, what=what, numbers=numbers, **aim)
 
 
 if __name__ == "__main__":
-    from benchmarks.gpu import only
-
-    only("state_update")
+    suite.main_of_operator(questions)

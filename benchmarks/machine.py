@@ -9,19 +9,19 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.memory import copies
+from benchmarks.roofline import copies
 from benchmarks.timing import interleaved
 from benchmarks.workload import ALL_THREADS
 from statecore import ops
 
 SOURCES = Path(__file__).parents[1] / "csrc"
-GPU_PEERS = ("fla-core", "flash-attn", "flash-attn-3", "flash-attn-4")
+GPU_PACKAGES = ("triton", "fla-core", "flash-attn", "flash-attn-3", "flash-attn-4")
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 COPIED = 256 << 20  # bytes: far more than any cache
 
 
-def facts() -> dict[str, str]:
-    """Names and values for people; memory bandwidth is measured."""
+def cpu_facts() -> dict[str, str]:
+    """Names and values, for people; memory bandwidth is measured."""
     torch.set_num_threads(ALL_THREADS)
     bandwidth = 2 * COPIED / min(timing.median for timing in interleaved(copies(COPIED)).values())
     return {"memory bandwidth": f"{bandwidth / 1e9:.1f} GB/s (copy, read + write, all threads)"} | versions()
@@ -43,19 +43,18 @@ def versions() -> dict[str, str]:
 
 
 def gpu_facts() -> dict[str, str]:
-    """The same of the current GPU; its ceilings are rows of their own."""
+    """The same of the current GPU; its ceilings are rows of the record."""
     gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
     return {
         "GPU": f"{gpu.name}, {gpu.multi_processor_count} SMs, compute capability {gpu.major}.{gpu.minor}, "
-        f"{gpu.total_memory / 1e9:.0f} GB, second-level cache {gpu.L2_cache_size >> 20} MiB",
+        f"{gpu.total_memory / 1e9:.0f} GB, L2 cache {gpu.L2_cache_size >> 20} MiB",
         "driver": _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "unknown",
         "CUDA": str(torch.version.cuda),
         "cuDNN": str(torch.backends.cudnn.version()),
         "statecore": _revision(),
         "statecore's kernels": str(ops.build_info()["cuda_architectures"]),
         "torch": torch.__version__,
-        "triton": installed("triton"),
-        **{peer: installed(peer) for peer in GPU_PEERS},
+        **{package: installed(package) for package in GPU_PACKAGES},
         "python": platform.python_version(),
         "processor": _processor(),
     }

@@ -1,9 +1,8 @@
-"""How much memory a call takes, and copies to compare its speed with."""
+"""How much memory a call takes, on the CPU and on a GPU."""
 
 import ctypes
 import gc
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -29,28 +28,18 @@ def peak_growth(run: Callable[[], object]) -> tuple[int | None, object]:
     return _status("VmHWM") - before, result
 
 
-def gpu_extra(run: Callable[[], Tensor | tuple[Tensor | None, ...]]) -> int:
-    """Bytes that torch allocates on the GPU during the call at most, beyond those of its results."""
+def gpu_extra(run: Callable[[], object]) -> int:
+    """Bytes that torch allocates on the GPU during a call at most, beyond its results."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     results = run()
-    peak = torch.cuda.max_memory_allocated()
+    return torch.cuda.max_memory_allocated() - before - nbytes(results)
+
+
+def nbytes(results: Tensor | tuple[Tensor | None, ...]) -> int:
     results = (results,) if isinstance(results, Tensor) else results
-    return peak - before - sum(result.nbytes for result in results if result is not None)
-
-
-def copies(nbytes: int) -> dict[str, Callable[[], object]]:
-    """Ways to copy so many bytes on torch's current number of threads."""
-    threads = torch.get_num_threads()
-    source, target = torch.ones(nbytes // 4), torch.empty(nbytes // 4)
-    part = nbytes // threads
-    pool = ThreadPoolExecutor(threads)
-
-    def memcpy(index: int) -> None:
-        ctypes.memmove(target.data_ptr() + index * part, source.data_ptr() + index * part, part)
-
-    return {"copy_": lambda: target.copy_(source), "memcpy": lambda: list(pool.map(memcpy, range(threads)))}
+    return sum(result.nbytes for result in results if result is not None)
 
 
 def _status(field: str) -> int:

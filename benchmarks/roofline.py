@@ -1,35 +1,34 @@
-"""The least time an operator can take on a GPU: its floating-point work on the tensor cores or its bytes through device
-memory, whichever takes longer. The only place where either is counted.
+"""The least time an operator can take: its floating-point work or its bytes through memory, whichever takes longer. The
+only place where either is counted.
 
-Letters: B batch, T time, Hq / Hk query / key heads, D width, e bytes of an element, P visible pairs of tokens.
-
-Work is what no implementation that keeps its states on the chip can avoid: of causal triangles the visible half, in the
-backward of linear attention the states once again (storing them would cost more). Bytes are each input read once and
-each result written once.
-
-- linear attention: chunks of C = 64. A token takes Hq (2 D D + 2 D (C + 1)) + Hk 2 D D forward; backward that again for
-  dq, then Hk 4 D D + Hq (2 D D + 4 D (C + 1)). Forward it moves e D (2 Hq + 2 Hk) bytes (q, out; k, v), backward
-  e D (3 Hq + 4 Hk) (q, dout, dq; k, v, dk, dv), each way 4 Hk more with a decay (8 Hk backward); a sequence writes its
-  final states, 4 Hk D D each.
-- segment attention: 4 D P Hq forward, 10 D P Hq backward; e D (2 Hq + 2 Hk) + 4 Hq + 4 bytes a token forward (with the
-  logarithm of the denominators and the step ids), e D (4 Hq + 4 Hk) + 4 Hq + 4 backward.
-- mixed attention: the work of both; e D (4 Hq + 4 Hk) + 4 bytes a token forward, e D (7 Hq + 8 Hk) + 4 backward.
-- state update: a row takes 2 D D (Hq + Hk) and moves 8 D D Hk + e D (2 Hq + 2 Hk) bytes.
+Work is what no implementation that keeps its states on the chip can avoid: the visible half of causal triangles, and in
+the backward of linear attention the states once more (storing them would cost more). Bytes are each input read once and
+each result written once. Hq / Hk are query / key heads.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import ctypes
+import functools
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from benchmarks.contest import BACKWARD, BOTH, FORWARD
-from benchmarks.workload import Case, attention_flops, chunked_flops
+import torch
 
-CHUNK = 64  # tokens of linear attention that are multiplied at once
-STATE = 4  # bytes of an element of a state
+from benchmarks.record import QUANTITY, Row
+from benchmarks.timing import NotTimed, Run
+from benchmarks.workload import Case, visible_pairs
+
+FORWARD, BOTH, BACKWARD = "forward", "forward + backward", "backward"
+GPU_CHUNK, CPU_CHUNK = 64, {torch.float32: 32, torch.bfloat16: 48}  # C, as in csrc/linear_attention
+STATE = 4  # bytes per element of a state
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a GPU reaches: operations of a matrix product and bytes of a copy (read + written) a second."""
+    """What a machine reaches: FLOP/s of a matrix product, B/s (read + written) of a copy."""
 
     flops: float
     bytes: float
@@ -45,9 +44,6 @@ class Work:
     flops: float
     bytes: float
 
-    def __add__(self, other: "Work") -> "Work":
-        return Work(self.flops + other.flops, self.bytes + other.bytes)
-
     def seconds(self, ceilings: Ceilings) -> float:
         return max(self.flops / ceilings.flops, self.bytes / ceilings.bytes)
 
@@ -60,36 +56,42 @@ def bound(passes: Sequence[Work], ceilings: Ceilings) -> float:
     return sum(work.seconds(ceilings) for work in passes)
 
 
+# ---- work: {direction: passes} of a case
+
+
 def linear_attention(case: Case, decay: bool = False, states: int = 1) -> dict[str, Passes]:
-    """{direction: passes}. states: results of D x D a sequence and key head."""
-    queries, keys = case.heads
-    tokens, row = case.batch * case.time, case.dtype.itemsize * case.width
-    flops = chunked_flops(tokens, case.heads, case.width, CHUNK)
-    decays = 4 * keys * decay
-    written = STATE * states * case.batch * keys * case.width**2
-    return _directions(
-        Work(flops["forward"], tokens * (row * (2 * queries + 2 * keys) + decays) + written),
-        Work(flops["backward"], tokens * (row * (3 * queries + 4 * keys) + 2 * decays) + written),
+    """states: how many D x D results there are per sequence and key head."""
+    tokens, row, queries, keys = _sizes(case)
+    chunk = CPU_CHUNK[case.dtype] if case.threads else GPU_CHUNK
+    state, triangle = 2 * case.width**2, case.width * (chunk + 1)  # per token: an update or a read; half a square
+    forward = queries * (state + 2 * triangle) + keys * state
+    backward = forward + keys * 2 * state + queries * (state + 4 * triangle)  # that again for dq; dk and dv
+    decays, written = 4 * keys * decay, STATE * states * case.batch * keys * case.width**2
+    return _directions(  # q, out; k, v. Backward q, dout, dq; k, v, dk, dv
+        Work(tokens * forward, tokens * (row * (2 * queries + 2 * keys) + decays) + written),
+        Work(tokens * backward, tokens * (row * (3 * queries + 4 * keys) + 2 * decays) + written),
     )
 
 
-def segment_attention(case: Case, pairs: int) -> dict[str, Passes]:
-    """pairs: of one sequence."""
-    queries, keys = case.heads
-    tokens, row = case.batch * case.time, case.dtype.itemsize * case.width
-    flops = case.batch * attention_flops(pairs, case)
-    small = 4 * queries + 4
+def linear_attention_reads_and_updates(case: Case) -> dict[str, Passes]:
+    """Without the triangles inside chunks: per token, one state read per query head and one update per key head."""
+    return {FORWARD: (Work(2 * case.width**2 * sum(case.heads) * case.batch * case.time, 0),)}
+
+
+def segment_attention(case: Case) -> dict[str, Passes]:
+    tokens, row, queries, keys = _sizes(case)
+    pairs = case.batch * visible_pairs(replace(case, batch=1, device="cpu").step_ids())
+    flops, small = 4 * case.width * queries * pairs, 4 * queries + 4  # lse and the step ids
     return _directions(
         Work(flops, tokens * (row * (2 * queries + 2 * keys) + small)),
         Work(2.5 * flops, tokens * (row * (4 * queries + 4 * keys) + small)),
     )
 
 
-def mixed_attention(case: Case, pairs: int) -> dict[str, Passes]:
-    queries, keys = case.heads
-    tokens, row = case.batch * case.time, case.dtype.itemsize * case.width
-    ways = zip(segment_attention(case, pairs)[BOTH], linear_attention(case)[BOTH], strict=True)
-    forward, backward = (segment.flops + linear.flops for segment, linear in ways)
+def mixed_attention(case: Case) -> dict[str, Passes]:
+    tokens, row, queries, keys = _sizes(case)
+    passes = zip(segment_attention(case)[BOTH], linear_attention(case)[BOTH], strict=True)
+    forward, backward = (segment.flops + linear.flops for segment, linear in passes)
     return _directions(
         Work(forward, tokens * (row * (4 * queries + 4 * keys) + 4)),
         Work(backward, tokens * (row * (7 * queries + 8 * keys) + 4)),
@@ -97,12 +99,83 @@ def mixed_attention(case: Case, pairs: int) -> dict[str, Passes]:
 
 
 def state_update(case: Case) -> Work:
-    """case.time rows."""
-    queries, keys = case.heads
+    rows, row, queries, keys = _sizes(case)
     area = case.width**2
-    moved = 2 * STATE * area * keys + case.dtype.itemsize * case.width * (2 * queries + 2 * keys)
-    return Work(case.time * 2 * area * (queries + keys), case.time * moved)
+    return Work(rows * 2 * area * (queries + keys), rows * (2 * STATE * area * keys + row * (2 * queries + 2 * keys)))
+
+
+def _sizes(case: Case) -> tuple[int, int, int, int]:
+    """Tokens, bytes of one token and head, query heads, key heads."""
+    return case.batch * case.time, case.dtype.itemsize * case.width, *case.heads
 
 
 def _directions(forward: Work, backward: Work) -> dict[str, Passes]:
     return {FORWARD: (forward,), BACKWARD: (backward,), BOTH: (forward, backward)}
+
+
+# ---- ceilings, measured
+
+
+def gpu_ceilings(
+    timed: Callable[[dict], dict], device: str = "cuda", copied: int = 4 << 30, square: int = 8192
+) -> tuple[Ceilings, list[Row]]:
+    """And the rows that show them. copied: bytes; square: side of the matrices."""
+    source = torch.ones(copied // 4, device=device)
+    target = torch.empty_like(source)
+    taken = timed({"copy": lambda: target.copy_(source), "product": product(square, torch.bfloat16, device)})
+    reached = Ceilings(2 * square**3 / taken["product"].median, 2 * copied / taken["copy"].median)
+
+    def row(what: str, name: str, rate: float, unit: str) -> Row:
+        numbers = {"reached": (rate, unit), "spread": (taken[name].spread, "percent")}
+        return Row(kind=QUANTITY, operator="", case={}, what=what, numbers=numbers)
+
+    return reached, [
+        row(f"copy of {copied >> 20} MiB, bytes read and written", "copy", reached.bytes, "TB/s"),
+        row(f"matrix product {square} x {square} x {square} of bfloat16", "product", reached.flops, "TFLOP/s"),
+    ]
+
+
+def product(square: int, dtype: torch.dtype, device: str = "cpu") -> Run:
+    """Of random numbers: a GPU multiplies zeros faster."""
+    left, right = (torch.randn(square, square, device=device).to(dtype) for _ in range(2))
+    return lambda: left @ right
+
+
+def copies(nbytes: int) -> dict[str, Run]:
+    """Ways to copy so many bytes on torch's current number of threads."""
+    threads = torch.get_num_threads()
+    source, target = torch.ones(nbytes // 4), torch.empty(nbytes // 4)
+    part = nbytes // threads
+    pool = ThreadPoolExecutor(threads)
+
+    def memcpy(index: int) -> None:
+        ctypes.memmove(target.data_ptr() + index * part, source.data_ptr() + index * part, part)
+
+    return {"copy_": lambda: target.copy_(source), "memcpy": lambda: list(pool.map(memcpy, range(threads)))}
+
+
+class NoPeak(NotTimed):
+    """There is no peak to compare with."""
+
+
+def cpu_peak(case: Case) -> Ceilings:
+    """Of its dtype and threads; bytes are never what bounds it."""
+    dtype = str(case.dtype).removeprefix("torch.")
+    found = cpu_peaks(case.threads)
+    if dtype not in found:
+        raise NoPeak(f"this processor has no {dtype} peak: cpu_peak.cpp has no instructions for it here")
+    return Ceilings(found[dtype], float("inf"))
+
+
+@functools.cache
+def cpu_peaks(threads: int) -> dict[str, float]:
+    """FLOP/s by dtype name, of so many threads at once."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "cpu_peak"
+        build = ["c++", "-std=c++17", "-O3", "-march=native", "-pthread", Path(__file__).with_name("cpu_peak.cpp")]
+        try:
+            subprocess.run([*build, "-o", program], capture_output=True, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise NoPeak(f"cpu_peak.cpp cannot be compiled here: {error}") from error
+        lines = subprocess.run([program, str(threads)], capture_output=True, text=True, check=True).stdout.splitlines()
+    return {name: float(rate) for name, rate in (line.split() for line in lines)}

@@ -1,11 +1,11 @@
 """setuptools as the PEP 517 backend, with the target environment's torch visible under build isolation.
 
-pip runs this with the interpreter of the environment it installs into, but with that environment's site-packages taken
-off sys.path. The library must be compiled against the torch it will run with, so they are put back, at the end: what
-the isolated environment provides still comes first. Naming torch as a build requirement instead would download the
-newest torch and gigabytes of CUDA libraries, and compile against those.
+pip runs this with the interpreter of the environment that it installs into, but removes that environment's
+site-packages from sys.path. The library must be compiled against the torch that it will run with, so this backend
+appends them again; packages of the isolated environment still take precedence. With torch as a build requirement, pip
+would instead download the newest torch and gigabytes of CUDA libraries, and compile against those.
 
-pyproject.toml requires nothing, and setuptools is asked for here, so that a missing torch is said before any download.
+setuptools is requested here rather than in pyproject.toml, so that a missing torch is reported before any download.
 """
 
 import importlib

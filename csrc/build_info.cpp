@@ -1,4 +1,4 @@
-// What this build is and what it found at run time, for `statecore info`.
+// Build and run-time information for `statecore info`.
 
 #include <torch/csrc/stable/library.h>
 

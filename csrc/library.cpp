@@ -1,7 +1,6 @@
-// Every schema of torch.ops.statecore on one screen (and of the test library, see common/cuda_backend.h).
-// Implementations register themselves beside their kernels (<op>/<op>_op.cpp); gradients, fakes, autocast and
-// the composite mixed_attention by statecore/ops.py. Shapes, formulas and refusals: the docstrings of
-// statecore/ops.py.
+// The schemas of torch.ops.statecore, and of the test library (see common/cuda_backend.h). Implementations
+// are registered in <op>/<op>_op.cpp; gradients, fake implementations, autocast and the composite
+// mixed_attention in statecore/ops.py, whose docstrings define shapes, formulas and errors.
 
 #include "common/cuda_backend.h"
 
@@ -25,7 +24,7 @@ STABLE_TORCH_LIBRARY(STATECORE_LIBRARY, m) {
       "state_update(Tensor(a!) states, Tensor q, Tensor k, Tensor v, Tensor? log_decay=None, "
       "Tensor? ends_step=None, Tensor? alpha=None, Tensor? slots=None, *, float? scale=None) -> Tensor out");
 
-  // ---- what their gradients stand on; an absent optional's gradient is an empty tensor
+  // ---- for autograd; the gradient of an absent optional argument is an empty tensor
   m.def(
       "linear_attention_backward(Tensor grad_out, Tensor grad_final_state, Tensor q, Tensor k, Tensor v, "
       "Tensor? log_decay, Tensor? initial_state, Tensor? cu_seqlens, float? scale) "
@@ -44,7 +43,7 @@ STABLE_TORCH_LIBRARY(STATECORE_LIBRARY, m) {
       "Tensor? cu_seqlens, float? scale, float? lin_scale) "
       "-> (Tensor out, Tensor states, Tensor segment_out, Tensor lse, Tensor linear_out)");
 
-  // ---- what this build is
+  // ---- build information
   m.def("cpu_isa() -> str");
   m.def("cuda_architectures() -> str");
   m.def("torch_has_cuda() -> bool");

@@ -1,5 +1,5 @@
-// The part of the test library that is not the shipped sources: the emulator's controls and counters, as
-// operators beside those under test (whose schemas are in csrc/library.cpp).
+// Operators of the test library that control the emulator and read its counters. The other operators are the
+// shipped ones.
 
 #include <torch/csrc/stable/library.h>
 
@@ -11,14 +11,14 @@
 
 namespace {
 
-// order and async: 0, 1, 2 as simt.h lists them.
+// order and async are values of simt::Order and simt::Async.
 void set_schedule(int64_t order, int64_t async, int64_t seed) {
   simt::schedule() = {.order = simt::Order(order), .seed = uint64_t(seed), .async = simt::Async(async)};
 }
 
 void set_device(int64_t arch, int64_t multiprocessors) { simt::device() = {int(arch), int(multiprocessors)}; }
 
-// Names of the kernels launched since the last call, one a line, and their tensor-core products.
+// The names of the kernels launched since the last call, one per line, and the number of mma they executed.
 std::tuple<std::string, int64_t> take_work() {
   const simt::Counters counters = simt::take_counters();
   std::string launches;

@@ -1,9 +1,9 @@
-"""Calls every operator, forward and backward, on small awkward shapes: work for compute-sanitizer, which is slow.
+"""Calls every operator, forward and backward, on small shapes full of edge cases, for compute-sanitizer.
 
     compute-sanitizer --tool memcheck python cuda_tests/every_operator.py
 
-Odd lengths, empty sequences, grouped heads, widths of both sizes of tiles, every dtype. Results are not looked at:
-python_tests does that.
+Odd lengths, empty sequences, grouped heads, the widths of both tile sizes, every dtype. python_tests checks results;
+this script only makes the calls.
 """
 
 import sys
@@ -18,7 +18,7 @@ from torch import Tensor
 from statecore import ops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-T = 197  # three tiles of 64 and a bit
+T = 197  # three tiles of 64, and a partial one
 
 
 def qkv(heads: int, groups: int, width: int, value_width: int, dtype: torch.dtype, device: str) -> list[Tensor]:
@@ -31,10 +31,10 @@ def backward(*results: Tensor) -> None:
 
 
 def calls(dtype: torch.dtype, device: str) -> Iterator[str]:
-    """Makes the calls one by one; what is yielded says which one was made."""
+    """Makes the calls one by one and yields a description of each after it was made."""
     step_ids = (torch.arange(T, dtype=torch.int32, device=device) // 45)[None]
     step_ids[:, :3] = -1  # padding
-    packed = torch.tensor([0, 1, 1, 130, T], dtype=torch.int32, device=device)  # one empty
+    packed = torch.tensor([0, 1, 1, 130, T], dtype=torch.int32, device=device)  # one sequence is empty
     packed_ids = torch.cat([torch.arange(n, device=device) // 33 for n in packed.diff().tolist()])[None].int()
     alpha = torch.tensor([0, 0, 0.1, 0.2, 0.3], device=device)
     for width in (64, 128):
@@ -75,14 +75,14 @@ def calls(dtype: torch.dtype, device: str) -> Iterator[str]:
 
 def main() -> None:
     device = sys.argv[1] if len(sys.argv) > 1 else "cuda"
-    made = 0
+    count = 0
     for dtype in DTYPES:
         for call in calls(dtype, device):
             if device == "cuda":
                 torch.cuda.synchronize()
             print(f"{dtype}: {call}", flush=True)
-            made += 1
-    print(f"{made} calls")
+            count += 1
+    print(f"{count} calls")
 
 
 if __name__ == "__main__":

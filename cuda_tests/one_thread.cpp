@@ -1,4 +1,4 @@
-// The CPU backend, which native tests compare with, on one thread: torch's threads are not here.
+// Single-threaded replacement for torch's thread pool, with which native tests run the CPU backend.
 
 #include "common/parallel.h"
 

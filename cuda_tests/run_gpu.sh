@@ -1,32 +1,32 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one go that ends before ten minutes are over: build, conformance of the
-# emulator, tests, compute-sanitizer, benchmarks.
+# Runs everything that needs a GPU in less than ten minutes: build, conformance of the emulator, tests,
+# compute-sanitizer, benchmarks.
 #
-#     cuda_tests/run_gpu.sh [FOLDER]      # else $OUT, else benchmarks/results
+#     cuda_tests/run_gpu.sh [FOLDER]      # default: $OUT, or benchmarks/results
 #
-# Writes gpu.log into FOLDER as it goes on, and in the end gpu.md and gpu.json, whole or not at all. Needs nvcc,
-# CMake >= 3.18, a C++20 compiler, and a Python (PYTHON=python3) that imports torch and pytest. Installs nothing,
-# needs no network.
-# Exit code: 0 all is well, 1 something failed, 77 there is no GPU.
+# Appends to FOLDER/gpu.log while it runs and writes gpu.md and gpu.json at the end, both or neither. Needs nvcc,
+# CMake >= 3.18, a C++20 compiler, and a Python (PYTHON=python3) with torch and pytest. Installs nothing and does
+# not use the network.
+# Exit code: 0 success, 1 failure, 77 no GPU.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 
-PYTHON=$(command -v "${PYTHON:-python3}") || { echo "there is no ${PYTHON:-python3}" && exit 1; }
+PYTHON=$(command -v "${PYTHON:-python3}") || { echo "no ${PYTHON:-python3} on PATH" && exit 1; }
 SECONDS=0
-readonly LIMIT=520             # seconds for everything
-readonly FOR_BENCHMARKS=150    # of these at least
+readonly LIMIT=520           # seconds in total
+readonly FOR_BENCHMARKS=150  # reserved, of these
 readonly FOR_THE_PAGE=10
 folder=${1:-${OUT:-benchmarks/results}}
 
-# ---- stages: each is a shell of its own that prints what it finds out, in its last line the sum of it.
-# Exit code 77: there is a reason to skip it, and the last line names it.
+# ---- stages: each runs in a shell of its own. The last line of its output is its summary. Exit code 77: skipped,
+# for the reason in the last line.
 
 build() {
   local capability arch generator=()
   capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1)
-  case $capability in 9.0) arch=sm_90a ;; *) arch=sm_80 ;; esac # any other newer GPU runs the PTX
+  case $capability in 9.0) arch=sm_90a ;; *) arch=sm_80 ;; esac # other newer GPUs compile the PTX
   command -v ninja && generator=(-G Ninja)
-  export NVCC_APPEND_FLAGS="--threads 4" # machine code and PTX of a file at the same time
+  export NVCC_APPEND_FLAGS="--threads 4" # compiles for several architectures in parallel
   cmake -S . -B "$GPU_BUILD" "${generator[@]}" -DPYTHON="$PYTHON" -DSTATECORE_CUDA=ON \
     -DSTATECORE_CUDA_ARCHITECTURES="$arch"
   cmake --build "$GPU_BUILD" --parallel "$(nproc)" --target statecore
@@ -34,7 +34,7 @@ build() {
   "$PYTHON" -c "from statecore import ops; print(ops.build_info()['cuda_architectures'])"
 }
 
-# Instructions of the GPU against those of the emulator: one program, two compilers, the same bytes.
+# The same program compiled for the GPU and for the emulator must write the same bytes.
 conformance() {
   local nvcc at=$GPU_BUILD/cuda_tests bytes
   nvcc=$(sed -n 's/^set(CMAKE_CUDA_COMPILER "\(.*\)")/\1/p' "$GPU_BUILD"/CMakeFiles/*/CMakeCUDACompiler.cmake)
@@ -45,27 +45,27 @@ conformance() {
   "$at/conformance_gpu" "$at/on_gpu.bin"
   "$at/conformance_plain" "$at/emulated.bin"
   bytes=$(stat -c %s "$at/on_gpu.bin")
-  cmp -n "$bytes" "$at/on_gpu.bin" "$at/emulated.bin" # a GPU without Hopper's instructions writes fewer
-  echo "$bytes bytes are those of the emulator, which wrote $(stat -c %s "$at/emulated.bin")"
+  cmp -n "$bytes" "$at/on_gpu.bin" "$at/emulated.bin" # fewer on GPUs without sm_90a instructions
+  echo "$bytes bytes agree with the emulator, which wrote $(stat -c %s "$at/emulated.bin")"
 }
 
-# Tests of operators on CUDA, chosen by words in their names.
+# Tests of operators on CUDA, selected by words in their names.
 tests_on_cuda() {
   STATECORE_REQUIRE_CUDA=1 OMP_NUM_THREADS=2 "$PYTHON" -m pytest -q --tb=short --maxfail=20 -p no:cacheprovider \
     -k "cuda and not emulated and not checked and not cpu and ($1)" "${@:2}" \
     python_tests/test_{linear,step_linear,segment,mixed}_attention.py python_tests/test_state_update.py
 }
-operators() { # expected values come from the CPU: several at a time, where pytest can
-  local several=()
-  "$PYTHON" -c "import xdist" 2> /dev/null && several=(-n 8)
-  tests_on_cuda "not graph and not bits" "${several[@]}"
+operators() { # reference values are computed on the CPU, so run tests in parallel if pytest-xdist is installed
+  local parallel=()
+  "$PYTHON" -c "import xdist" 2> /dev/null && parallel=(-n 8)
+  tests_on_cuda "not graph and not bits" "${parallel[@]}"
 }
 cuda_graphs() { tests_on_cuda "graph"; }
 same_bits() { tests_on_cuda "bits"; } # 200 times
 
-# A tensor each from cudaMalloc, so that the end of a tensor is the end of its memory.
+# Without the caching allocator, so that every tensor is an allocation of its own and overruns are detected.
 sanitized() {
-  command -v compute-sanitizer > /dev/null || { echo "there is no compute-sanitizer"; return 77; }
+  command -v compute-sanitizer > /dev/null || { echo "no compute-sanitizer on PATH"; return 77; }
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --kernel-name kns=statecore --error-exitcode 1 \
     "$PYTHON" cuda_tests/every_operator.py
 }
@@ -73,22 +73,22 @@ memcheck() { sanitized memcheck; }
 racecheck() { sanitized racecheck; }
 synccheck() { sanitized synccheck; }
 
-benchmarks() { # whose first call may take a while after the budget is spent
+benchmarks() { # the budget leaves time for a benchmark that is already running when it is spent
   "$PYTHON" -m benchmarks.gpu --out "$GPU_WORK/benchmarks" --budget "$((GPU_SECONDS - 20))"
   echo "$(grep -c '"kind"' "$GPU_WORK/benchmarks/gpu.json") rows"
 }
 
-# ---- how they are run
+# ---- running the stages
 say() { printf '%-12s %-8s %4s s  %s\n' "$@"; }
 
-# stage NAME SECONDS: gives it at most so long, and never what belongs to those that come after.
+# stage NAME SECONDS: runs a stage for at most SECONDS, less if that would use time reserved for later stages.
 stage() {
   local name=$1 seconds=$2 left=$((LIMIT - FOR_THE_PAGE - SECONDS)) start=$SECONDS code verdict last
   local log=$GPU_WORK/$name.log
   [[ $name == benchmarks ]] || ((left -= FOR_BENCHMARKS))
   ((seconds < left)) || seconds=$left
   if ((seconds < 5)); then
-    code=124 && echo "not begun: no time was left" > "$log"
+    code=124 && echo "not started: no time left" > "$log"
   else
     GPU_SECONDS=$seconds timeout --kill-after=5 "$seconds" bash -euo pipefail -c "$name" > "$log" 2>&1
     code=$?
@@ -103,7 +103,7 @@ stage() {
 }
 
 if ! command -v nvidia-smi > /dev/null || ! nvidia-smi -L 2> /dev/null | grep -q '^GPU '; then
-  echo "no NVIDIA GPU here: nothing was run, nothing is known of how the kernels behave on one"
+  echo "no NVIDIA GPU: nothing was run, and nothing is known about the kernels on one"
   exit 77
 fi
 
@@ -115,7 +115,7 @@ export -f build conformance tests_on_cuda operators cuda_graphs same_bits saniti
 mkdir -p "$folder"
 : > "$folder/gpu.log"
 failed=0
-stage build 200 || exit 1 # nothing can be said of the rest
+stage build 200 || exit 1 # the other stages need it
 stage conformance 90
 stage operators 120
 stage cuda_graphs 30
@@ -123,6 +123,6 @@ stage same_bits 60
 stage memcheck 60
 stage racecheck 60
 stage synccheck 60
-stage benchmarks "$LIMIT" # what is left
-"$PYTHON" -m benchmarks.gpu_checks "$GPU_WORK" "$folder" || failed=1
+stage benchmarks "$LIMIT" # all remaining time
+"$PYTHON" -m benchmarks.gpu --checks "$GPU_WORK" --out "$folder" || failed=1
 exit "$failed"

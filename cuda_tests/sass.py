@@ -1,8 +1,8 @@
-"""What nvcc makes of .cu files: registers, memory, ptxas's complaints and instructions of each kernel for each GPU.
+"""Compiles .cu files and reads registers, memory, ptxas complaints and instructions of every kernel for every GPU.
 
-One compilation a file and GPU gives all of it: ptxas's log, and a cubin that nvdisasm (of a CUDA toolkit, or pip
-install nvidia-cuda-nvdisasm) takes apart. All is kept in a folder, <file>.<gpu>.{cubin,sass,json}, and made again only
-where something that went into it has changed.
+One compilation per file and GPU yields a log of ptxas and a cubin, which nvdisasm disassembles (from a CUDA toolkit,
+or pip install nvidia-cuda-nvdisasm). Results are cached in a folder as <file>.<gpu>.{cubin,sass,json} until an input
+changes.
 """
 
 import hashlib
@@ -20,25 +20,19 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 HEADERS = HERE.parent / "csrc"
-GPUS = {"sm_80": "compute_80", "sm_90a": "compute_90a"}  # CMakeLists.txt ships these; its PTX is that of sm_80
-OPTIONS = [
-    "-std=c++17",
-    "-O3",
-    "-DNDEBUG",
-    "--expt-relaxed-constexpr",
-    f"-I{HEADERS}",
-    f"-I{HERE}",
-]  # with these options
-FORMAT = 1  # of the kept .json
+# Architectures and options as in CMakeLists.txt.
+GPUS = {"sm_80": "compute_80", "sm_90a": "compute_90a"}
+OPTIONS = ["-std=c++17", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", f"-I{HEADERS}", f"-I{HERE}"]
+FORMAT = 1  # of the cached .json
 
-# ptxas -v, a paragraph a function, kernels and what they call
+# The log of ptxas -v: a paragraph per function, for kernels and the functions they call.
 FUNCTION = re.compile(
     r"Function properties for (?P<name>\S+)\n"
     r"\s*(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads"
 )
 ENTRY = re.compile(r"Compiling entry function '(?P<name>\w+)' for '\w+'")
 USED = re.compile(r"Used (?P<registers>\d+) registers(?:.*?(?P<shared>\d+) bytes smem)?")
-# wgmma made slower than written: serialised, or waited for where the source does not
+# wgmma serialised, or waited for although the source does not wait.
 SLOWED = re.compile(r"\(C75\d\d\).*?'(?P<name>\w+)'")
 COMPLAINT = re.compile(r"^.*\(C\d{4}\).*$", re.MULTILINE)
 
@@ -50,20 +44,20 @@ WORD = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+\.word\s+0x(?P<value>[0-9a-f]{8})$"
 
 @dataclass
 class Function:
-    """A kernel, or what a kernel calls."""
+    """A kernel or a function that kernels call."""
 
-    name: str  # readable, without namespaces and parameters
+    name: str  # demangled, without namespaces and parameters
     entry: bool
     stack: int = 0  # bytes
     spilled: int = 0
     complaints: list[str] = field(default_factory=list)
     registers: int = 0
     shared: int = 0  # static, bytes
-    threads: int | None = None  # of the launch bounds
+    threads: int | None = None  # from the launch bounds
     instructions: dict[str, int] | None = None  # full opcode -> count; None without nvdisasm
 
     def count(self, pattern: str) -> int:
-        """How many there are of "LDG", or of "LDG.128": the opcode, with these modifiers among others."""
+        """Counts an opcode such as "LDG", or "LDG.128": with these modifiers, possibly among others."""
         opcode, *modifiers = pattern.split(".")
         return sum(
             number
@@ -73,16 +67,16 @@ class Function:
 
     @property
     def empty(self) -> bool:
-        """A kernel that exists on other GPUs only: it returns or traps at once."""
-        nothing = {"LDC", "MOV", "IMAD", "EXIT", "BRA", "NOP", "BPT"}  # the first three set up the stack pointer
+        """Whether the body is empty on this GPU: it only returns or traps."""
+        trivial = {"LDC", "MOV", "IMAD", "EXIT", "BRA", "NOP", "BPT"}  # the first three set up the stack pointer
         if self.instructions is None:
             return False
         real = {full: number for full, number in self.instructions.items() if full.split(".")[0] != "NOP"}
-        return sum(real.values()) <= 4 and not {full.split(".")[0] for full in real} - nothing
+        return sum(real.values()) <= 4 and not {full.split(".")[0] for full in real} - trivial
 
 
-class Missing(Exception):
-    """A tool is not on this machine."""
+class ToolMissing(Exception):
+    """nvcc or nvdisasm is not installed."""
 
 
 @cache
@@ -90,7 +84,7 @@ def nvcc() -> str:
     known = (os.environ.get("CUDACXX"), shutil.which("nvcc"), shutil.which("/usr/local/cuda/bin/nvcc"))
     found = next((path for path in known if path), None)
     if found is None:
-        raise Missing("no nvcc (CUDACXX, PATH, /usr/local/cuda/bin)")
+        raise ToolMissing("no nvcc (CUDACXX, PATH, /usr/local/cuda/bin)")
     return found
 
 
@@ -108,7 +102,7 @@ def _version(tool: str | None) -> str:
 
 
 def compiler() -> str:
-    """nvcc's release and build."""
+    """The release and build of nvcc."""
     return re.search(r"release [\d.]+, (V[\d.]+)", _version(nvcc()))[1]
 
 
@@ -124,9 +118,9 @@ def _digest(path: str | Path) -> str:
 
 
 def examine(sources: list[Path], folder: Path) -> dict[tuple[str, str], list[Function]]:
-    """(stem of the file, GPU) -> its functions, from `folder` or compiled, as many at a time as there are cores.
+    """Returns {(stem of the file, GPU): functions}, from the cache in `folder` or compiled in parallel.
 
-    As in CMakeLists.txt, *_sm90.cu is for sm_90a alone.
+    As in CMakeLists.txt, *_sm90.cu is compiled for sm_90a only.
     """
     folder.mkdir(parents=True, exist_ok=True)
     largest_first = sorted(sources, key=lambda source: -source.stat().st_size)
@@ -142,39 +136,42 @@ def _ships(source: Path, gpu: str) -> bool:
 
 def _examine(source: Path, gpu: str, folder: Path) -> list[Function]:
     stem = folder / f"{source.stem}.{gpu}"
-    kept, cubin, listing, dependencies = (Path(f"{stem}.{suffix}") for suffix in ("json", "cubin", "sass", "d"))
-    command = [
-        nvcc(),
-        *OPTIONS,
-        "-Xptxas=-v",
-        "-Werror=all-warnings",
-        f"-gencode=arch={GPUS[gpu]},code={gpu}",
-        "-cubin",
-    ]
+    cached, cubin, listing, dependencies = (Path(f"{stem}.{suffix}") for suffix in ("json", "cubin", "sass", "d"))
+    gencode = f"-gencode=arch={GPUS[gpu]},code={gpu}"
+    command = [nvcc(), *OPTIONS, "-Xptxas=-v", "-Werror=all-warnings", gencode, "-cubin"]
     made_by = [FORMAT, *command, _version(nvcc()), _version(nvdisasm())]
-    if kept.exists():
-        last = json.loads(kept.read_text())
-        if last["made_by"] == made_by and all(
-            Path(path).exists() and _digest(path) == digest for path, digest in last["inputs"].items()
-        ):
-            return [Function(**function) for function in last["functions"]]
+    if (functions := _from_cache(cached, made_by)) is not None:
+        return functions
     log = _run(*command, "-MD", "-MF", dependencies, source.resolve(), "-o", cubin)
-    functions = _read_log(log)
+    named = _read_log(log)
     if nvdisasm() is not None:
         listing.write_text(_run(nvdisasm(), cubin))
-        _read_listing(listing.read_text(), functions)
-    for function, name in zip(functions.values(), readable(list(functions)), strict=True):
+        _read_listing(listing.read_text(), named)
+    for function, name in zip(named.values(), readable(list(named)), strict=True):
         function.name = name
-    # The rest of the dependencies belongs to the compiler, whose version is in made_by.
-    names = dependencies.read_text().replace("\\\n", " ").split(":", 1)[1].split()
-    ours = [path for path in names if any(Path(path).is_relative_to(at) for at in (HEADERS, source.resolve().parent))]
     record = {
         "made_by": made_by,
-        "inputs": {path: _digest(path) for path in ours},
-        "functions": [vars(function) for function in functions.values()],
+        "inputs": {path: _digest(path) for path in _own_dependencies(dependencies, source)},
+        "functions": [vars(function) for function in named.values()],
     }
-    kept.write_text(json.dumps(record, indent=1))
-    return list(functions.values())
+    cached.write_text(json.dumps(record, indent=1))
+    return list(named.values())
+
+
+def _from_cache(cached: Path, made_by: list) -> list[Function] | None:
+    if not cached.exists():
+        return None
+    record = json.loads(cached.read_text())
+    inputs = record["inputs"].items()
+    if record["made_by"] != made_by or any(not Path(path).exists() or _digest(path) != was for path, was in inputs):
+        return None
+    return [Function(**function) for function in record["functions"]]
+
+
+def _own_dependencies(dependencies: Path, source: Path) -> list[str]:
+    """Files of this repository that the source includes; `made_by` covers those of the compiler by its version."""
+    names = dependencies.read_text().replace("\\\n", " ").split(":", 1)[1].split()
+    return [path for path in names if any(Path(path).is_relative_to(at) for at in (HEADERS, source.resolve().parent))]
 
 
 def _read_log(log: str) -> dict[str, Function]:
@@ -187,7 +184,7 @@ def _read_log(log: str) -> dict[str, Function]:
             used = USED.search(log, match.end())
             function.registers, function.shared = int(used["registers"]), int(used["shared"] or 0)
     if set(entries) - functions.keys():
-        raise SystemExit(f"ptxas's report is not understood:\n{log}")
+        raise SystemExit(f"cannot parse the log of ptxas:\n{log}")
     for line in COMPLAINT.findall(log):
         match = SLOWED.search(line)
         for name in {match["name"]} & functions.keys() if match else functions:
@@ -216,7 +213,7 @@ def _read_listing(listing: str, functions: dict[str, Function]) -> None:
                 info.threads = threads[0] * threads[1] * threads[2]
     for function in functions.values():
         if function.entry and not function.instructions:
-            raise SystemExit(f"nvdisasm's listing is not understood: it has no instructions of {function.name}")
+            raise SystemExit(f"cannot parse the listing of nvdisasm: no instructions of {function.name}")
 
 
 def readable(names: list[str]) -> list[str]:

@@ -157,8 +157,7 @@ void test_plan(const std::string& name, int64_t batch, int64_t queries, const Id
     }
     expect(std::includes(visited.begin(), visited.end(), useful.begin(), useful.end()),
            where + " misses visible keys");
-    // Others are visited only in between, where tiles of padding, or steps between the tile's first and last
-    // one, lie.
+    // Others are visited only in between: tiles of padding, and steps between the tile's first and last one.
     expect(visited.empty() == useful.empty(), where + " visits k_blocks without visible keys");
     if (!useful.empty() && !visited.empty())
       expect(visited.front() == useful.front() && visited.back() == index, where + " visits too much");
@@ -213,8 +212,7 @@ void test_plans() {
   }
 }
 
-// Invalid contents, which are only refused with STATECORE_CHECK=1, give wrong results but no access out of
-// bounds.
+// Invalid contents, refused only with STATECORE_CHECK=1, give wrong results but no access out of bounds.
 void test_wrong_contents() {
   std::mt19937 random(8);
   for (int i = 0; i < 40; ++i) {

@@ -1,5 +1,5 @@
-// The CUDA kernel of state_update under the emulator against the CPU backend, on the same parameter structs.
-// Built twice: with the plain emulator (all cases), and with the one that checks accesses (the small ones).
+// The CUDA kernel of state_update on the emulator against the CPU backend, with the same parameter structs.
+// Built twice: with the plain emulator (all cases) and with race detection (small cases).
 
 #include "state_update/state_update.h"
 
@@ -26,15 +26,25 @@ void expect(bool right, const std::string& what) {
 
 struct Case {
   const char* name;
-  int64_t rows, query_heads, key_heads, value_heads, key_width, value_width;
+  int64_t batch, query_heads, key_heads, value_heads, key_width, value_width;
   DType dtype = DType::kFloat32;
   int64_t state_kinds = 3;
   bool decay = false;
-  std::vector<int32_t> ends_step{}, row_slots{};  // empty: not given
-  int64_t slots = 0;                              // 0: as many as rows
+  std::vector<int32_t> ends_step{}, slots{};  // empty: not given
+  int64_t pool = 0;                           // 0: as large as the batch
+
+  int64_t slot_count() const { return pool ? pool : batch; }
+  int64_t state_elements() const {
+    return state_kinds * slot_count() * value_heads * key_width * value_width;
+  }
+  int64_t out_elements() const { return batch * std::max(query_heads, value_heads) * value_width; }
+  // Strides of q, k and v have gaps, so that a kernel that takes them for dense fails.
+  int64_t q_stride() const { return query_heads * key_width + 3; }
+  int64_t k_stride() const { return key_heads * (key_width + 1); }
+  int64_t v_stride() const { return value_heads * (value_width + 1); }
 };
 
-// Global memory of the emulator that lives as long as this.
+// A buffer in the emulator's global memory.
 class Buffer {
  public:
   Buffer(const char* name, int64_t bytes) : data_(simt::alloc_global(bytes, name)), bytes_(bytes) {}
@@ -49,48 +59,31 @@ class Buffer {
   int64_t bytes_;
 };
 
-// The tensors of a case. Strides of q, k and v have gaps, so that a kernel that takes them for dense is
-// wrong.
+// The tensors of a case.
 class Tensors {
  public:
   Tensors(const Case& c, std::mt19937& random)
-      : size_{c.state_kinds * slots(c) * c.value_heads * c.key_width * c.value_width},
-        q_("q", c.rows * (c.query_heads * c.key_width + 3) * element_bytes(c.dtype)),
-        k_("k", c.rows * c.key_heads * (c.key_width + 1) * element_bytes(c.dtype)),
-        v_("v", c.rows * c.value_heads * (c.value_width + 1) * element_bytes(c.dtype)),
-        decay_("log_decay", c.rows * c.value_heads * 4),
-        ends_("ends_step", c.rows * 4),
-        row_slots_("slots", c.rows * 4),
+      : q_("q", c.batch * c.q_stride() * element_bytes(c.dtype)),
+        k_("k", c.batch * c.k_stride() * element_bytes(c.dtype)),
+        v_("v", c.batch * c.v_stride() * element_bytes(c.dtype)),
+        decay_("log_decay", c.batch * c.value_heads * 4),
+        ends_("ends_step", c.batch * 4),
+        slots_("slots", c.batch * 4),
         alpha_("alpha", sizeof kAlpha),
-        states_("states", size_ * 4),
-        out_("out", out_elements(c) * element_bytes(c.dtype)) {
-    fill(q_, c.dtype, c.rows * (c.query_heads * c.key_width + 3), random);
-    fill(k_, c.dtype, c.rows * c.key_heads * (c.key_width + 1), random);
-    fill(v_, c.dtype, c.rows * c.value_heads * (c.value_width + 1), random);
-    fill(states_, DType::kFloat32, size_, random);
+        states_("states", c.state_elements() * 4),
+        out_("out", c.out_elements() * element_bytes(c.dtype)) {
+    fill(q_, c.dtype, c.batch * c.q_stride(), random);
+    fill(k_, c.dtype, c.batch * c.k_stride(), random);
+    fill(v_, c.dtype, c.batch * c.v_stride(), random);
+    fill(states_, DType::kFloat32, c.state_elements(), random);
     std::uniform_real_distribution<float> decays(-1, 0);
-    for (int64_t i = 0; i < c.rows * c.value_heads; ++i)
+    for (int64_t i = 0; i < c.batch * c.value_heads; ++i)
       reinterpret_cast<float*>(decay_.data())[i] = decays(random);
     std::memcpy(alpha_.data(), kAlpha, sizeof kAlpha);
     std::copy(c.ends_step.begin(), c.ends_step.end(), reinterpret_cast<int32_t*>(ends_.data()));
-    std::copy(c.row_slots.begin(), c.row_slots.end(), reinterpret_cast<int32_t*>(row_slots_.data()));
+    std::copy(c.slots.begin(), c.slots.end(), reinterpret_cast<int32_t*>(slots_.data()));
     before_ = states_.copy();
-
-    params.dtype = c.dtype;
-    params.rows = c.rows, params.slots = slots(c);
-    params.query_heads = c.query_heads, params.key_heads = c.key_heads, params.value_heads = c.value_heads;
-    params.key_width = c.key_width, params.value_width = c.value_width;
-    params.scale = 0.7;
-    params.states = states_.data(), params.state_kinds = c.state_kinds;
-    params.q = q_.data(), params.q_row = c.query_heads * c.key_width + 3, params.q_head = c.key_width;
-    params.k = k_.data(), params.k_row = c.key_heads * (c.key_width + 1), params.k_head = c.key_width + 1;
-    params.v = v_.data(), params.v_row = c.value_heads * (c.value_width + 1);
-    params.v_head = c.value_width + 1;
-    if (c.decay) params.log_decay = decay_.data();
-    if (!c.ends_step.empty()) params.ends_step = reinterpret_cast<int32_t*>(ends_.data());
-    params.alpha = alpha_.data(), params.alphas = std::size(kAlpha);
-    if (!c.row_slots.empty()) params.row_slots = reinterpret_cast<int32_t*>(row_slots_.data());
-    params.out = out_.data();
+    set_params(c);
   }
 
   struct Result {
@@ -106,7 +99,7 @@ class Tensors {
     states_.assign(before_);
     std::memset(out_.data(), 0xff, out_.copy().size());
     simt::forget_blocks();
-    simt::watch_blocks(states_.data(), size_ * 4, "states");
+    simt::watch_blocks(states_.data(), states_.copy().size(), "states");
     simt::watch_blocks(out_.data(), out_.copy().size(), "out");
     try {
       state_update_cuda(params, nullptr);
@@ -119,11 +112,23 @@ class Tensors {
   StateUpdateParams params{};
 
  private:
-  static constexpr float kAlpha[] = {7, 7, 0.1f, 0.5f, 0, 1};  // entries 0 and 1 mean nothing
+  static constexpr float kAlpha[] = {7, 7, 0.1f, 0.5f, 0, 1};  // entries 0 and 1 are unused
 
-  static int64_t slots(const Case& c) { return c.slots ? c.slots : c.rows; }
-  static int64_t out_elements(const Case& c) {
-    return c.rows * std::max(c.query_heads, c.value_heads) * c.value_width;
+  void set_params(const Case& c) {
+    params.dtype = c.dtype;
+    params.batch = c.batch, params.pool = c.slot_count();
+    params.query_heads = c.query_heads, params.key_heads = c.key_heads, params.value_heads = c.value_heads;
+    params.key_width = c.key_width, params.value_width = c.value_width;
+    params.scale = 0.7;
+    params.states = states_.data(), params.state_kinds = c.state_kinds;
+    params.q = {q_.data(), c.q_stride(), 0, c.key_width};
+    params.k = {k_.data(), c.k_stride(), 0, c.key_width + 1};
+    params.v = {v_.data(), c.v_stride(), 0, c.value_width + 1};
+    if (c.decay) params.log_decay = decay_.data();
+    if (!c.ends_step.empty()) params.ends_step = reinterpret_cast<int32_t*>(ends_.data());
+    params.alpha = alpha_.data(), params.alphas = std::size(kAlpha);
+    if (!c.slots.empty()) params.slots = reinterpret_cast<int32_t*>(slots_.data());
+    params.out = out_.data();
   }
   static void fill(Buffer& to, DType dtype, int64_t elements, std::mt19937& random) {
     std::normal_distribution<float> normal;
@@ -132,9 +137,8 @@ class Tensors {
     tile_kernels<float>().store(dtype, to.data(), 0, 1, int(elements), x.data(), 0);
   }
 
-  int64_t size_;  // elements of states
-  Buffer q_, k_, v_, decay_, ends_, row_slots_, alpha_, states_, out_;
-  std::string before_;
+  Buffer q_, k_, v_, decay_, ends_, slots_, alpha_, states_, out_;
+  std::string before_;  // the bytes of states
 };
 
 std::vector<float> floats(DType dtype, const std::string& bytes) {
@@ -151,7 +155,7 @@ double relative_error(const std::vector<float>& got, const std::vector<float>& w
     const double d = double(got[i]) - double(wanted[i]);
     difference += d * d, norm += double(wanted[i]) * double(wanted[i]);
   }
-  return difference == 0 ? 0 : std::sqrt(difference / norm);  // NaN stays NaN
+  return difference == 0 ? 0 : std::sqrt(difference / norm);  // propagates NaN
 }
 
 void test_equals_cpu(const Case& c) {
@@ -162,7 +166,7 @@ void test_equals_cpu(const Case& c) {
   for (auto order : {simt::Order::kForward, simt::Order::kReverse, simt::Order::kRandom}) {
     simt::schedule() = {order, 11};
     const auto got = tensors.on_emulator(c.name);
-    // Sums in another order differ in float32; a 16-bit result is then, rarely, rounded the other way.
+    // float32 sums in another order differ, which rarely rounds a 16-bit result differently.
     const double states =
         relative_error(floats(DType::kFloat32, got.states), floats(DType::kFloat32, wanted.states));
     const double out = relative_error(floats(c.dtype, got.out), floats(c.dtype, wanted.out));
@@ -170,63 +174,63 @@ void test_equals_cpu(const Case& c) {
     expect(out < (c.dtype == DType::kFloat32 ? 1e-6 : 3e-4),
            std::string(c.name) + ": out differs by " + std::to_string(out));
     if (order == simt::Order::kForward) first = got;
-    expect(got == first, std::string(c.name) + ": other bits in another order of threads");
+    expect(got == first, std::string(c.name) + ": different bits in another order of threads");
   }
 }
 
-// A row computed in a large batch, in wide tiles, and alone, in narrow ones: the same bits.
+// A row must have the same bits computed in a large batch, with wide tiles, and alone, with narrow ones.
 void test_rows_do_not_depend_on_the_batch() {
-  const Case all{.name = "batch",
-                 .rows = 33,
-                 .query_heads = 8,
-                 .key_heads = 4,
-                 .value_heads = 4,
-                 .key_width = 32,
-                 .value_width = 64,
-                 .decay = true};
+  const Case batch{.name = "batch",
+                   .batch = 33,
+                   .query_heads = 8,
+                   .key_heads = 4,
+                   .value_heads = 4,
+                   .key_width = 32,
+                   .value_width = 64,
+                   .decay = true};
   std::mt19937 random(6);
-  Tensors tensors(all, random);
+  Tensors tensors(batch, random);
   simt::schedule() = {};
   const auto together = tensors.on_emulator("a batch");
-  const auto one = tensors.params;
+  const auto all = tensors.params;
   for (int64_t row : {0, 17, 32}) {
-    tensors.params = one;
-    tensors.params.rows = 1;
-    tensors.params.q = static_cast<const char*>(one.q) + row * one.q_row * 4;
-    tensors.params.k = static_cast<const char*>(one.k) + row * one.k_row * 4;
-    tensors.params.v = static_cast<const char*>(one.v) + row * one.v_row * 4;
-    tensors.params.log_decay = static_cast<const float*>(one.log_decay) + row * one.value_heads;
+    tensors.params = all;
+    tensors.params.batch = 1;
+    for (HeadsView StateUpdateParams::* view :
+         {&StateUpdateParams::q, &StateUpdateParams::k, &StateUpdateParams::v})
+      (tensors.params.*view).data = static_cast<const float*>((all.*view).data) + row * (all.*view).batch;
+    tensors.params.log_decay = static_cast<const float*>(all.log_decay) + row * all.value_heads;
     const int32_t slot = int32_t(row);
-    tensors.params.row_slots = &slot;
+    tensors.params.slots = &slot;
     const auto alone = tensors.on_emulator("one row");
-    const size_t out_bytes = one.query_heads * one.value_width * 4;
-    const size_t state_bytes = one.value_heads * one.key_width * one.value_width * 4;
+    const size_t out_bytes = all.query_heads * all.value_width * 4;
+    const size_t state_bytes = all.value_heads * all.key_width * all.value_width * 4;
     expect(alone.out.substr(0, out_bytes) == together.out.substr(row * out_bytes, out_bytes) &&
                alone.states.substr(row * state_bytes, state_bytes) ==
                    together.states.substr(row * state_bytes, state_bytes),
-           "row " + std::to_string(row) + " has other bits alone");
+           "row " + std::to_string(row) + ": different bits when computed alone");
   }
 }
 
-// What cannot be refused without reading it on the host: nothing outside the pool is touched.
+// Slots outside the pool cannot be refused without reading them on the host: they must be skipped.
 void test_slots_outside_the_pool_are_skipped() {
   Case c{.name = "outside",
-         .rows = 3,
+         .batch = 3,
          .query_heads = 2,
          .key_heads = 2,
          .value_heads = 2,
          .key_width = 16,
          .value_width = 16,
          .ends_step = {-5, 2147483647, 0},
-         .row_slots = {1 << 30, 0, -7},
-         .slots = 2};
+         .slots = {1 << 30, 0, -7},
+         .pool = 2};
   std::mt19937 random(7);
   Tensors tensors(c, random);
   const auto got = tensors.on_emulator(c.name);
-  c.row_slots = {-1, 0, -1}, c.ends_step = {-1, 2147483647, -1};
+  c.slots = {-1, 0, -1}, c.ends_step = {-1, 2147483647, -1};
   std::mt19937 again(7);
   Tensors skipped(c, again);
-  expect(got == skipped.on_emulator(c.name), "slots outside the pool are skipped like -1");
+  expect(got == skipped.on_emulator(c.name), "slots outside the pool must be skipped like -1");
 }
 
 std::vector<Case> cases() {

@@ -1,5 +1,5 @@
-// Tile kernels of the instruction set named by STATECORE_CPU_ISA against plain loops in double.
-// Exit code: 0 all right, 1 something is wrong (printed), 77 this machine lacks the instruction set.
+// The tile kernels of the instruction set STATECORE_CPU_ISA against plain loops in double. Exit code 77: the
+// processor lacks the instruction set.
 
 #include "common/tile_kernels.h"
 
@@ -29,12 +29,13 @@ std::vector<Real> random_tile(int64_t size, Real spread = 1) {
   return x;
 }
 
-void expect_near(const char* what, double got, double wanted, double tolerance) {
-  if (std::abs(got - wanted) <= tolerance || (std::isnan(got) && std::isnan(wanted)) || got == wanted) return;
-  if (++failures <= 20) std::printf("%s: got %.9g, wanted %.9g\n", what, got, wanted);
+void expect_near(const char* what, double got, double expected, double tolerance) {
+  if (std::abs(got - expected) <= tolerance || (std::isnan(got) && std::isnan(expected)) || got == expected)
+    return;
+  if (++failures <= 20) std::printf("%s: got %.9g, expected %.9g\n", what, got, expected);
 }
 
-// Values that a product takes without rounding them, so that sums have the same inputs everywhere.
+// Values that packing does not round, so that every kind of operand has the same expected products.
 template <class Operand>
 std::vector<RealOf<Operand>> random_operands(int64_t size) {
   auto x = random_tile<RealOf<Operand>>(size);
@@ -48,58 +49,70 @@ std::vector<RealOf<Operand>> random_operands(int64_t size) {
   return x;
 }
 
-// Products of x[rows, cols] in every form: rows x^T..., whatever the packing, are the same sums.
+template <class Real>
+std::vector<Real> transpose(const std::vector<Real>& x, int rows, int cols) {
+  std::vector<Real> result(rows * cols);
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < cols; ++j) result[j * rows + i] = x[i * cols + j];
+  return result;
+}
+
+struct ProductCase {
+  int m, n, k;
+  bool a_columns;     // a is packed in columns form, from a^T
+  bool b_transposed;  // b is packed in rows form, from b^T, and transposed
+  bool accumulate;
+};
+
 template <class Operand>
-void test_products() {
+void test_product(const ProductCase& c) {
   using Real = RealOf<Operand>;
   const double tolerance = sizeof(Real) == 4 ? 2e-4 : 1e-11;
   const DType real = OperandTraits<Real>::kDType;
+  const auto& [m, n, k, a_columns, b_transposed, accumulate] = c;
+  const auto a = random_operands<Operand>(m * k), b = random_operands<Operand>(k * n);
+  OperandTile<Operand> left(std::max(m, k) + 1, std::max(m, k) + 1), right(k + 1, n), right_rows(n, k + 1);
+  if (a_columns)
+    left.load_columns(real, transpose(a, m, k).data(), m, k, m);
+  else
+    left.load_rows(real, a.data(), k, m, k);
+  std::vector<Operand> transposed_b((depth<Operand>(k) + 1) * tile_ld(n));
+  if (b_transposed) {
+    right_rows.load_rows(real, transpose(b, k, n).data(), k, n, k);
+    right_rows.transpose(n, k, transposed_b.data(), tile_ld(n));
+  } else {
+    right.load_columns(real, b.data(), n, k, n);
+  }
+  const int64_t ldc = tile_ld(n);
+  auto result = random_tile<Real>(m * ldc);
+  const auto before = result;
+  multiply(m, n, k, Real(0.5), a_columns ? transposed(left.columns()) : as_is(left.rows()),
+           b_transposed ? Packed<Operand>{transposed_b.data(), tile_ld(n)} : right.columns(), result.data(),
+           ldc, accumulate);
+  for (int i = 0; i < m; ++i) {
+    for (int j = 0; j < n; ++j) {
+      double sum = accumulate ? double(before[i * ldc + j]) : 0;
+      for (int p = 0; p < k; ++p) sum += 0.5 * double(a[i * k + p]) * double(b[p * n + j]);
+      expect_near("product", double(result[i * ldc + j]), sum, tolerance);
+    }
+    for (int64_t j = padded(n); j < ldc; ++j)
+      expect_near("product beyond the padding", double(result[i * ldc + j]), double(before[i * ldc + j]), 0);
+  }
+}
+
+template <class Operand>
+void test_products() {
   for (int m : {1, 2, 5, 7, 8, 13, 64})
     for (int n : {1, 16, 17, 40, 128})
       for (int k : {0, 1, 3, 64, 101})
-        for (bool left_columns : {false, true})
-          for (bool right_transposed : {false, true})
-            for (bool accumulate : {false, true}) {
-              const auto a = random_operands<Operand>(m * k), b = random_operands<Operand>(k * n);
-              std::vector<Real> a_turned(m * k), b_turned(k * n);
-              for (int i = 0; i < m; ++i)
-                for (int p = 0; p < k; ++p) a_turned[p * m + i] = a[i * k + p];
-              for (int p = 0; p < k; ++p)
-                for (int j = 0; j < n; ++j) b_turned[j * k + p] = b[p * n + j];
-              OperandTile<Operand> left(std::max(m, k) + 1, std::max(m, k) + 1), right(k + 1, n);
-              if (left_columns)
-                left.load_columns(real, a_turned.data(), m, k, m);
-              else
-                left.load_rows(real, a.data(), k, m, k);
-              OperandTile<Operand> turned(n, k + 1);
-              std::vector<Operand> transposed_b((depth<Operand>(k) + 1) * tile_ld(n));
-              if (right_transposed) {
-                turned.load_rows(real, b_turned.data(), k, n, k);
-                turned.transpose(n, k, transposed_b.data(), tile_ld(n));
-              } else {
-                right.load_columns(real, b.data(), n, k, n);
-              }
-              const int64_t ldc = tile_ld(n);
-              auto c = random_tile<Real>(m * ldc);
-              const auto before = c;
-              multiply(m, n, k, Real(0.5), left_columns ? transposed(left.columns()) : as_is(left.rows()),
-                       right_transposed ? Packed<Operand>{transposed_b.data(), tile_ld(n)} : right.columns(),
-                       c.data(), ldc, accumulate);
-              for (int i = 0; i < m; ++i) {
-                for (int j = 0; j < n; ++j) {
-                  double sum = accumulate ? double(before[i * ldc + j]) : 0;
-                  for (int p = 0; p < k; ++p) sum += 0.5 * double(a[i * k + p]) * double(b[p * n + j]);
-                  expect_near("product", double(c[i * ldc + j]), sum, tolerance);
-                }
-                for (int64_t j = padded(n); j < ldc; ++j)
-                  expect_near("a product leaves the rest alone", double(c[i * ldc + j]),
-                              double(before[i * ldc + j]), 0);
-              }
-            }
+        for (bool a_columns : {false, true})
+          for (bool b_transposed : {false, true})
+            for (bool accumulate : {false, true})
+              test_product<Operand>({m, n, k, a_columns, b_transposed, accumulate});
 }
 
-// What is packed is rounded to nearest, columns_of(rows) is what packing columns gives, and cleared rows are
-// zero.
+// Packing rounds to nearest, the columns form made from rows equals the one made from the source, and cleared
+// rows are zero.
 void test_pairs() {
   const int rows = 7, cols = 37;
   const auto x = random_tile<float>(rows * cols, 3.f);
@@ -112,22 +125,23 @@ void test_pairs() {
   };
   for (int i = 0; i < rows; ++i)
     for (int j = 0; j < cols; ++j) {
-      uint16_t wanted;
-      tile_kernels<float>().store(DType::kBFloat16, &wanted, 0, 1, 1, &x[i * cols + j], 0);
+      uint16_t expected;
+      tile_kernels<float>().store(DType::kBFloat16, &expected, 0, 1, 1, &x[i * cols + j], 0);
       const BFloat16Pair pair = tile.rows().data[i * tile.rows().ld + j / 2];
-      expect_near("packed rows", j % 2 ? pair.second : pair.first, wanted, 0);
-      expect_near("packed columns", at(tile.columns(), i, j), wanted, 0);
-      expect_near("columns of the source", at(other.columns(), i, j), wanted, 0);
+      expect_near("packed rows", j % 2 ? pair.second : pair.first, expected, 0);
+      expect_near("packed columns", at(tile.columns(), i, j), expected, 0);
+      expect_near("columns packed from the source", at(other.columns(), i, j), expected, 0);
     }
-  for (int j = 0; j < cols; ++j) expect_near("half empty pair", at(tile.columns(), rows, j), 0, 0);
+  for (int j = 0; j < cols; ++j)
+    expect_near("missing second half of a pair", at(tile.columns(), rows, j), 0, 0);
   other.clear_row_of_columns(2, cols);
   for (int j = 0; j < cols; ++j) {
     expect_near("cleared row", at(other.columns(), 2, j), 0, 0);
-    expect_near("its neighbour", at(other.columns(), 3, j), at(tile.columns(), 3, j), 0);
+    expect_near("other row of its pair", at(other.columns(), 3, j), at(tile.columns(), 3, j), 0);
   }
 }
 
-// Every 16-bit pattern survives load and store; values between two of them round to the even one.
+// Every 16-bit pattern survives load and store, and midpoints between two of them round to the even one.
 void test_conversions() {
   const auto& kernels = tile_kernels<float>();
   std::vector<uint16_t> all(1 << 16), back(1 << 16);
@@ -144,7 +158,7 @@ void test_conversions() {
     for (int i = 0; i < 0x7b00; ++i) {
       if (!std::isfinite(wide[i]) || !std::isfinite(wide[i + 1])) continue;
       const std::vector<float> middle(
-          33, float((double(wide[i]) + double(wide[i + 1])) / 2));  // vectors and a rest
+          33, float((double(wide[i]) + double(wide[i + 1])) / 2));  // full vectors and a remainder
       std::vector<uint16_t> rounded(33);
       kernels.store(dtype, rounded.data(), 33, 1, 33, middle.data(), 33);
       for (uint16_t x : rounded) expect_near("rounds to even", x, i % 2 ? i + 1 : i, 0);
@@ -164,50 +178,54 @@ void test_load_transposed() {
       expect_near("load_transposed", double(dst[j * ld + i]), i < rows ? double(src[i * 50 + j]) : 0, 0);
 }
 
-double weight(float p) { return p; }
-double weight(double p) { return p; }
-double weight(uint16_t p) { return double(__builtin_bit_cast(float, uint32_t(p) << 16)); }
+double to_double(float p) { return p; }
+double to_double(double p) { return p; }
+double to_double(uint16_t p) { return double(__builtin_bit_cast(float, uint32_t(p) << 16)); }
+
+// Probability (i, j) of a tile packed for contraction over rows.
+template <class Operand>
+double probability(const std::vector<Operand>& p, int64_t ld, int i, int j) {
+  if constexpr (kIsReal<Operand>)
+    return to_double(p[i * ld + j]);
+  else
+    return to_double(i % 2 ? p[i / 2 * ld + j].second : p[i / 2 * ld + j].first);
+}
 
 template <class Operand>
 void test_softmax() {
   using Real = RealOf<Operand>;
   const double tolerance = sizeof(Real) == 4 ? 1e-6 : 1e-14;
-  const double rounding = kIsReal<Operand> ? tolerance : 4e-3;  // of one weight
-  const int rows = 19, blocks = 3, cols = 85;
-  const int64_t ld = tile_ld(cols);
+  const double rounding = kIsReal<Operand> ? tolerance : 4e-3;  // of a probability
+  const int keys = 19, blocks = 3, queries = 85;
+  const int64_t ld = tile_ld(queries);
   const Real inf = std::numeric_limits<Real>::infinity();
-  auto s = random_tile<Real>(blocks * rows * ld, Real(20));
-  for (int i = 0; i < rows; ++i) s[i * ld] = -inf;               // column 0: nothing in the first block
-  for (int i = 0; i < blocks * rows; ++i) s[i * ld + 4] = -inf;  // column 4: nothing at all
+  auto s = random_tile<Real>(blocks * keys * ld, Real(20));
+  for (int i = 0; i < keys; ++i) s[i * ld] = -inf;               // query 0: all keys of block 0 are masked
+  for (int i = 0; i < blocks * keys; ++i) s[i * ld + 4] = -inf;  // query 4: all keys are masked
   const auto scores = s;
-  std::vector<Operand> p(depth<Operand>(rows) * ld);
-  std::vector<Real> col_max(padded(cols), -inf), col_sum(padded(cols), 0), correction(padded(cols));
-  std::vector<double> running(cols, 0);
-  for (int b = 0; b < blocks; ++b) {
-    product_kernels<Operand>().softmax_block(rows, cols, s.data() + b * rows * ld, ld, p.data(), ld,
-                                             col_max.data(), col_sum.data(), correction.data());
-    for (int j = 0; j < cols; ++j) {
-      running[j] *= double(correction[j]);
-      for (int i = 0; i < rows; ++i) {
-        double x;
-        if constexpr (kIsReal<Operand>)
-          x = weight(p[i * ld + j]);
-        else
-          x = weight(i % 2 ? p[i / 2 * ld + j].second : p[i / 2 * ld + j].first);
-        const Real below = scores[(b * rows + i) * ld + j] - col_max[j];  // rounded as in the kernel
-        const double wanted = std::isnan(below) ? 0 : std::exp2(double(below));
-        expect_near("softmax weight", x, wanted, rounding * wanted + 1e-37);
-        running[j] += wanted;
+  std::vector<Operand> p(depth<Operand>(keys) * ld);
+  std::vector<Real> row_max(padded(queries), -inf), row_sum(padded(queries), 0), rescale(padded(queries));
+  std::vector<double> running(queries, 0);
+  for (int block = 0; block < blocks; ++block) {
+    product_kernels<Operand>().softmax_block(keys, queries, s.data() + block * keys * ld, ld, p.data(), ld,
+                                             row_max.data(), row_sum.data(), rescale.data());
+    for (int j = 0; j < queries; ++j) {
+      running[j] *= double(rescale[j]);
+      for (int i = 0; i < keys; ++i) {
+        const Real shifted = scores[(block * keys + i) * ld + j] - row_max[j];  // rounded as in the kernel
+        const double expected = std::isnan(shifted) ? 0 : std::exp2(double(shifted));
+        expect_near("softmax probability", probability(p, ld, i, j), expected, rounding * expected + 1e-37);
+        running[j] += expected;
       }
     }
   }
-  for (int j = 0; j < cols; ++j) {
-    double top = -INFINITY, sum = 0;
-    for (int i = 0; i < blocks * rows; ++i) top = std::max(top, double(scores[i * ld + j]));
-    for (int i = 0; i < blocks * rows; ++i) sum += j == 4 ? 0 : std::exp2(double(scores[i * ld + j]) - top);
-    expect_near("softmax max", double(col_max[j]), top, 0);
-    expect_near("softmax sum", double(col_sum[j]), sum, tolerance * sum);
-    expect_near("softmax weights", running[j], sum, tolerance * sum);
+  for (int j = 0; j < queries; ++j) {
+    double max = -INFINITY, sum = 0;
+    for (int i = 0; i < blocks * keys; ++i) max = std::max(max, double(scores[i * ld + j]));
+    for (int i = 0; i < blocks * keys; ++i) sum += j == 4 ? 0 : std::exp2(double(scores[i * ld + j]) - max);
+    expect_near("softmax row_max", double(row_max[j]), max, 0);
+    expect_near("softmax row_sum", double(row_sum[j]), sum, tolerance * sum);
+    expect_near("softmax rescaled sum", running[j], sum, tolerance * sum);
   }
 }
 
@@ -224,8 +242,8 @@ void test_exponentials() {
   tile_kernels<Real>().exp2_shifted(rows, cols, p.data(), ld, shift.data());
   for (int i = 0; i < rows; ++i)
     for (int j = 0; j < cols; ++j) {
-      const double wanted = std::exp2(double(scores[i * ld + j] - shift[j]));
-      expect_near("exp2_shifted", double(p[i * ld + j]), wanted, tolerance * wanted + 1e-37);
+      const double expected = std::exp2(double(scores[i * ld + j] - shift[j]));
+      expect_near("exp2_shifted", double(p[i * ld + j]), expected, tolerance * expected + 1e-37);
     }
   auto x = scores;
   for (Real& value : x) value = -std::abs(value);
@@ -234,8 +252,8 @@ void test_exponentials() {
   tile_kernels<Real>().exponential(rows, cols, x.data(), ld);
   for (int i = 0; i < rows; ++i)
     for (int j = 0; j < cols; ++j) {
-      const double wanted = std::exp(double(before[i * ld + j]));
-      expect_near("exponential", double(x[i * ld + j]), wanted, tolerance * wanted + 1e-37);
+      const double expected = std::exp(double(before[i * ld + j]));
+      expect_near("exponential", double(x[i * ld + j]), expected, tolerance * expected + 1e-37);
     }
 }
 
@@ -281,19 +299,19 @@ void test_multiply() {
   const int rows = 5, cols = 21;
   const int64_t ldx = tile_ld(cols), ldo = ldx + kTilePad;
   const auto x = random_tile<Real>(rows * ldx), y = random_tile<Real>(rows * ldx);
-  for (int64_t ldy : {ldx, int64_t(0)}) {  // 0: one row for all
+  for (int64_t ldy : {ldx, int64_t(0)}) {  // 0: the same row for all
     std::vector<Real> out(rows * ldo, Real(9));
     tile_kernels<Real>().multiply(rows, cols, x.data(), ldx, y.data(), ldy, out.data(), ldo);
     for (int i = 0; i < rows; ++i) {
       for (int j = 0; j < cols; ++j)
         expect_near("multiply", double(out[i * ldo + j]), double(x[i * ldx + j] * y[i * ldy + j]), 0);
       for (int64_t j = padded(cols); j < ldo; ++j)
-        expect_near("multiply leaves the rest alone", double(out[i * ldo + j]), 9, 0);
+        expect_near("multiply beyond the padding", double(out[i * ldo + j]), 9, 0);
     }
   }
 }
 
-// Nothing beyond the dense arrays may be touched: they are as long as they must be, and sanitizers watch.
+// The arrays are exactly as long as they must be, so that sanitizers find accesses beyond them.
 template <class Real>
 void test_update_read() {
   const double tolerance = std::is_same_v<Real, float> ? 1e-5 : 1e-13;
@@ -309,9 +327,9 @@ void test_update_read() {
         std::vector<double> sum(queries * cols, 0);
         for (int i = 0; i < rows; ++i)
           for (int j = 0; j < cols; ++j) {
-            const double wanted = 0.5 * double(before[i * cols + j]) + double(k[i]) * double(v[j]);
-            expect_near("update_read state", double(state[i * cols + j]), wanted, tolerance);
-            for (int g = 0; g < queries; ++g) sum[g * cols + j] += double(q[g * rows + i]) * wanted;
+            const double expected = 0.5 * double(before[i * cols + j]) + double(k[i]) * double(v[j]);
+            expect_near("update_read state", double(state[i * cols + j]), expected, tolerance);
+            for (int g = 0; g < queries; ++g) sum[g * cols + j] += double(q[g * rows + i]) * expected;
           }
         for (int x = 0; x < queries * cols; ++x)
           expect_near("update_read out", double(out[x]), sum[x], tolerance);

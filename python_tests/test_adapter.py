@@ -7,10 +7,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny_models import BASE, ENDS, FAMILIES, STARTS, WORDS, random_chain, tiny_base, tiny_model
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import Gemma2Config, GPT2Config, GPT2LMHeadModel, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers.models.gemma2 import modeling_gemma2 as gemma2
 
+from statecore import families
 from statecore.adapter import convert, load_adapter, load_adapter_weights, save_adapter
-from statecore.modeling import is_adapter_weight
+from statecore.config import StepConfig
+from statecore.modeling import MixedAttention, StateCoreForCausalLM, StateCoreModel, is_adapter_weight
 
 STEP_TOKENS = {"step_start_token_ids": STARTS, "step_end_token_ids": ENDS}
 BEYOND = {"step_start_token_ids": [58, 60, 66], "step_end_token_ids": [59, 61, 63]}  # the base has 60 rows
@@ -107,12 +110,66 @@ def test_adapter_round_trip(tied, tmp_path):
 def test_convert_refuses():
     with pytest.raises(ValueError, match="the base must be one of qwen2, qwen3, llama, got 'gpt2'"):
         convert(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9)), **STEP_TOKENS)
+    with pytest.raises(ValueError, match="the base must be one of qwen2, qwen3, llama, got 'gemma2'"):
+        convert(gemma2.Gemma2ForCausalLM(Gemma2Config(num_hidden_layers=1, vocab_size=9, **TINY_GEMMA2)), **STEP_TOKENS)
     with pytest.raises(ValueError, match=r"the base must be one of .* got 'statecore_qwen2'"):
         convert(tiny_model("qwen2"), **STEP_TOKENS)
     with pytest.raises(TypeError, match="got rank"):
         convert(tiny_base("qwen2"), **STEP_TOKENS, rank=4)
     with pytest.raises(Exception, match="la_rank must lie in"):
         convert(tiny_base("qwen2"), **STEP_TOKENS, la_rank=64)
+
+
+class Gemma2Attention(MixedAttention, gemma2.Gemma2Attention):
+    pass
+
+
+class StateCoreGemma2Model(StateCoreModel, gemma2.Gemma2Model):
+    attention_class = Gemma2Attention
+
+
+class StateCoreGemma2ForCausalLM(StateCoreForCausalLM, gemma2.Gemma2ForCausalLM):
+    class config_class(StepConfig, Gemma2Config):
+        base_model_type = "gemma2"
+
+    model_class = StateCoreGemma2Model
+
+
+def gemma2_config(**features) -> Gemma2Config:
+    plain = {"attn_logit_softcapping": None, "final_logit_softcapping": None, "layer_types": ["full_attention"] * 2}
+    return Gemma2Config(num_hidden_layers=2, **(plain | features))
+
+
+TINY_GEMMA2 = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (gemma2_config(attn_logit_softcapping=50.0), "with attn_logit_softcapping = 50.0 is"),
+        (gemma2_config(final_logit_softcapping=9.0), "with final_logit_softcapping = 9.0 is"),
+        (gemma2_config(layer_types=None), "with sliding_attention layers is"),
+        (gemma2_config(use_bidirectional_attention=True), "with use_bidirectional_attention = True is"),
+        (Qwen2Config(use_sliding_window=True, max_window_layers=1), "with sliding_attention layers is"),
+        (Qwen3Config(layer_types=["chunked_attention"] * 32), "with chunked_attention layers is"),
+        (LlamaConfig(sliding_window=64), "with sliding_window = 64 is"),
+        (LlamaConfig(partial_rotary_factor=0.5), "with partial_rotary_factor = 0.5 is"),
+        (LlamaConfig(logits_scaling=8.0), "with logits_scaling = 8.0 is"),
+    ],
+)
+def test_bases_with_features_that_would_be_dropped_are_refused(config, message, monkeypatch):
+    """Gemma2 stands for a family that was added without a look at what is special about it."""
+    # Scaled frequencies are the base's own affair.
+    families.causal_lm_class(LlamaConfig(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}))
+    monkeypatch.setattr(families, "CAUSAL_LM_CLASSES", (*families.CAUSAL_LM_CLASSES, StateCoreGemma2ForCausalLM))
+    with pytest.raises(ValueError, match=message):
+        families.causal_lm_class(config)
+
+
+def test_a_base_with_a_scaled_embedding_is_refused():
+    config = StateCoreGemma2ForCausalLM.config_class(num_hidden_layers=2, vocab_size=9, la_rank=2, **TINY_GEMMA2)
+    with pytest.raises(TypeError, match=r"must be a plain nn.Embedding, got Gemma2TextScaledWordEmbedding"):
+        StateCoreGemma2ForCausalLM(config)
 
 
 def test_load_adapter_refuses(tmp_path):

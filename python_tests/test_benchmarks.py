@@ -2,19 +2,18 @@
 
 import importlib
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from cases import relative_error
 
-from benchmarks import cpu, peers, record
-from benchmarks.contest import attempt
+from benchmarks import cpu, peers, pictures, record, roofline, suite
+from benchmarks.contest import Instruments, made
 from benchmarks.page import page, target, verdict
-from benchmarks.rows import Comparison, Growth, from_json, to_json
-from benchmarks.sections import ALPHA, SECTIONS
+from benchmarks.record import COMPARISON, QUANTITY, Row
 from benchmarks.timing import Timing, interleaved
-from benchmarks.workload import QUICK, Case, attention_flops, causal_pairs, linear_flops, visible_pairs
+from benchmarks.workload import ALPHA, Case, causal_pairs, visible_pairs
 from statecore import ops
 from statecore.reference import segment_mask
 
@@ -83,8 +82,10 @@ def test_visible_pairs_is_the_sum_of_the_mask(prompt, step, time):
 def test_counted_work():
     case = small_case()
     assert causal_pairs(4) == 10
-    assert attention_flops(10, case) == 10 * 4 * (16 + 16) * 2
-    assert linear_flops(case) == 128 * (4 + 2) * 16 * 16 * 2
+    (four_tokens,) = roofline.segment_attention(replace(case, time=4))[roofline.FORWARD]
+    assert four_tokens.flops == 10 * 4 * (16 + 16) * 2
+    (states,) = roofline.linear_attention_reads_and_updates(case)[roofline.FORWARD]
+    assert states.flops == 128 * (4 + 2) * 16 * 16 * 2
 
 
 def test_interleaved_runs_every_candidate():
@@ -107,53 +108,71 @@ def test_a_peer_that_fails_is_named():
     def broken():
         raise ValueError("grouped heads\nare not there")
 
-    assert attempt(broken) == "ValueError: grouped heads"
-    assert attempt(lambda: torch.ones(1)) == ""
+    assert made({"peer": broken}) == ({}, {"peer": "ValueError: grouped heads"})
+    assert made({"peer": lambda: 1}) == ({"peer": 1}, {})
 
 
-LABELS = {"operator": "segment_attention", "dtype": "float32", "time": 64, "heads": "4/2", "width": 16, "threads": 1}
+def segment_row(kind: str, what: str, number: float | None, unit: str, **fields) -> Row:
+    """Forward, at a small case; number: None where nothing was measured."""
+    case = {"dtype": "float32", "T": 64, "heads": "4/2", "D": 16, "threads": 1}
+    numbers = {} if number is None else {"ratio": (number, unit)}
+    return Row(
+        kind=kind, operator="segment_attention", direction="forward", what=what, case=case, numbers=numbers,
+        judged="ratio", unit=unit, **fields,
+    )  # fmt: skip
 
 
 def test_targets():
-    faster = Comparison(**LABELS, direction="forward", peer="p", ours_s=1, ours_spread=0, peer_s=13, target=12)
+    faster = segment_row(COMPARISON, "p", 13, "times", target=12)
     assert (target(faster), verdict(faster)) == (">= 12x", "reached")
-    growing = Growth(**LABELS, short=8, short_s=1, long_s=9, spread=0, target=8.8)
+    growing = segment_row(QUANTITY, "time(64) / time(8)", 9, "growth", target=8.8)
     assert (target(growing), verdict(growing)) == ("<= 8.8x", "**not reached**")
-    failed = Comparison(**LABELS, direction="forward", peer="p", ours_s=1, ours_spread=0, target=12, failure="no g++")
+    failed = segment_row(COMPARISON, "p", None, "times", target=12, failure="no g++")
     assert verdict(failed) == ""
 
 
 @pytest.fixture(scope="module")
 def quick_record():
     """Sections on tiny shapes and one thread, those that compile nothing."""
-    names = [name for name in SECTIONS if name not in ("segment", "linear", "peak")]
-    plan = replace(QUICK, threads=(1,), dtypes=(torch.float32,))
-    return {"sections": cpu.measure(names, plan, {"processor": "any"})}
+    asked = suite.small(q for q in cpu.questions() if q.section not in ("segment", "linear", "peak"))
+    asked = [
+        replace(question, case=replace(question.case, threads=1))
+        for question in asked
+        if question.case.dtype == torch.float32
+    ]
+    instruments = Instruments.of_cpu(lambda case: roofline.Ceilings(1e12, 1e12), lambda: 1e9)
+    return {"sections": suite.measure(asked, instruments, {"processor": "any"})}
 
 
 def test_sections_run_and_rows_survive_json(quick_record):
+    assert set(quick_record["sections"]) == {"growth", "others", "update", "model"}
     for section in json.loads(json.dumps(quick_record))["sections"].values():
         assert section["rows"]
-        assert [to_json(from_json(fields)) for fields in section["rows"]] == section["rows"]
+        assert [asdict(Row(**fields)) for fields in section["rows"]] == section["rows"]
+        assert not any(fields["failure"] for fields in section["rows"])
 
 
-def test_record_becomes_page_and_pictures(quick_record, tmp_path, monkeypatch):
+def test_record_becomes_page_and_pictures(quick_record, tmp_path):
     bars = [
-        Comparison(**LABELS, direction="forward", peer="p", ours_s=1, ours_spread=0, peer_s=13, target=12),
-        Comparison(**LABELS, direction="forward", peer="q", ours_s=1, ours_spread=0, failure="no g++"),
+        segment_row(COMPARISON, "p", 13, "times", target=12),
+        segment_row(COMPARISON, "q", None, "times", failure="no g++"),
     ]
-    segment = quick_record["sections"]["growth"] | {"rows": [to_json(row) for row in bars]}
+    segment = quick_record["sections"]["growth"] | {"rows": [asdict(row) for row in bars]}
     found = {"sections": quick_record["sections"] | {"segment": segment}}
-    monkeypatch.setattr(cpu, "RESULTS", tmp_path / "results")
-    cpu.write(found)
+    record.write(found, tmp_path / "results", "cpu", page(found, "cpu"), pictures.draw)
     assert sorted(path.name for path in (tmp_path / "results").iterdir()) == [
         "cpu.json", "cpu.md", "cpu_lengths.png", "cpu_ratios.png",
     ]  # fmt: skip
     assert record.stored(tmp_path / "results", "cpu") == json.loads(json.dumps(found))
     text = (tmp_path / "results" / "cpu.md").read_text()
-    assert text == page(record.stored(tmp_path / "results", "cpu"))
+    assert text == page(record.stored(tmp_path / "results", "cpu"), "cpu")
     for expected in ("## 1. Segment attention", "targets reached", "cannot run: no g++", "A whole model", "| >= 12x |"):
         assert expected in text
+
+
+@pytest.mark.parametrize("name", ["cpu", "gpu"])
+def test_committed_pages_are_those_of_the_committed_records(name):
+    assert (record.RESULTS / f"{name}.md").read_text() == page(record.stored(record.RESULTS, name), name)
 
 
 @pytest.mark.parametrize("paper", ["dynamics", "flow", "metastable", "ssd"])

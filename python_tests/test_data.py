@@ -13,11 +13,17 @@ import pytest
 import torch
 from text_cases import byte_pair_tokenizer, chains, character_tokenizer, save_language_model
 from transformers import AutoTokenizer
+from typer.testing import CliRunner
 
 from statecore import data, segmentation, traces
-from statecore.data import PackedCollator, PaddedCollator, PromptFormat, load_prepared
+from statecore.cli import app
+from statecore.data import PackedCollator, PaddedCollator, PromptFormat, PromptOptions, load_prepared
+from statecore.language import LanguageOptions
+from statecore.patterns import PatternOptions
 from statecore.prepare import prepare, problem_share
-from statecore.steps import derive
+from statecore.segmentation import EntropyOptions, StepOptions
+from statecore.steps import steps_from_markers
+from statecore.traces import ReadOptions, RowFields
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Alignment and collators
@@ -26,7 +32,7 @@ STARTS, ENDS, PAD = [100, 102, 104], [101, 103, 105], 0
 
 
 def random_row(rng: random.Random, prompt: int | None = None) -> dict:
-    """A row of distinct ordinary tokens (so that equal tokens mean equal places) with steps of random length."""
+    """A row of distinct ordinary tokens, so that equal tokens mean equal positions, with steps of random length."""
     fresh = iter(rng.sample(range(200, 10_000), 400))
     prompt = rng.randint(1, 6) if prompt is None else prompt
     ids, steps = [next(fresh) for _ in range(prompt)], [0] * prompt
@@ -43,7 +49,7 @@ def random_row(rng: random.Random, prompt: int | None = None) -> dict:
 
 
 def brute_force_pairs(row: dict) -> set[tuple[int, int]]:
-    """(student position, teacher position) by looking for where both are about to read the same token."""
+    """(student position, teacher position) wherever the next token of both is the same."""
     markers = {*STARTS, *ENDS}
     ids = row["input_ids"]
     teacher = [token for token in ids if token not in markers]
@@ -145,7 +151,7 @@ def tokenizer_folder(tmp_path_factory) -> Path:
     return folder
 
 
-SMALL = {"patterns": 4, "min_step_tokens": 6, "max_step_tokens": 40, "elbow": (2, 4), "eval_fraction": 0.25}
+SMALL = {"patterns": PatternOptions(4, elbow=(2, 4)), "steps": StepOptions(6, 40), "eval_fraction": 0.25}
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +190,7 @@ def test_steps_open_with_transitions_and_lie_inside_markers(prepared_folder):
         rank = np.full_like(ids, -1)
         for i in range(4):
             rank[ids == starts[i]], rank[ids == ends[i]] = i, 4 + i
-        derived = derive(torch.tensor(rank)[None], 4, torch.ones(1, len(ids), dtype=torch.bool)).ids
+        derived = steps_from_markers(torch.tensor(rank)[None], 4, torch.ones(1, len(ids), dtype=torch.bool)).ids
         assert derived[0].tolist() == steps.tolist()
         for number, pattern in enumerate(row["patterns"], 1):
             step = ids[steps == number]
@@ -199,6 +205,32 @@ def test_steps_open_with_transitions_and_lie_inside_markers(prepared_folder):
         assert answer.startswith("</think>\n\nIt is ")
         assert answer.endswith("<eos>")
     assert opened > 100
+
+
+@pytest.mark.parametrize("positional", [False, True])
+def test_prepare_command(prepared_folder, tokenizer_folder, tmp_path, monkeypatch, positional):
+    """The command with flat options writes what the function with option groups writes."""
+    source, folder = write_rows(tmp_path / "rows.jsonl", chains(40)), tmp_path / "out"
+    arguments = ["prepare", str(source), *([] if positional else ["--output-dir"]), str(folder)]
+    options = {"tokenizer": tokenizer_folder, "patterns": 4, "min_step_tokens": 6, "max-step-tokens": 40}
+    for name, value in (options | {"eval-fraction": 0.25}).items():
+        arguments += [f"--{name}", str(value)]
+    arguments += ["--elbow", "2", "--elbow", "4"]
+    monkeypatch.setattr("sys.argv", ["statecore", *arguments])
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert ("deprecated" in result.output) == positional
+    for name in ("train.parquet", "eval.parquet", "patterns.json", "tokenizer/tokenizer.json"):
+        assert (folder / name).read_bytes() == (prepared_folder / name).read_bytes(), name
+    settings, by_function = (json.loads((f / "report.json").read_text())["settings"] for f in (folder, prepared_folder))
+    assert settings | {"sources": 0, "output": 0} == by_function | {"sources": 0, "output": 0}
+    assert set(settings) == {
+        "sources", "output", "tokenizer", "split", "limit", "prompt_field", "thinking_field", "answer_field",
+        "id_field", "completion_field", "think_tags", "prompt_template", "think_open", "think_close", "model",
+        "model_tokenizer", "transitions", "opening_unit", "entropy_rows", "top_transitions", "entropy_threshold_bits",
+        "min_opening_count", "min_step_tokens", "max_step_tokens", "max_tokens", "patterns", "embedding",
+        "embedding_layer", "elbow", "window", "batch_size", "labels", "eval_fraction", "seed", "strict", "overwrite",
+    }  # fmt: skip
 
 
 def test_files_of_a_prepared_set(prepared_folder):
@@ -287,8 +319,11 @@ def test_bad_rows_are_counted_and_named(tokenizer_folder, tmp_path, capsys):
 )
 def test_strict_stops_at_a_bad_row_and_leaves_nothing(row, tokenizer_folder, tmp_path):
     source = write_rows(tmp_path / "rows.jsonl", [*chains(6), row])
+    strict = ReadOptions(strict=True)
     with pytest.raises(ValueError, match=r"rows\.jsonl, line 7: .*strict"):
-        prepare([str(source)], tmp_path / "out", tokenizer=str(tokenizer_folder), max_tokens=400, strict=True, **SMALL)
+        prepare(
+            [str(source)], tmp_path / "out", tokenizer=str(tokenizer_folder), max_tokens=400, reading=strict, **SMALL
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
@@ -313,7 +348,7 @@ def completion(row: dict, opened: bool = True) -> str:
 
 
 def parse(row: dict, **fields) -> traces.Trace:
-    return traces.parse_trace(row, traces.Fields(**fields), "rows.jsonl", 4)
+    return traces.parse_trace(row, traces.RowFields(**fields), "rows.jsonl", 4)
 
 
 def test_one_field_for_thinking_and_answer():
@@ -350,7 +385,7 @@ def test_completions_that_cannot_be_used(text, reason):
 
 def test_a_chat_template_may_refuse_a_row():
     tokenizer = byte_pair_tokenizer("{{ raise_exception('no system message') }}")
-    fields, form = traces.Fields(), PromptFormat()
+    fields, form = traces.RowFields(), PromptFormat()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(traces, "read_lines", lambda source, split: enumerate(chains(1), 1))
         ((line, problem),) = traces.read_traces("rows.jsonl", "train", fields, form, tokenizer)
@@ -362,7 +397,7 @@ def test_parquet_and_hub_sources(tokenizer_folder, prepared_folder, tmp_path, mo
     rows = chains(40)
     table = datasets.Dataset.from_list([{"id": r["id"], "question": r["problem"], "text": completion(r)} for r in rows])
     table.to_parquet(tmp_path / "rows.parquet")
-    fields = {"prompt_field": "question", "completion_field": "text"}
+    fields = {"fields": RowFields(prompt="question", completion="text")}
     prepare([str(tmp_path / "rows.parquet")], tmp_path / "a", tokenizer=str(tokenizer_folder), **fields, **SMALL)
     real = datasets.load_dataset
     asked = []
@@ -374,7 +409,14 @@ def test_parquet_and_hub_sources(tokenizer_folder, prepared_folder, tmp_path, mo
         return table
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    prepare(["owner/name:default"], tmp_path / "b", tokenizer=str(tokenizer_folder), split="all", **fields, **SMALL)
+    prepare(
+        ["owner/name:default"],
+        tmp_path / "b",
+        tokenizer=str(tokenizer_folder),
+        reading=ReadOptions("all"),
+        **fields,
+        **SMALL,
+    )
     assert asked == [("owner/name", "default", {"split": "all"})]
     wanted = (prepared_folder / "train.parquet").read_bytes()
     assert (tmp_path / "a" / "train.parquet").read_bytes() == wanted
@@ -403,8 +445,7 @@ def test_a_prompt_that_shares_a_token_with_the_thinking_is_noted(tokenizer_folde
             [str(source)],
             tmp_path / name,
             tokenizer=str(tokenizer_folder),
-            prompt_template=template,
-            think_open="",
+            prompt=PromptOptions(template, think_open=""),
             **SMALL,
         )["notes"]
 
@@ -414,15 +455,15 @@ def test_a_prompt_that_shares_a_token_with_the_thinking_is_noted(tokenizer_folde
 
 @pytest.mark.parametrize("unit", ["word", "token"])
 def test_language_model_finds_transitions_and_embeds_steps(unit, tokenizer_folder, tmp_path):
-    """With a model whose tokenizer is not that of the training set, and one whose is."""
+    """With a model whose tokenizer is that of the training set, and one whose tokenizer is not."""
     model = save_language_model(tmp_path / "model")
     source = write_rows(tmp_path / "rows.jsonl", chains(24))
     for name, tokenizer, template in (("other", tokenizer_folder, None), ("same", model / "tokenizer", "{prompt}\n")):
         report = prepare(
-            [str(source)], tmp_path / name, tokenizer=str(tokenizer), model=str(model),
-            model_tokenizer=str(model / "tokenizer"), opening_unit=unit,
-            top_transitions=3, entropy_rows=12, min_opening_count=4, prompt_template=template, window=200,
-            **(SMALL | {"max_step_tokens": 200}),
+            [str(source)], tmp_path / name, tokenizer=str(tokenizer), prompt=PromptOptions(template),
+            language=LanguageOptions(str(model), str(model / "tokenizer"), window=200),
+            transitions=EntropyOptions(None, unit, entropy_rows=12, top_transitions=3, min_opening_count=4),
+            **(SMALL | {"steps": StepOptions(6, 200)}),
         )  # fmt: skip
         table = report["opening_entropies"]
         assert [row["opening"] for row in report["transitions"]] == [row["opening"] for row in table[:3]]
@@ -431,7 +472,10 @@ def test_language_model_finds_transitions_and_embeds_steps(unit, tokenizer_folde
         assert report["patterns"]["embedding"] == "hidden_states"
     again = tmp_path / "other" / "patterns.json"
     if unit == "word":
-        report = prepare([str(source)], tmp_path / "file", tokenizer=str(tokenizer_folder), transitions=again, **SMALL)
+        of_file = EntropyOptions(again)
+        report = prepare(
+            [str(source)], tmp_path / "file", tokenizer=str(tokenizer_folder), transitions=of_file, **SMALL
+        )
         assert [row["opening"] for row in report["transitions"]] == segmentation.load_transitions(again)
         assert report["patterns"]["embedding"] == "tfidf"
         assert report["opening_entropies"] == []
@@ -458,12 +502,12 @@ def test_folders_are_whole_and_not_overwritten_unasked(tokenizer_folder, tmp_pat
     source = write_rows(tmp_path / "rows.jsonl", chains(20))
     run = {"tokenizer": str(tokenizer_folder), **SMALL}
     with pytest.raises(ValueError, match="1000 thinking patterns cannot be made"):
-        prepare([str(source)], tmp_path / "out", **(run | {"patterns": 1000}))
+        prepare([str(source)], tmp_path / "out", **(run | {"patterns": PatternOptions(1000)}))
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
     prepare([str(source)], tmp_path / "out", **run)
     with pytest.raises(FileExistsError, match="exists already"):
         prepare([str(source)], tmp_path / "out", **run)
-    report = prepare([str(source)], tmp_path / "out", **(run | {"overwrite": True, "limit": 10}))
+    report = prepare([str(source)], tmp_path / "out", **(run | {"overwrite": True, "reading": ReadOptions(limit=10)}))
     assert report["rows"]["read"] == 10
     (tmp_path / "mine").mkdir()
     with pytest.raises(FileExistsError, match=r"of a folder with patterns.json"):
@@ -475,22 +519,22 @@ def test_folders_are_whole_and_not_overwritten_unasked(tokenizer_folder, tmp_pat
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"sources": "rows.jsonl"}, "expected a list"),
-        ({"prompt_template": "Q:"}, r"expected \{prompt\}"),
-        ({"max_step_tokens": 11}, "at least twice min_step_tokens"),
-        ({"min_step_tokens": 0}, "at least twice"),
-        ({"eval_fraction": 1.0}, "eval_fraction"),
-        ({"patterns": 0}, "patterns: expected 1"),
-        ({"embedding": "hidden_states"}, "needs a language model"),
-        ({"opening_unit": "token"}, "needs a language model"),
-        ({"eval_fraction": 0.999999}, "all problems fell"),
+        (lambda: {"sources": "rows.jsonl"}, "expected a list"),
+        (lambda: {"prompt": PromptOptions("Q:")}, r"expected \{prompt\}"),
+        (lambda: {"steps": StepOptions(6, 11)}, "at least twice min_step_tokens"),
+        (lambda: {"steps": StepOptions(0, 40)}, "at least twice"),
+        (lambda: {"eval_fraction": 1.0}, "eval_fraction"),
+        (lambda: {"patterns": PatternOptions(0)}, "patterns: expected 1"),
+        (lambda: {"patterns": PatternOptions(4, "hidden_states")}, "needs a language model"),
+        (lambda: {"transitions": EntropyOptions(opening_unit="token")}, "needs a language model"),
+        (lambda: {"eval_fraction": 0.999999}, "all problems fell"),
     ],
 )
 def test_settings_that_cannot_work(setting, message, tokenizer_folder, tmp_path):
     source = write_rows(tmp_path / "rows.jsonl", chains(20))
-    arguments = {"sources": [str(source)], "tokenizer": str(tokenizer_folder), **SMALL} | setting
+    arguments = {"sources": [str(source)], "tokenizer": str(tokenizer_folder), **SMALL}
     with pytest.raises(ValueError, match=message):
-        prepare(output=tmp_path / "out", **arguments)
+        prepare(output_dir=tmp_path / "out", **(arguments | setting()))
 
 
 def test_tokenizers_that_cannot_work(tmp_path):
@@ -518,7 +562,8 @@ def test_real_traces(shared, tmp_path):
     source = write_rows(tmp_path / "rows.jsonl", rows)
     folder = shared / "data" / "qwen2_5_tokenizer"
     labels = shared / "data" / "longcot_labels" / "sentence_categories.jsonl.gz"
-    report = prepare([str(source)], tmp_path / "out", tokenizer=str(folder), patterns=16, elbow=(8, 16), labels=labels)
+    patterns = PatternOptions(16, elbow=(8, 16))
+    report = prepare([str(source)], tmp_path / "out", tokenizer=str(folder), patterns=patterns, labels=labels)
     assert report["rows"]["left_out"] == 0
     prepared = load_prepared(tmp_path / "out")
     assert len(prepared.tokenizer) == 151_665 + 32

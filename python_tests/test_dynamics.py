@@ -1,5 +1,5 @@
-"""State dynamics: measures against their definitions, recorded states against a recurrence, pruned models
-against models whose heads are silenced, and the commands.
+"""State dynamics: measures against their definitions, recorded states against a recurrence, pruned models against
+models whose heads are silenced, and the commands.
 """
 
 import copy
@@ -32,29 +32,27 @@ from statecore.dynamics import (
     Head,
     Trajectory,
     bimodality,
-    cached_states,
-    cosine_bound,
-    effective_rank,
-    measure,
-    read_pieces,
-    record,
-    singular_values,
-    summarise,
-)
-from statecore.dynamics.command import Text, TextOptions, hold_out, read_texts
-from statecore.dynamics.pruning import (
     branches,
+    cached_states,
     choose_bases,
     choose_heads,
     compare,
+    cosine_bound,
+    effective_rank,
     head_scores,
     held_out,
     joint_scores,
     key_covariances,
     lower_ranks,
+    measure,
     prune_heads,
+    read_pieces,
+    record,
     side_of_the_asymmetry,
+    singular_values,
+    summarise,
 )
+from statecore.dynamics.texts import Text, TextOptions, hold_out, read_texts
 from statecore.modeling import LinearBranch, rotate
 from statecore.reference import end_step
 from statecore.ssd import SSDConfig, SSDForCausalLM, SSDMixer
@@ -73,7 +71,7 @@ HYBRID = {
 
 
 def randomise(model: torch.nn.Module) -> torch.nn.Module:
-    """Every parameter random, so that none drops out of a comparison."""
+    """Makes every parameter random, so that none drops out of a comparison."""
     for name, parameter in model.named_parameters():
         if name.endswith(("norm.weight", "norm_f.weight", ".D")):
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
@@ -131,7 +129,7 @@ def logits(model: torch.nn.Module, ids: Tensor) -> Tensor:
 
 
 def same_logits(first: torch.nn.Module, second: torch.nn.Module, ids: Tensor) -> None:
-    """Up to how the memory of their weights is aligned."""
+    """Equal up to rounding, which depends on how the memory of the weights is aligned."""
     tolerance = 1e-12 if first.dtype == torch.float64 else 1e-4
     torch.testing.assert_close(logits(first, ids), logits(second, ids), atol=tolerance, rtol=0)
 
@@ -141,7 +139,7 @@ def same_logits(first: torch.nn.Module, second: torch.nn.Module, ids: Tensor) ->
 
 
 @pytest.mark.parametrize(("keys", "values"), [(12, 12), (9, 14), (14, 9)])
-def test_rank_grows_by_one_a_token_up_to_the_smaller_side(keys, values):
+def test_rank_grows_by_one_per_token_up_to_the_smaller_dimension(keys, values):
     state = torch.zeros(keys, values)
     for t in range(1, 20):
         state = state + torch.outer(torch.randn(keys), torch.randn(values))
@@ -165,21 +163,21 @@ def test_rank_of_a_known_spectrum_and_why_precision_matters():
         singular_values(state.bfloat16())
 
 
-def test_measures_are_their_definitions():
+def test_measures_match_their_definitions():
     state = torch.randn(3, 7, 5, dtype=torch.float64)
     found = measure(singular_values(state))
     norms = torch.linalg.matrix_norm(state, "nuc"), torch.linalg.matrix_norm(state), torch.linalg.matrix_norm(state, 2)
     torch.testing.assert_close(found["nuclear"], norms[0])
     torch.testing.assert_close(found["frobenius"], norms[1])
     torch.testing.assert_close(found["stable_rank"], (norms[1] / norms[2]) ** 2)
-    turned = measure(singular_values(state.mT))
-    assert all(torch.allclose(found[name], turned[name]) for name in MEASURES)
+    transposed = measure(singular_values(state.mT))
+    assert all(torch.allclose(found[name], transposed[name]) for name in MEASURES)
     assert all(not value for value in measure(singular_values(torch.zeros(4, 4))).values())
     permuted = measure(singular_values(state[[2, 0, 1]]))
     assert all(torch.allclose(found[name][[2, 0, 1]], permuted[name]) for name in MEASURES)
 
 
-def test_direction_of_the_norms_turns_no_more_than_the_bound():
+def test_norms_turn_no_further_than_the_bound():
     states = torch.zeros(5, 8, 8, dtype=torch.float64)
     before = None
     for _ in range(60):
@@ -204,12 +202,12 @@ def test_bimodality():
     assert uniform["between"] == pytest.approx(0.75, abs=1e-3)
     assert bimodality(np.full(8, 0.4))["coefficient"] is None
     outlier = bimodality(np.array([1.0] * 11 + [0.95]))
-    assert outlier["coefficient"] > 0.9, "one outlier among equals"
+    assert outlier["coefficient"] > 0.9, "the coefficient should call one outlier among equals bimodal"
     assert outlier["gap"] < 0.06
 
 
-def made_up(seed: int, ranks: np.ndarray, name: str = "a") -> Trajectory:
-    """Heads with given mean ranks, and a little noise."""
+def synthetic_trajectory(seed: int, ranks: np.ndarray, name: str = "a") -> Trajectory:
+    """Heads with the given mean ranks plus a little noise."""
     rng = np.random.default_rng(seed)
     values = {m: ranks * np.ones((4, 1)) + rng.uniform(0, 0.01, (4, len(ranks))) for m in MEASURES}
     heads = [Head(i // 4, i % 4, 8) for i in range(len(ranks))]
@@ -219,47 +217,47 @@ def made_up(seed: int, ranks: np.ndarray, name: str = "a") -> Trajectory:
 
 def test_summary_of_stable_and_of_changing_heads():
     ranks = np.array([0.1, 0.2, 0.3, 0.4, 7.6, 7.7, 7.8, 7.9])
-    stable = summarise([made_up(0, ranks), made_up(1, ranks)])
+    stable = summarise([synthetic_trajectory(0, ranks), synthetic_trajectory(1, ranks)])
     assert stable["early_to_late"]["inputs"][0]["early"] == 128
     assert stable["early_to_late"]["inputs"][0]["late"] == 2048
     assert stable["early_to_late"]["rank"]["spearman"] > 0.99
     assert stable["across_inputs"]["rank"]["spearman"] > 0.99
     assert stable["stratification"]["mean"]["gap"] > 0.9
     assert stable["heads"][4]["rank_at_step_ends"] == pytest.approx(7.6, abs=0.02)
-    changed = summarise([made_up(0, ranks), made_up(1, ranks[::-1])])
+    changed = summarise([synthetic_trajectory(0, ranks), synthetic_trajectory(1, ranks[::-1])])
     assert changed["across_inputs"]["rank"]["spearman"] < -0.99
-    alone = summarise([made_up(0, ranks)])
+    alone = summarise([synthetic_trajectory(0, ranks)])
     assert alone["across_inputs"]["rank"]["spearman"] is None
     json.dumps(stable, allow_nan=False)
     with pytest.raises(ValueError, match="at least one recorded text"):
         summarise([])
     with pytest.raises(ValueError, match="different models"):
-        summarise([made_up(0, ranks), made_up(0, ranks[:4])])
+        summarise([synthetic_trajectory(0, ranks), synthetic_trajectory(0, ranks[:4])])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Recorded states are those of the recurrence
+# Recorded states against the recurrence
 
 
 def inputs_of(model: torch.nn.Module, ids: Tensor, layers: dict[int, torch.nn.Module]) -> dict[int, tuple]:
-    """What the given modules are called with while the model reads everything in one pass."""
-    seen, hooks = {}, []
+    """The arguments of the given modules while the model reads everything in one pass."""
+    inputs, hooks = {}, []
     for index, module in layers.items():
 
-        def keep(module, given, keywords, index=index):
-            seen[index] = (given, keywords)
+        def keep(module, arguments, keywords, index=index):
+            inputs[index] = (arguments, keywords)
 
         hooks.append(module.register_forward_pre_hook(keep, with_kwargs=True))
     with torch.no_grad():
         model(ids[None], use_cache=False)
     for hook in hooks:
         hook.remove()
-    return seen
+    return inputs
 
 
 @torch.no_grad()
 def ssd_recurrence(mixer: torch.nn.Module, hidden: Tensor, heads: int, width: int, groups: int) -> list[Tensor]:
-    """States [H, Dk, Dv] after every token, from Mamba-2's equations one after the other, in float64."""
+    """States [H, Dk, Dv] after every token, by Mamba-2's equations applied one token at a time, in float64."""
     mixer = copy.deepcopy(mixer).double()
     inner, shared = heads * width, groups * SMALL["state_size"]
     _, xbc, dt = F.linear(hidden.double(), mixer.in_proj.weight, mixer.in_proj.bias).split(
@@ -273,18 +271,18 @@ def ssd_recurrence(mixer: torch.nn.Module, hidden: Tensor, heads: int, width: in
             if t >= back:
                 summed = summed + taps[:, -1 - back] * xbc[t - back]
         x, B, _ = F.silu(summed).split([inner, shared, shared])
-        step = F.softplus(dt[t] + mixer.dt_bias)
+        rate = F.softplus(dt[t] + mixer.dt_bias)
         B = B.view(groups, -1).repeat_interleave(heads // groups, 0)
         x = x.view(heads, width)
-        decay = torch.exp(-step * mixer.A_log.exp())
-        state = decay[:, None, None] * state + B[:, :, None] * (step[:, None] * x)[:, None, :]
+        decay = torch.exp(-rate * mixer.A_log.exp())
+        state = decay[:, None, None] * state + B[:, :, None] * (rate[:, None] * x)[:, None, :]
         states.append(state)
     return states
 
 
 @torch.no_grad()
 def branch_recurrence(attention: torch.nn.Module, hidden: Tensor, rotation: tuple, ids: Tensor) -> list[Tensor]:
-    """States of a linear branch after every token, with the correction when the next step begins."""
+    """States of a linear branch after every token, corrected when the next step begins."""
     q, k = (project(hidden).unflatten(-1, (-1, attention.head_dim)) for project in (attention.q_proj, attention.k_proj))
     q, k = attention.normalise(q, k)
     q, k, v, _ = attention.la(hidden, q, k)
@@ -319,40 +317,40 @@ def delta_recurrence(layer: torch.nn.Module, hidden: Tensor) -> list[Tensor]:
     state, found = torch.zeros(layer.num_v_heads, k.shape[-1], v.shape[-1], dtype=torch.float64), []
     for t in range(len(k)):
         state = decay[t, :, None, None] * state
-        news = beta[t, :, None] * (v[t] - torch.einsum("hk,hkv->hv", k[t], state))
-        state = state + k[t, :, :, None] * news[:, None, :]
+        delta = beta[t, :, None] * (v[t] - torch.einsum("hk,hkv->hv", k[t], state))
+        state = state + k[t, :, :, None] * delta[:, None, :]
         found.append(state)
     return found
 
 
 def compare_states(
-    model: torch.nn.Module, ids: Tensor, expected: dict[int, list[Tensor]], tolerance: float, turned: bool = False
+    model: torch.nn.Module, ids: Tensor, expected: dict[int, list[Tensor]], tolerance: float, transposed: bool = False
 ) -> None:
-    """Cached states at pieces of all lengths, and the figures that `record` makes of them."""
+    """Compares cached states after pieces of various lengths, and the figures that `record` makes of them."""
     ends = [1, 2, 5, 6, 7, 23, 40, 41, len(ids)]
-    for seen, cache, _ in read_pieces(model, ids, ends, piece=11):
+    for read, cache, _ in read_pieces(model, ids, ends, piece=11):
         found = cached_states(cache)
         assert found.keys() == expected.keys()
         for layer, state in found.items():
-            wanted = expected[layer][seen - 1]
-            state = state[0].double().mT if turned else state[0].double()
-            assert (state - wanted).abs().max() <= tolerance * wanted.abs().max(), (seen, layer)
-    one = record(model, ids, positions=ends, step_ends=[23])
-    assert one.positions.tolist() == ends
-    assert one.is_step_end.tolist() == [end == 23 for end in ends]
-    for row, seen in enumerate(ends):
-        wanted = measure(singular_values(torch.cat([states[seen - 1] for states in expected.values()])))
+            wanted = expected[layer][read - 1]
+            state = state[0].double().mT if transposed else state[0].double()
+            assert (state - wanted).abs().max() <= tolerance * wanted.abs().max(), (read, layer)
+    recorded = record(model, ids, positions=ends, step_ends=[23])
+    assert recorded.positions.tolist() == ends
+    assert recorded.is_step_end.tolist() == [end == 23 for end in ends]
+    for row, read in enumerate(ends):
+        wanted = measure(singular_values(torch.cat([states[read - 1] for states in expected.values()])))
         for name in ("nuclear", "frobenius", "stable_rank"):
-            np.testing.assert_allclose(one.values[name][row], wanted[name].numpy(), rtol=1e-4)
+            np.testing.assert_allclose(recorded.values[name][row], wanted[name].numpy(), rtol=1e-4)
 
 
 @pytest.mark.parametrize("fields", [{}, {"n_groups": 1, "use_bias": True}, {"conv_kernel": 2}])
 def test_recorded_states_of_an_ssd_model(fields):
     model, ids = small_ssd(**fields), torch.randint(2, WORDS, (60,))
     mixers = {index: block.mixer for index, block in enumerate(model.backbone.layers)}
-    seen = inputs_of(model, ids, mixers)
+    inputs = inputs_of(model, ids, mixers)
     groups = model.config.n_groups
-    expected = {i: ssd_recurrence(mixers[i], seen[i][0][0][0], 6, 8, groups) for i in mixers}
+    expected = {i: ssd_recurrence(mixers[i], inputs[i][0][0][0], 6, 8, groups) for i in mixers}
     compare_states(model, ids, expected, EXACT)
 
 
@@ -360,34 +358,35 @@ def test_recorded_states_of_an_ssd_model(fields):
 def test_recorded_states_of_a_state_transition_model(family):
     model, ids = tiny_model(family), chain()
     layers = {index: layer.self_attn for index, layer in enumerate(model.model.layers)}
-    seen = inputs_of(model, ids, layers)
+    inputs = inputs_of(model, ids, layers)
     expected = {}
     for index, attention in layers.items():
-        given = seen[index][1]
-        expected[index] = branch_recurrence(attention, given["hidden_states"], given["position_embeddings"], ids)
-    compare_states(model, ids, expected, 1e-6)  # the norms before it compute in float32, in pieces of other lengths
+        keywords = inputs[index][1]
+        hidden, rotation = keywords["hidden_states"], keywords["position_embeddings"]
+        expected[index] = branch_recurrence(attention, hidden, rotation, ids)
+    compare_states(model, ids, expected, 1e-6)  # norms before the branch compute in float32, on pieces of other lengths
 
 
 def test_recorded_states_of_transformers_mamba2():
     model = randomise(Mamba2ForCausalLM(Mamba2Config(**SMALL)))
     ids = torch.randint(2, WORDS, (60,))
     mixers = {index: block.mixer for index, block in enumerate(model.backbone.layers)}
-    seen = inputs_of(model, ids, mixers)
-    expected = {i: ssd_recurrence(mixers[i], seen[i][0][0][0], 6, 8, 2) for i in mixers}
-    compare_states(model, ids, expected, 1e-4, turned=True)
+    inputs = inputs_of(model, ids, mixers)
+    expected = {i: ssd_recurrence(mixers[i], inputs[i][0][0][0], 6, 8, 2) for i in mixers}
+    compare_states(model, ids, expected, 1e-4, transposed=True)
 
 
 def test_recorded_states_of_transformers_gated_delta_net():
     model, ids = small_qwen3_next(), torch.randint(2, WORDS, (60,))
     layers = {i: layer.linear_attn for i, layer in enumerate(model.model.layers) if hasattr(layer, "linear_attn")}
     assert sorted(layers) == [0, 1, 2]
-    seen = inputs_of(model, ids, layers)
-    expected = {i: delta_recurrence(layers[i], seen[i][1]["hidden_states"][0]) for i in layers}
+    inputs = inputs_of(model, ids, layers)
+    expected = {i: delta_recurrence(layers[i], inputs[i][1]["hidden_states"][0]) for i in layers}
     compare_states(model, ids, expected, 1e-4)
     assert record(model, ids).heads[0].bound == 8
 
 
-def test_recording_changes_nothing_and_reads_in_pieces(monkeypatch):
+def test_recording_reads_in_pieces_and_leaves_the_model_unchanged(monkeypatch):
     model, ids = tiny_model().train(), chain(120)
     weights, lengths = copy.deepcopy(model.state_dict()), []
     forward = type(model).forward
@@ -397,18 +396,20 @@ def test_recording_changes_nothing_and_reads_in_pieces(monkeypatch):
         return forward(self, input_ids=input_ids, logits_to_keep=logits_to_keep, **kwargs)
 
     monkeypatch.setattr(type(model), "forward", spy)
-    one = record(model, ids, positions=(50,), piece=16)
+    recorded = record(model, ids, positions=(50,), piece=16)
     assert model.training
     assert all(length <= 16 and kept == 1 for length, kept in lengths)
     monkeypatch.undo()
     assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
     step_ends = [i + 1 for i, token in enumerate(ids.tolist()) if token in ENDS]
-    assert one.positions[one.is_step_end].tolist() == step_ends
-    assert set(one.positions) == {50, len(ids), *step_ends}
-    other = record(model, ids, positions=(50,), piece=1000)
+    assert recorded.positions[recorded.is_step_end].tolist() == step_ends
+    assert set(recorded.positions) == {50, len(ids), *step_ends}
+    in_one_piece = record(model, ids, positions=(50,), piece=1000)
     for name in MEASURES:
-        np.testing.assert_allclose(one.values[name], other.values[name], rtol=1e-5)
-    assert one.values["rank"].max() <= model.config.la_rank, "values of la_rank numbers cannot give a higher rank"
+        np.testing.assert_allclose(recorded.values[name], in_one_piece.values[name], rtol=1e-5)
+    assert recorded.values["rank"].max() <= model.config.la_rank, (
+        "values computed from la_rank numbers cannot have a higher rank"
+    )
     every = record(model, ids, positions=(), step_ends=(), every=40)
     assert every.positions.tolist() == [40, 80, 120]
 
@@ -478,17 +479,17 @@ def test_choice_of_heads():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Heads that are gone
+# Removed heads
 
 
 @torch.no_grad()
 def silenced(model: torch.nn.Module, keep: dict[int, list[int]]) -> torch.nn.Module:
-    """A copy of full size whose other heads give zero."""
+    """A copy of full size whose other heads output zero."""
     model = copy.deepcopy(model)
     for layer, branch in branches(model).items():
-        gone = [head for head in range(len(branch.heads)) if head not in keep.get(layer, branch.heads)]
+        removed = [head for head in range(len(branch.heads)) if head not in keep.get(layer, branch.heads)]
         width = branch.v.heads[1] if isinstance(branch, LinearBranch) else branch.config.head_dim
-        for head in gone:
+        for head in removed:
             rows = slice(head * width, (head + 1) * width)
             if isinstance(branch, LinearBranch):
                 branch.v.B[rows] = 0
@@ -501,13 +502,13 @@ def silenced(model: torch.nn.Module, keep: dict[int, list[int]]) -> torch.nn.Mod
 
 
 @pytest.mark.parametrize("name", PRUNABLE)
-def test_pruned_heads_are_silent_heads_that_are_gone(name, tmp_path):
+def test_pruning_heads_equals_silencing_them(name, tmp_path):
     model, ids = make(name), chain()
     heads, scores = head_scores([record(model, ids)])
     keep = choose_heads(heads, scores, 0.6)
     pruned = prune_heads(model, keep)
     expected = logits(silenced(model, keep), ids)
-    assert (expected - logits(model, ids)).abs().max() > 1e-3, "the heads did nothing"
+    assert (expected - logits(model, ids)).abs().max() > 1e-3, "the pruned heads should matter"
     torch.testing.assert_close(logits(pruned, ids), expected, atol=EXACT, rtol=0)
     pieces = torch.cat([part for _, _, part in read_pieces(pruned, ids, [3, 40, 41], piece=20, all_logits=True)])
     torch.testing.assert_close(pieces, expected, atol=1e-5, rtol=0)
@@ -519,24 +520,24 @@ def test_pruned_heads_are_silent_heads_that_are_gone(name, tmp_path):
     out = loaded.generate(ids[None, :30], attention_mask=torch.ones(1, 30), max_new_tokens=4, min_new_tokens=4)
     assert out.shape[1] == 34
 
-    def sizes(one: torch.nn.Module) -> tuple[int, int]:
-        cache = DynamicCache(config=one.config)
+    def sizes(model: torch.nn.Module) -> tuple[int, int]:
+        cache = DynamicCache(config=model.config)
         with torch.no_grad():
-            one(ids[None], past_key_values=cache)
+            model(ids[None], past_key_values=cache)
         states = sum(state.nbytes for state in cached_states(cache).values())
-        return states, sum(parameter.numel() for parameter in one.parameters())
+        return states, sum(parameter.numel() for parameter in model.parameters())
 
     (states, parameters), (whole_states, whole_parameters) = sizes(loaded), sizes(model)
     assert parameters < whole_parameters
     left = {(layer, head) for layer, kept in keep.items() for head in kept}
-    same = sum((h.layer, h.head) in left for h in heads)
+    remaining = sum((h.layer, h.head) in left for h in heads)
     assert states < whole_states
     if name != "hybrid":
-        assert states * len(heads) == whole_states * same
+        assert states * len(heads) == whole_states * remaining
     assert {(h.layer, h.head) for h in record(loaded, ids).heads} == {(x, i) for x in keep for i in range(len(keep[x]))}
 
 
-def test_pruning_twice_is_pruning_once():
+def test_pruning_twice_equals_pruning_once():
     model, ids = small_ssd(), torch.randint(2, WORDS, (40,))
     once = prune_heads(model, {0: [1, 4], 1: [0, 2, 5]})
     twice = prune_heads(prune_heads(model, {0: [1, 2, 4], 1: [0, 1, 2, 3, 5]}), {0: [0, 2], 1: [0, 2, 4]})
@@ -544,7 +545,7 @@ def test_pruning_twice_is_pruning_once():
     same_logits(once, twice, ids)
 
 
-def test_pruned_models_train_and_keep_what_is_frozen():
+def test_pruned_models_train_and_frozen_parameters_stay_frozen():
     model = convert(tiny_base("qwen2"), step_start_token_ids=STARTS, step_end_token_ids=ENDS, la_rank=6, alpha_max=0.4)
     model.set_momentum(False)
     pruned = prune_heads(model, {0: [1]})
@@ -567,22 +568,22 @@ def test_a_pruned_adapter_is_an_adapter(tmp_path):
     pruned = prune_heads(model, {1: [0]})
     narrow = lower_ranks(pruned, choose_bases(key_covariances(pruned, [chain()]), 0.5))
     text = chain()
-    for name, one in (("pruned", pruned), ("narrow", narrow)):
-        save_adapter(one, tmp_path / name)
+    for name, variant in (("pruned", pruned), ("narrow", narrow)):
+        save_adapter(variant, tmp_path / name)
         loaded = load_adapter(None, tmp_path / name)
         assert loaded.config.state_heads == [[0, 1], [0], [0, 1]]
-        same_logits(loaded, one, text)
+        same_logits(loaded, variant, text)
 
 
-def test_pruned_mamba2_is_no_longer_written_as_mamba2(tmp_path):
-    theirs = randomise(Mamba2ForCausalLM(Mamba2Config(**SMALL)))
-    theirs.save_pretrained(tmp_path / "theirs")
+def test_a_pruned_mamba2_is_saved_as_an_ssd_model(tmp_path):
+    original = randomise(Mamba2ForCausalLM(Mamba2Config(**SMALL)))
+    original.save_pretrained(tmp_path / "original")
     with pytest.raises(ValueError, match=r"got Mamba2ForCausalLM.*SSDForCausalLM\.from_pretrained"):
-        prune_heads(theirs, {0: [1]})
-    pruned = prune_heads(SSDForCausalLM.from_pretrained(tmp_path / "theirs"), {0: [1, 2, 5]})
+        prune_heads(original, {0: [1]})
+    pruned = prune_heads(SSDForCausalLM.from_pretrained(tmp_path / "original"), {0: [1, 2, 5]})
     pruned.save_pretrained(tmp_path / "pruned")
     assert json.loads((tmp_path / "pruned" / "config.json").read_text())["model_type"] == "statecore_ssd"
-    files = [tmp_path / name / "model.safetensors" for name in ("pruned", "theirs")]
+    files = [tmp_path / name / "model.safetensors" for name in ("pruned", "original")]
     assert files[0].stat().st_size < files[1].stat().st_size
 
 
@@ -617,7 +618,7 @@ def test_bad_prunings_are_refused():
 
 
 @pytest.mark.parametrize("name", PRUNABLE)
-def test_full_width_changes_nothing_and_half_of_it_halves_the_states(name, tmp_path):
+def test_full_width_changes_nothing_and_half_the_width_halves_the_states(name, tmp_path):
     model, ids = make(name), chain()
     covariances = key_covariances(model, [ids])
     whole = lower_ranks(model, choose_bases(covariances, 1.0))
@@ -637,7 +638,7 @@ def test_full_width_changes_nothing_and_half_of_it_halves_the_states(name, tmp_p
     torch.testing.assert_close(logits(again, ids), logits(half, ids), atol=1e-9, rtol=0)
 
 
-def test_directions_that_hold_all_states_lose_nothing():
+def test_directions_that_span_all_states_lose_nothing():
     model, ids = small_ssd(n_groups=1), torch.randint(2, WORDS, (5,))
     bases = choose_bases(key_covariances(model, [ids]), 0.5)  # five tokens have five keys
     torch.testing.assert_close(logits(lower_ranks(model, bases), ids), logits(model, ids), atol=1e-6, rtol=0)
@@ -660,7 +661,7 @@ def test_directions_that_hold_all_states_lose_nothing():
 # Comparison
 
 
-def test_held_out_figures_are_those_of_one_pass():
+def test_held_out_figures_match_one_pass():
     model, texts = small_ssd(), [torch.randint(2, WORDS, (n,)) for n in (600, 30)]
     found = held_out(model, texts)
     scores = [logits(model, text)[:-1] for text in texts]
@@ -674,7 +675,7 @@ def test_held_out_figures_are_those_of_one_pass():
         held_out(model, [texts[0][:1]])
 
 
-def test_comparison_and_its_words():
+def test_comparison_and_its_verdict():
     model, ids = small_ssd(torch.float32), torch.randint(2, WORDS, (70,))
     rows = compare(model, {"joint": prune_heads(model, {0: [0]})}, [ids], ids[:10].tolist())
     assert [row["model"] for row in rows] == ["as it is", "joint"]
@@ -684,15 +685,15 @@ def test_comparison_and_its_words():
     model(ids[None], past_key_values=cache)
     assert rows[0]["state_bytes"] == cache_bytes(cache).state
 
-    def words(high, low, drawn):
+    def verdict(high, low, drawn):
         losses = {"as it is": 1.0, "joint": high, "reverse": low, "random 1": drawn}
         return side_of_the_asymmetry([{"model": name, "loss": loss} for name, loss in losses.items()])
 
-    assert "side that the paper reports" in words(1.1, 1.5, 1.3)
-    assert "0 of them" in words(1.1, 1.5, 1.3)
-    assert "the reverse of what the paper reports" in words(1.5, 1.1, 1.3)
-    assert "1 of them" in words(1.5, 1.1, 1.3)
-    assert "no difference" in words(1.1, 1.1, 1.3)
+    assert "side that the paper reports" in verdict(1.1, 1.5, 1.3)
+    assert "0 of them" in verdict(1.1, 1.5, 1.3)
+    assert "the reverse of what the paper reports" in verdict(1.5, 1.1, 1.3)
+    assert "1 of them" in verdict(1.5, 1.1, 1.3)
+    assert "no difference" in verdict(1.1, 1.1, 1.3)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -701,7 +702,7 @@ def test_comparison_and_its_words():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Checkpoints that read characters, and texts."""
+    """A folder of checkpoints that read characters, and of texts."""
     folder = tmp_path_factory.mktemp("dynamics")
     torch.manual_seed(0)
     tokenizer = character_tokenizer()
@@ -738,7 +739,7 @@ def run(monkeypatch):
 @pytest.mark.parametrize("name", ["ssd", "delta", "adapter"])
 def test_record_command(run, place, tmp_path, name):
     out = tmp_path / "out"
-    done = run("record", place / name, place / "rows.jsonl", "--out", out, "--positions", 64, "--limit", 2)
+    done = run("record", place / name, place / "rows.jsonl", "--output-dir", out, "--positions", 64, "--limit", 2)
     assert done.exit_code == 0, done.output
     files = {"dynamics.json", "report.md", "trajectories.npz"}
     files |= {f"{part}.{end}" for part in ("heads", "trajectories", "spectra") for end in ("png", "json")}
@@ -751,8 +752,8 @@ def test_record_command(run, place, tmp_path, name):
     assert 64 in trajectory["positions"]
     np.testing.assert_allclose(arrays["0/rank"], trajectory["rank"])
     assert "rank: Spearman" in (out / "report.md").read_text()
-    assert "exists already" in run("record", place / name, place / "rows.jsonl", "--out", out).output
-    done = run("record", place / name, place / "one.txt", "--out", out, "--overwrite", "--every", 50)
+    assert "exists already" in run("record", place / name, place / "rows.jsonl", "--output-dir", out).output
+    done = run("record", place / name, place / "one.txt", "--output-dir", out, "--overwrite", "--every", 50)
     assert done.exit_code == 0, done.output
     assert len(json.loads((out / "dynamics.json").read_text())["inputs"]) == 1
 
@@ -760,15 +761,19 @@ def test_record_command(run, place, tmp_path, name):
 @pytest.mark.parametrize(("name", "by"), [("ssd", "joint"), ("ssd", "random"), ("adapter", "reverse")])
 def test_prune_command(run, place, tmp_path, name, by):
     out = tmp_path / "out"
-    done = run("prune", place / name, place / "rows.jsonl", "--out", out, "--keep", 0.75, "--by", by, "--draws", 1)
+    done = run(
+        "prune", place / name, place / "rows.jsonl", "--output-dir", out, "--keep", 0.75, "--by", by, "--draws", 1
+    )
     assert done.exit_code == 0, done.output
     result = json.loads((out / "pruning.json").read_text())
     assert [row["model"] for row in result["rows"]] == ["as it is", "joint", "reverse", "random 1"]
-    assert len({row["parameters"] for row in result["rows"][1:]}) == 1, "not the same budget"
+    assert len({row["parameters"] for row in result["rows"][1:]}) == 1, "the variants should have the same budget"
     assert result["asymmetry"] in done.output
     again = tmp_path / "again"
     assert (out / "model" / "tokenizer").is_dir()
-    done = run("record", out / "model", place / "rows.jsonl", "--out", again)  # the pruned model is one like any other
+    done = run(
+        "record", out / "model", place / "rows.jsonl", "--output-dir", again
+    )  # a pruned model can be recorded like any other
     assert done.exit_code == 0, done.output
     heads = json.loads((again / "dynamics.json").read_text())["heads"]
     assert len(heads) == sum(map(len, result["kept"]["random 1" if by == "random" else by].values()))
@@ -777,15 +782,15 @@ def test_prune_command(run, place, tmp_path, name, by):
 @pytest.mark.parametrize("name", ["ssd", "adapter"])
 def test_lower_command(run, place, tmp_path, name):
     out = tmp_path / "out"
-    done = run("lower", place / name, place / "rows.jsonl", "--out", out, "--heldout", place / "one.txt")
+    done = run("lower", place / name, place / "rows.jsonl", "--output-dir", out, "--heldout", place / "one.txt")
     assert done.exit_code == 0, done.output
     result = json.loads((out / "pruning.json").read_text())
     assert [row["model"] for row in result["rows"]] == ["as it is", "leading", "trailing", "random"]
     assert result["state_ranks"] == ([5, 5] if name == "ssd" else [2, 2])
-    assert run("record", out / "model", place / "one.txt", "--out", tmp_path / "again").exit_code == 0
+    assert run("record", out / "model", place / "one.txt", "--output-dir", tmp_path / "again").exit_code == 0
 
 
-def test_mistakes_end_in_one_line_and_leave_nothing(run, place, tmp_path):
+def test_mistakes_end_in_one_line_and_leave_no_files(run, place, tmp_path):
     rows, out = place / "rows.jsonl", tmp_path / "out"
     for message, arguments in {
         "no linear-attention states": ("record", place / "base", rows),
@@ -797,14 +802,14 @@ def test_mistakes_end_in_one_line_and_leave_nothing(run, place, tmp_path):
         "the states' width": ("lower", place / "ssd", rows, "--keep", "1.5"),
         "alpha must lie": ("prune", place / "ssd", rows, "--alpha", "2"),
     }.items():
-        done = run(*arguments, "--out", out)
+        done = run(*arguments, "--output-dir", out)
         assert done.exit_code == 1, done.output
         assert message in done.output
-        assert not list(tmp_path.iterdir()), "something was left"
+        assert not list(tmp_path.iterdir()), "a failed run left files behind"
     wrong = tmp_path / "wrong"
     wrong.mkdir()
     (wrong / "config.json").write_text("{}")
-    assert run("record", wrong, rows, "--out", out).exit_code == 1
+    assert run("record", wrong, rows, "--output-dir", out).exit_code == 1
 
 
 def test_texts_get_steps_and_step_tokens(place):
@@ -814,18 +819,18 @@ def test_texts_get_steps_and_step_tokens(place):
     marked = read_texts(str(place / "rows.jsonl"), model, str(place / "adapter"), options)
     first = len(character_tokenizer())
     assert len(plain) == 3
-    for without, with_ in zip(plain, marked, strict=True):
-        assert [token for token in with_.tokens if token < first] == without.tokens
-        assert len(with_.step_ends) == len(without.step_ends)
-        assert with_.step_ends[0] == without.step_ends[0], "the first step stands for the prompt"
-        assert all(with_.tokens[end - 1] in (first + 1, first + 3) for end in with_.step_ends[1:])
+    for text, marked_text in zip(plain, marked, strict=True):
+        assert [token for token in marked_text.tokens if token < first] == text.tokens
+        assert len(marked_text.step_ends) == len(text.step_ends)
+        assert marked_text.step_ends[0] == text.step_ends[0], "the first step should serve as the prompt"
+        assert all(marked_text.tokens[end - 1] in (first + 1, first + 3) for end in marked_text.step_ends[1:])
     assert max(len(text.step_ends) for text in plain) > 2
     cut = read_texts(str(place / "rows.jsonl"), model, str(place / "adapter"), TextOptions(limit=1, max_tokens=70))
     assert len(cut[0].tokens) == 70
     assert all(end <= 70 for end in cut[0].step_ends)
 
 
-def test_holding_out():
+def test_holding_texts_out():
     texts = [Text(str(i), list(range(10)), [4, 10]) for i in range(10)]
     known, scored = hold_out(texts)
     assert (len(known), len(scored)) == (8, 2)
@@ -837,10 +842,10 @@ def test_holding_out():
 
 
 def test_real_traces_of_a_pretrained_model(shared):
-    """The character model converted, with silent branches: no state, no rank, and no error."""
+    """The converted character model, with silent branches, has no rank and raises no error."""
     folder = shared / "data" / "tiny_lm" / "babyllama105-qwen2"
     if not folder.is_dir():
-        pytest.skip(f"{folder} is not there")
+        pytest.skip(f"{folder} does not exist")
     model = convert(str(folder), step_start_token_ids=[105], step_end_token_ids=[106], la_rank=8)
     found = record(model, torch.randint(3, 100, (100,)))
     assert len(found.heads) == 20

@@ -1,4 +1,4 @@
-"""The devices "emulated" and "checked" of other tests are what they say: CUDA kernels, there and only there."""
+"""The devices "emulated" and "checked" run the CUDA kernels, and the CPU backend is restored afterwards."""
 
 import pytest
 import torch

@@ -1,5 +1,5 @@
-"""Step information gain: the paper's identities on a model that can be enumerated, the same numbers from forks as from
-reading anew, and the command on traces of every form.
+"""Step information gain: the paper's identities on a model small enough to enumerate, forks against reading everything
+again, and the command on traces of every form.
 """
 
 import json
@@ -30,6 +30,7 @@ from typer.testing import CliRunner
 from statecore.adapter import convert, save_adapter
 from statecore.cache import cache_bytes
 from statecore.cli import app
+from statecore.data import PromptOptions
 from statecore.demo import task
 from statecore.flow import (
     candidate_gains,
@@ -40,20 +41,25 @@ from statecore.flow import (
     step_gains,
     token_log_probs,
 )
-from statecore.flow.command import flow, load_causal_lm
+from statecore.flow.command import OutputOptions, ScoringOptions, SelectionOptions, flow
+from statecore.flow.readers import ChainFields
+from statecore.loading import ModelOptions, load_causal_lm
+from statecore.segmentation import StepOptions
 
 EXACT = 1e-12
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A joint distribution of steps and answers, small enough to be written down
+# A joint distribution of steps and answers, small enough to enumerate
 
-PROMPT, CLOSE, SYMBOLS, STEP, STEPS = 4, 3, 3, 2, 2  # steps of two of three symbols; an answer of two
+PROMPT, CLOSE, SYMBOLS, STEP, STEPS = 4, 3, 3, 2, 2  # two steps of two symbols out of three; an answer of two symbols
 STEP_VALUES = list(product(range(SYMBOLS), repeat=STEP))
 
 
 class JointModel(nn.Module):
-    """A causal language model of a random joint distribution p(s_1, s_2, y): step symbols follow their conditional
-    distribution given what came, and behind CLOSE, wherever it comes, so do the answer's. It has no cache.
+    """A causal language model of a random joint distribution p(s_1, s_2, y), without a cache.
+
+    Step symbols follow their conditional distribution given the symbols before them, and after CLOSE, wherever it
+    appears, so do the answer's.
     """
 
     def __init__(self):
@@ -62,7 +68,7 @@ class JointModel(nn.Module):
         self.joint = nn.Parameter(torch.randn(sizes, dtype=torch.float64).mul(1.5).flatten().softmax(0).view(sizes))
 
     def of(self, steps=(), answer=()):
-        """p(first step symbols, first answer symbols), all others summed out."""
+        """p(first step symbols, first answer symbols), marginalised over all others."""
         index = [*steps, *[slice(None)] * (STEP * STEPS - len(steps)), *answer]
         return self.joint[tuple(index)].sum()
 
@@ -70,36 +76,36 @@ class JointModel(nn.Module):
         logits = torch.full((*input_ids.shape, 5), -math.inf, dtype=torch.float64)
         for b, row in enumerate(input_ids.tolist()):
             for t in range(len(row)):
-                seen = row[1 : t + 1]
-                steps = seen[: seen.index(CLOSE)] if CLOSE in seen else seen
-                answer = seen[len(steps) + 1 :] if CLOSE in seen else None
+                prefix = row[1 : t + 1]
+                steps = prefix[: prefix.index(CLOSE)] if CLOSE in prefix else prefix
+                answer = prefix[len(steps) + 1 :] if CLOSE in prefix else None
                 if (answer is None and len(steps) == STEP * STEPS) or len(answer or ()) == 2:
-                    logits[b, t] = 0.0  # nothing is asked here
+                    logits[b, t] = 0.0  # no symbol follows
                     continue
                 for symbol in range(SYMBOLS):
-                    more = self.of([*steps, symbol]) if answer is None else self.of(steps, [*answer, symbol])
-                    logits[b, t, symbol] = more.log()
+                    extended = self.of([*steps, symbol]) if answer is None else self.of(steps, [*answer, symbol])
+                    logits[b, t, symbol] = extended.log()
         return SimpleNamespace(logits=logits)
 
 
-def test_both_forms_are_the_enumerated_ones():
+def test_both_forms_match_enumeration():
     model = JointModel()
     with torch.no_grad():
         for steps in list(product(range(SYMBOLS), repeat=STEP * STEPS))[::7]:
             answer = [steps[0], steps[-1]]
             known = [model.of(steps[: STEP * i], answer) / model.of(steps[: STEP * i]) for i in range(STEPS + 1)]
             bayes = []
-            for i in range(STEPS):  # posterior and prior of a step, each a ratio of sums over all sequences
-                before, upto = steps[: STEP * i], steps[: STEP * (i + 1)]
-                posterior = model.of(upto, answer) / model.of(before, answer)
-                bayes.append((posterior / (model.of(upto) / model.of(before))).log())
+            for i in range(STEPS):  # posterior and prior of a step, each a ratio of marginals
+                before, after = steps[: STEP * i], steps[: STEP * (i + 1)]
+                posterior = model.of(after, answer) / model.of(before, answer)
+                bayes.append((posterior / (model.of(after) / model.of(before))).log())
             arguments = ([PROMPT, *steps], [1, 1 + STEP, 1 + 2 * STEP], answer)
             for method in ("difference", "posterior"):
                 found = step_gains(model, *arguments, closing=[CLOSE], method=method)
                 torch.testing.assert_close(found.log_likelihoods, torch.stack(known).log(), atol=EXACT, rtol=0)
                 torch.testing.assert_close(found.gains, torch.stack(bayes), atol=EXACT, rtol=0)
                 total = (known[-1] / known[0]).log()
-                assert abs(found.gains.sum() - total) < EXACT, "gains do not sum to the whole"
+                assert abs(found.gains.sum() - total) < EXACT, "gains do not sum to the total"
             first = model.of(steps[:STEP]).log()
             assert abs(found.prior[0] - first) < EXACT
             assert abs(found.posterior[0] - (bayes[0] + first)) < EXACT
@@ -126,17 +132,17 @@ def test_signs_in_a_joint_distribution(before):
 
 
 def assert_signs_up_to_evidence(found, tolerance):
-    """What is left of the signs in a model whose answers at once are no joint distribution with its steps."""
+    """The sign identities with log Z, for a model whose immediate answers form no joint distribution with its steps."""
     prior, posterior, evidence = found.prior.exp(), found.posterior.exp(), found.log_evidence
-    apart = (found.prior - found.posterior) * prior, (found.posterior - found.prior) * posterior
+    divergences = (found.prior - found.posterior) * prior, (found.posterior - found.prior) * posterior
     assert abs(prior.sum() - 1) < tolerance
-    assert abs((prior * found.gains).sum() - (evidence - apart[0].sum())) < tolerance
-    assert abs((posterior * found.gains).sum() - (evidence + apart[1].sum())) < tolerance
+    assert abs((prior * found.gains).sum() - (evidence - divergences[0].sum())) < tolerance
+    assert abs((posterior * found.gains).sum() - (evidence + divergences[1].sum())) < tolerance
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_signs_in_a_language_model(family):
-    """All steps of two tokens, every answer of one: the evidence is the answer's probability a step later."""
+    """All steps of two tokens, all answers of one: the evidence is the answer's probability one step later."""
     model = tiny_base(family, torch.float64, vocab_size=7)
     context = read(model, [2, 5, 3])
     steps = list(product(range(7), repeat=2))
@@ -147,10 +153,10 @@ def test_signs_in_a_language_model(family):
         evidence.append(found.log_evidence + found.log_likelihood)
         if answer == 3:
             alone = [token_log_probs(model, [2, 5, 3, *step, 6, 3]) for step in steps]
-            wanted = torch.stack([row[2:4].sum() + row[-1] for row in alone]).logsumexp(0)
-            assert abs(evidence[-1] - wanted) < 1e-10
+            expected = torch.stack([row[2:4].sum() + row[-1] for row in alone]).logsumexp(0)
+            assert abs(evidence[-1] - expected) < 1e-10
     assert abs(torch.stack(evidence).exp().sum() - 1) < 1e-10
-    assert abs(found.log_evidence) > 1e-3, "a random model is no joint distribution"
+    assert abs(found.log_evidence) > 1e-3, "a random model should be no joint distribution"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -162,7 +168,7 @@ def words(*lengths: int) -> list[list[int]]:
 
 
 def chain_of(model, prompt: int = 5, lengths=(4, 3, 6, 1, 5)):
-    """(tokens, step_ends) of random words; with step tokens for a state-transition model."""
+    """(tokens, step_ends) of random words, with step tokens for a state-transition model."""
     head, *steps = words(prompt, *lengths)
     if hasattr(model.config, "step_start_token_ids"):
         steps = [[STARTS[i % 3], *step, ENDS[i % 3]] for i, step in enumerate(steps)]
@@ -198,23 +204,23 @@ def test_forks_recomputation_and_bayes_agree(name, closing, answer):
     tokens, ends = chain_of(model)
     closing, answer = words(closing, answer)
     forked = step_gains(model, tokens, ends, answer, closing=closing)
-    anew = step_gains(model, tokens, ends, answer, closing=closing, cached=False)
+    recomputed = step_gains(model, tokens, ends, answer, closing=closing, cached=False)
     bayes = step_gains(model, tokens, ends, answer, closing=closing, method="posterior")
     assert forked.cached
-    assert not anew.cached
+    assert not recomputed.cached
     close = 1e-5 if name == "mamba2" else 1e-9  # its states are float32 in any model
-    for found in (anew, bayes):
+    for found in (recomputed, bayes):
         torch.testing.assert_close(found.gains, forked.gains, atol=close, rtol=0)
         torch.testing.assert_close(found.log_likelihoods, forked.log_likelihoods, atol=close, rtol=0)
     difference = forked.log_likelihoods[-1] - forked.log_likelihoods[0]
     assert abs(forked.gains.sum() - difference) < 1e-12
     assert forked.gains.abs().max() > 1e-3
-    whole = token_log_probs(model, [*tokens, *closing, *answer])[-len(answer) :].sum()
-    assert abs(whole - forked.log_likelihoods[-1]) < close
+    one_pass = token_log_probs(model, [*tokens, *closing, *answer])[-len(answer) :].sum()
+    assert abs(one_pass - forked.log_likelihoods[-1]) < close
 
 
-def test_a_cache_that_cannot_go_on_is_not_used(monkeypatch):
-    """A model that forgets its state when several tokens follow at once is read anew, and the result says so."""
+def test_a_cache_that_cannot_be_continued_is_not_used(monkeypatch):
+    """If a model ignores its state when several tokens follow at once, everything is read again, as the result says."""
     model = other("mamba2")
     forward = model.forward
 
@@ -225,12 +231,12 @@ def test_a_cache_that_cannot_go_on_is_not_used(monkeypatch):
     tokens, ends = chain_of(model)
     found = step_gains(model, tokens, ends, [3, 4])
     assert not found.cached
-    wanted = step_gains(model, tokens, ends, [3, 4], method="posterior")
-    torch.testing.assert_close(found.gains, wanted.gains, atol=1e-9, rtol=0)
+    expected = step_gains(model, tokens, ends, [3, 4], method="posterior")
+    torch.testing.assert_close(found.gains, expected.gains, atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["qwen2", "state-transition llama"])
-def test_a_step_end_costs_the_answers_tokens(name, monkeypatch):
+def test_a_step_end_costs_only_the_answers_tokens(name, monkeypatch):
     model = MODELS[name]()
     tokens, ends = chain_of(model)
     forward, passes = model.forward, []
@@ -246,12 +252,12 @@ def test_a_step_end_costs_the_answers_tokens(name, monkeypatch):
     assert sizes[1::2] == [2 + 3 - 1] * len(ends)
     assert sum(sizes[0::2]) == len(tokens)
     if name.startswith("state"):
-        held = {kept for _, kept in passes[3::2]}  # behind a closed step: prompt and answer, whatever came before
+        held = {kept for _, kept in passes[3::2]}  # after a closed step: prompt and answer, however long the chain is
         assert held == {ends[0] + 4}
 
 
 @pytest.mark.parametrize("name", ["qwen2", "state-transition qwen3", "mamba2"])
-def test_a_context_stays_as_it_is(name):
+def test_continuations_leave_the_context_unchanged(name):
     model = MODELS[name]()
     tokens, _ = chain_of(model)
     context = read(model, tokens)
@@ -264,7 +270,7 @@ def test_a_context_stays_as_it_is(name):
 
 
 @pytest.mark.parametrize("name", ["llama", "state-transition qwen2", "mamba2"])
-def test_candidates_of_any_length_are_as_alone(name):
+def test_batched_candidates_match_single_chains(name):
     model = MODELS[name]()
     tokens, _ = chain_of(model, lengths=(4, 3))
     candidates = words(3, 1, 6, 2)
@@ -274,18 +280,18 @@ def test_candidates_of_any_length_are_as_alone(name):
     found = candidate_gains(model, read(model, tokens), candidates, answer, closing=closing, batch_size=3)
     for i, step in enumerate(candidates):
         ends = [len(tokens), len(tokens) + len(step)]
-        alone = step_gains(model, tokens + step, ends, answer, closing=closing, method="posterior")
-        assert abs(found.gains[i] - alone.gains[0]) < (1e-5 if name == "mamba2" else 1e-9)
-        assert abs(found.prior[i] - alone.prior[0]) < (1e-5 if name == "mamba2" else 1e-9)
+        single = step_gains(model, tokens + step, ends, answer, closing=closing, method="posterior")
+        assert abs(found.gains[i] - single.gains[0]) < (1e-5 if name == "mamba2" else 1e-9)
+        assert abs(found.prior[i] - single.prior[0]) < (1e-5 if name == "mamba2" else 1e-9)
     assert abs(found.posterior.exp().sum() - 1) < 1e-12
 
 
-def test_a_model_in_training_is_scored_without_dropout_and_stays_in_training():
+def test_a_training_model_is_scored_without_dropout_and_stays_in_training_mode():
     model = tiny_base("qwen2", torch.float64, attention_dropout=0.5)
     tokens, ends = chain_of(model)
-    wanted = step_gains(model, tokens, ends, [3]).gains
+    expected = step_gains(model, tokens, ends, [3]).gains
     model.train()
-    assert torch.equal(step_gains(model, tokens, ends, [3]).gains, wanted)
+    assert torch.equal(step_gains(model, tokens, ends, [3]).gains, expected)
     assert model.training
 
 
@@ -294,17 +300,16 @@ def test_prompted_posterior():
     tokens, ends = chain_of(model)
     told = words(7)[0]
     found = prompted_gains(model, tokens, ends, told)
-    without = model(torch.tensor([tokens])).logits.log_softmax(-1)[0]
-    behind = model(torch.tensor([told + tokens[ends[0] :]])).logits.log_softmax(-1)[0]
+    without_answer = model(torch.tensor([tokens])).logits.log_softmax(-1)[0]
+    with_answer = model(torch.tensor([told + tokens[ends[0] :]])).logits.log_softmax(-1)[0]
     shift = len(told) - ends[0]
     for i in range(len(ends) - 1):
         place = range(ends[i], ends[i + 1])
-        prior = sum(without[t - 1, tokens[t]] for t in place)
-        posterior = sum(behind[t - 1 + shift, tokens[t]] for t in place)
+        prior = sum(without_answer[t - 1, tokens[t]] for t in place)
+        posterior = sum(with_answer[t - 1 + shift, tokens[t]] for t in place)
         assert abs(found.gains[i] - (posterior - prior)) < 1e-10
-    assert torch.equal(
-        prompted_gains(model, tokens, ends, tokens[: ends[0]]).gains, torch.zeros(len(ends) - 1).double()
-    )
+    same_prompt = prompted_gains(model, tokens, ends, tokens[: ends[0]])
+    assert torch.equal(same_prompt.gains, torch.zeros(len(ends) - 1).double())
 
 
 def test_steps_are_marked_with_the_likeliest_pattern():
@@ -338,8 +343,8 @@ def test_bad_chains_are_refused(ends, answer, method, message):
 
 
 def test_a_pretrained_model(shared):
-    """The 0.94 M-parameter character model: forks, recomputation and Bayes agree; the step that tells a name
-    makes it likelier; the sum over all next characters behaves as the theory says.
+    """The 0.94 M-parameter character model: forks, recomputation and Bayes agree; the step that gives the name makes it
+    likelier; the sum over all next characters behaves as the theory says.
     """
     data = shared / "data/tiny_lm"
     model = Qwen2ForCausalLM.from_pretrained(data / "babyllama105-qwen2").double().eval()
@@ -379,7 +384,8 @@ def write_rows(path, rows):
     return str(path)
 
 
-SETTINGS = {"prompt_template": "Question: {prompt}\n", "min_step_tokens": 8, "max_step_tokens": 64}
+PROMPT_TEMPLATE = "Question: {prompt}\n"
+SETTINGS = {"prompt": PromptOptions(PROMPT_TEMPLATE), "steps": StepOptions(8, 64)}
 
 
 @pytest.fixture(scope="module")
@@ -394,9 +400,10 @@ def test_a_file_of_traces(tmp_path, language, capsys):
     labels = [{"id": f"row-{i}", "spans": [[0, 40, "begin"], [40, 5000, "rest"]]} for i in range(8)]
     write_rows(tmp_path / "labels.jsonl", labels)
     source = write_rows(tmp_path / "traces.jsonl", rows)
-    options = {"model": language, "pictures": 2, "labels": str(tmp_path / "labels.jsonl"), **SETTINGS}
+    options = {"model": language, "labels": str(tmp_path / "labels.jsonl"), **SETTINGS}
     results = tmp_path / "results"
-    result = flow(source, out=results, rewards=tmp_path / "rewards.jsonl", **options)
+    outputs = OutputOptions(tmp_path / "rewards.jsonl", pictures=2)
+    result = flow(source, output_dir=results, outputs=outputs, **options)
     assert {p.name for p in results.iterdir()} == {
         "flow.json", "report.md", "summary.png", "trace-001.png", "trace-001.json", "trace-002.png", "trace-002.json",
     }  # fmt: skip
@@ -419,30 +426,32 @@ def test_a_file_of_traces(tmp_path, language, capsys):
     steps = sum(len(line["steps"]) for line in lines)
     assert result["steps"]["steps"] == steps == sum(part["steps"] for part in result["by_part_of_the_trace"])
 
-    other_way = flow(source, method="posterior", rewards=tmp_path / "bayes.jsonl", **options)
+    outputs = OutputOptions(tmp_path / "bayes.jsonl", pictures=2)
+    by_bayes = flow(source, scoring=ScoringOptions("posterior"), outputs=outputs, **options)
     for line, same in zip(lines, read_rows(tmp_path / "bayes.jsonl"), strict=True):
         gains = [[step["gain"] for step in row["steps"]] for row in (line, same)]
         torch.testing.assert_close(*map(torch.tensor, gains), atol=1e-3, rtol=0)
-    assert other_way["traces"] == 6
+    assert by_bayes["traces"] == 6
     with pytest.raises(FileExistsError, match="overwriting"):
-        flow(source, out=results, **options)
-    flow(source, out=results, overwrite=True, **options)
+        flow(source, output_dir=results, outputs=OutputOptions(pictures=2), **options)
+    flow(source, output_dir=results, outputs=OutputOptions(pictures=2, overwrite=True), **options)
 
 
 def test_one_trace_against_the_api(tmp_path, language, capsys):
-    """What the command feeds the model, put together by hand: text up to each step's end, closing, answer."""
+    """Assembles by hand what the command feeds the model: text up to each step's end, closing, answer."""
     row = chains(1)[0]
     source = tmp_path / "trace.json"
     source.write_text(json.dumps(row))
-    flow(str(source), model=language, rewards=tmp_path / "r.jsonl", dtype="float64", **SETTINGS)
+    outputs, loading = OutputOptions(tmp_path / "r.jsonl"), ModelOptions(dtype="float64")
+    flow(str(source), model=language, outputs=outputs, loading=loading, **SETTINGS)
     assert "nats" in capsys.readouterr().out
     line = json.loads((tmp_path / "r.jsonl").read_text())
     tokenizer, model = character_tokenizer(), load_causal_lm(language, dtype="float64")
     head, close = f"Question: {row['problem']}\n<think>\n", "\n</think>\n\n"
-    for known, upto in zip(line["answer_log_likelihoods"], [0, *(s["end"] for s in line["steps"])], strict=True):
-        # As `prepare` cuts: white space behind a step is the step's, and what stands before </think> the last one's.
-        last = upto == len(row["thinking"])
-        given = tokenizer(head + row["thinking"][:upto] + (close if last else close.lstrip())).input_ids
+    for known, end in zip(line["answer_log_likelihoods"], [0, *(s["end"] for s in line["steps"])], strict=True):
+        # As in `prepare`, white space after a step belongs to the step, and any before </think> to the last step.
+        last = end == len(row["thinking"])
+        given = tokenizer(head + row["thinking"][:end] + (close if last else close.lstrip())).input_ids
         tokens = [*given, *tokenizer(row["answer"]).input_ids, tokenizer.eos_token_id]
         assert abs(known - token_log_probs(model, tokens)[len(given) - 1 :].sum().item()) < 1e-9
 
@@ -455,31 +464,33 @@ def test_from_the_command_line(tmp_path, language, monkeypatch):
     outcome = CliRunner().invoke(app, line)
     assert outcome.exit_code == 0, outcome.output
     assert len(read_rows(tmp_path / "r.jsonl")) == 1
-    assert CliRunner().invoke(app, line).exit_code == 1, "the rewards are there already"
+    assert CliRunner().invoke(app, line).exit_code == 1, "the rewards exist already"
 
 
 def test_rows_and_answers_can_be_chosen(tmp_path, language):
     rows = [row | {"gold": str(i)} for i, row in enumerate(chains(4))]
     (tmp_path / "all.json").write_text(json.dumps(rows))
-    options = {"model": language, "answer_field": "gold", "think_close": "\nSo the answer is ", **SETTINGS}
-    flow(str(tmp_path), row=3, rewards=tmp_path / "r.jsonl", **options)
+    prompt = PromptOptions(PROMPT_TEMPLATE, think_close="\nSo the answer is ")
+    options = {"model": language, "fields": ChainFields(answer="gold"), **SETTINGS, "prompt": prompt}
+    outputs = OutputOptions(tmp_path / "r.jsonl")
+    flow(str(tmp_path), selection=SelectionOptions(row=3), outputs=outputs, **options)
     line = json.loads((tmp_path / "r.jsonl").read_text())
     assert (line["id"], line["answer"]) == ("row-2", "2")
     with pytest.raises(ValueError, match="no row 9"):
-        flow(str(tmp_path), row=9, **options)
-    result = flow(str(tmp_path / "all.json"), limit=2, **options)
+        flow(str(tmp_path), selection=SelectionOptions(row=9), **options)
+    result = flow(str(tmp_path / "all.json"), selection=SelectionOptions(limit=2), **options)
     assert "no row says" in result["correctness"]["not_measured"]
 
 
-def test_a_posterior_that_is_asked_for(tmp_path, language):
+def test_a_prompted_posterior(tmp_path, language):
     source = write_rows(tmp_path / "t.jsonl", chains(2))
-    options = {"method": "posterior", "posterior_template": "{prompt} (It is {answer})", "model": language, **SETTINGS}
-    flow(source, rewards=tmp_path / "r.jsonl", out=tmp_path / "out", **options)
+    scoring, outputs = ScoringOptions("posterior", "{prompt} (It is {answer})"), OutputOptions(tmp_path / "r.jsonl")
+    flow(source, model=language, output_dir=tmp_path / "out", scoring=scoring, outputs=outputs, **SETTINGS)
     line = json.loads((tmp_path / "r.jsonl").read_text().splitlines()[0])
     assert line["answer_log_likelihoods"] is None
     assert any(abs(step["gain"]) > 1e-6 for step in line["steps"])
     with pytest.raises(ValueError, match="answer"):
-        flow(source, **(options | {"posterior_template": "{prompt}"}))
+        flow(source, model=language, scoring=ScoringOptions("posterior", "{prompt}"), **SETTINGS)
 
 
 def test_a_state_transition_model_on_text(tmp_path, language, capsys):
@@ -490,14 +501,15 @@ def test_a_state_transition_model_on_text(tmp_path, language, capsys):
     save_adapter(model, folder)
     character_tokenizer().save_pretrained(folder / "tokenizer")
     source = write_rows(tmp_path / "t.jsonl", chains(3))
-    result = flow(source, model=str(folder), base=language, out=tmp_path / "out", **SETTINGS)
+    loading = ModelOptions(base=language)
+    result = flow(source, model=str(folder), output_dir=tmp_path / "out", loading=loading, **SETTINGS)
     assert set(result["by_kind"]) == {"opening", "pattern"}
     assert result["read_anew_at_every_step_end"] == 0
     capsys.readouterr()
 
 
 def test_a_prepared_set(tmp_path, capsys):
-    """The demo's training set: as an ordinary model reads it, and as a state-transition model does."""
+    """The demo's training set, read by an ordinary and by a state-transition model."""
     _, starts, ends = task.tokenizer_with_steps()
     problems = task.draw(3, 4, torch.Generator().manual_seed(0))
     folder = task.write_training_set(tmp_path / "set", {"train": task.training_rows(problems, starts, ends)})
@@ -509,7 +521,8 @@ def test_a_prepared_set(tmp_path, capsys):
     )
     for model in ("base", "model"):
         path = tmp_path / f"{model}.jsonl"
-        result = flow(str(folder), model=str(tmp_path / model), rewards=path, dtype="float64")
+        loading = ModelOptions(dtype="float64")
+        result = flow(str(folder), model=str(tmp_path / model), loading=loading, outputs=OutputOptions(path))
         assert set(result["by_kind"]["pattern"]) <= set(task.PATTERNS)
         lines = read_rows(path)
         assert len(lines) == 3
@@ -518,17 +531,17 @@ def test_a_prepared_set(tmp_path, capsys):
         ]
         loaded = load_causal_lm(str(tmp_path / model), dtype="float64")
         ids = problems.input_ids if model == "base" else task.with_step_tokens(problems, starts, ends)
-        wanted = token_log_probs(loaded, ids[1].tolist())[-task.ANSWER_TOKENS :].sum()
-        assert abs(lines[1]["answer_log_likelihoods"][-1] - wanted) < 1e-9
+        expected = token_log_probs(loaded, ids[1].tolist())[-task.ANSWER_TOKENS :].sum()
+        assert abs(lines[1]["answer_log_likelihoods"][-1] - expected) < 1e-9
         assert lines[1]["answer"] == task.make_tokenizer().decode(problems.answers[1, :2])
     capsys.readouterr()
     with pytest.raises(ValueError, match="no part 'eval'"):
-        flow(str(folder), model=str(tmp_path / "base"), split="eval")
+        flow(str(folder), model=str(tmp_path / "base"), selection=SelectionOptions(split="eval"))
     with pytest.raises(ValueError, match="prompts as texts"):
-        flow(str(folder), model=str(tmp_path / "base"), method="posterior", posterior_template="{answer}")
+        flow(str(folder), model=str(tmp_path / "base"), scoring=ScoringOptions("posterior", "{answer}"))
 
 
-def test_what_cannot_be_used_is_said(tmp_path, language):
+def test_unusable_rows_and_settings_are_named(tmp_path, language):
     good = write_rows(tmp_path / "t.jsonl", chains(2))
     options = {"model": language} | SETTINGS
     for row, message in [
@@ -541,12 +554,12 @@ def test_what_cannot_be_used_is_said(tmp_path, language):
     with pytest.raises(ValueError, match="strict"):
         flow(
             str(tmp_path / "bad.jsonl"),
-            strict=True,
-            rewards=tmp_path / "never.jsonl",
-            out=tmp_path / "never",
+            output_dir=tmp_path / "never",
+            selection=SelectionOptions(strict=True),
+            outputs=OutputOptions(tmp_path / "never.jsonl"),
             **options,
         )
-    assert not [path for path in tmp_path.iterdir() if "never" in path.name], "a run that failed left something behind"
+    assert not [path for path in tmp_path.iterdir() if "never" in path.name], "a failed run left files behind"
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.json").write_text("{")
     for source, message in [("empty", "must hold"), ("broken.json", "JSON object")]:
@@ -555,15 +568,16 @@ def test_what_cannot_be_used_is_said(tmp_path, language):
     with pytest.raises(ValueError, match="chat template"):
         flow(good, model=language)
     with pytest.raises(ValueError, match="min_step_tokens"):
-        flow(good, **(options | {"max_step_tokens": 9}))
+        flow(good, **(options | {"steps": StepOptions(8, 9)}))
     other = tmp_path / "other"
     tiny_language_model(30).save_pretrained(other)
+    loading = ModelOptions(tokenizer=f"{language}/tokenizer")
     with pytest.raises(ValueError, match="not this model's"):
-        flow(good, tokenizer=f"{language}/tokenizer", **(options | {"model": str(other)}))
+        flow(good, loading=loading, **(options | {"model": str(other)}))
     headless = tmp_path / "headless"
     tiny_language_model(30, tie_word_embeddings=False).model.save_pretrained(headless)
     with pytest.raises(ValueError, match="weights are missing"):
-        flow(good, tokenizer=f"{language}/tokenizer", **(options | {"model": str(headless)}))
+        flow(good, loading=loading, **(options | {"model": str(headless)}))
 
 
 @pytest.mark.parametrize(
@@ -571,31 +585,28 @@ def test_what_cannot_be_used_is_said(tmp_path, language):
     [("Hmm, so it goes. Wait, it is six.", "</think>"), ("Hmm, it is five。Wait, it is six.", "\n</think>\n")],
 )
 def test_a_tokenizer_that_merges_across_a_border(tmp_path, thinking, think_close, capsys):
-    """Words as tokens: the end of the thinking has one in common with the answer, or one step with the next."""
+    """Words as tokens: one token holds the end of the thinking and the answer, or the end of one step and the next."""
     pieces = Tokenizer(models.WordLevel({"<unk>": 0, "<eos>": 1, "Wait,": 2, "it": 3}, unk_token="<unk>"))
     pieces.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces, unk_token="<unk>", eos_token="<eos>")
     tokenizer.save_pretrained(tmp_path / "model" / "tokenizer")
     tiny_language_model(len(tokenizer)).save_pretrained(tmp_path / "model")
-    options = {
-        "model": str(tmp_path / "model"),
-        "min_step_tokens": 1,
-        "max_step_tokens": 64,
-        "prompt_template": "{prompt}\n",
-    }
+    options = {"model": str(tmp_path / "model"), "steps": StepOptions(1, 64)}
     row = {"problem": "How many?", "thinking": thinking, "answer": "It is six."}
+    prompt = PromptOptions("{prompt}\n", think_close=think_close)
     with pytest.raises(ValueError, match="merged_border"):
-        flow(write_rows(tmp_path / "t.jsonl", [row]), think_close=think_close, **options)
+        flow(write_rows(tmp_path / "t.jsonl", [row]), prompt=prompt, **options)
     row["thinking"] = thinking.replace("。", ". ")
-    assert flow(write_rows(tmp_path / "t.jsonl", [row]), think_close="\n</think>\n", **options)["traces"] == 1
+    prompt = PromptOptions("{prompt}\n", think_close="\n</think>\n")
+    assert flow(write_rows(tmp_path / "t.jsonl", [row]), prompt=prompt, **options)["traces"] == 1
     assert "Wait, it is six." in capsys.readouterr().out
 
 
 def test_the_byte_pairs_of_large_models(tmp_path):
-    """White space that is glued to words and punctuation goes with the word behind the border."""
+    """White space that shares a token with a word or punctuation mark stays with it, after the border."""
     tokenizer = byte_pair_tokenizer()
     tokenizer.save_pretrained(tmp_path / "model" / "tokenizer")
     tiny_language_model(len(tokenizer)).save_pretrained(tmp_path / "model")
     source = write_rows(tmp_path / "t.jsonl", chains(3))
-    result = flow(source, model=str(tmp_path / "model"), min_step_tokens=4, max_step_tokens=64)
+    result = flow(source, model=str(tmp_path / "model"), steps=StepOptions(4, 64))
     assert result["traces"] == 3

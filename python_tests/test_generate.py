@@ -10,10 +10,11 @@ from tiny_models import ENDS, EOS, FAMILIES, STARTS, WORDS, left_padded, random_
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import DynamicCache, PreTrainedTokenizerFast, TextStreamer, pipeline
 
-from statecore import generate as decoding
-from statecore import steps
+from statecore import decoding, steps
 from statecore.adapter import convert, save_adapter
 from statecore.cache import cache_bytes
+from statecore.decoding import DecodingOptions
+from statecore.generate import PromptSource, _StepPrinter, generate
 from statecore.loading import load_state_transition_model
 
 # Random models hardly ever write a marker: these make steps come and go.
@@ -181,13 +182,12 @@ def test_tracker_follows_the_rule_of_the_model():
         markers = torch.rand(40) < 0.4
         tokens[markers] = torch.tensor(STARTS + ENDS)[torch.randint(0, 6, (int(markers.sum()),))]
         rows = model.get_input_embeddings().step_rows(tokens[None])
-        ids = steps.derive(rows, 3, torch.ones(1, 40).bool()).ids[0].tolist()
+        ids = steps.steps_from_markers(rows, 3, torch.ones(1, 40).bool()).ids[0].tolist()
         tracker = decoding.StepTracker(model.config, tokens[:7].tolist())
         for token in tokens[7:].tolist():
             tracker.feed(token)
-        found = [segment.number for segment in tracker.segments for _ in segment.tokens]
-        assert found == ids[7:]
-        assert [token for segment in tracker.segments for token in segment.tokens] == tokens[7:].tolist()
+        assert [step.number for step in tracker.all_steps for _ in step.tokens] == ids[7:]
+        assert [token for step in tracker.all_steps for token in step.tokens] == tokens[7:].tolist()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -292,11 +292,15 @@ def adapter(tmp_path, tokenizer):
     return tmp_path / "adapter"
 
 
-OPTIONS = {"raw": True, "max_new_tokens": 6}
+SHORT = DecodingOptions(max_new_tokens=6)
+
+
+def raw(prompt: str | None = None, **source) -> PromptSource:
+    return PromptSource(prompt, raw=True, **source)
 
 
 def test_one_prompt_is_printed(adapter, capsys):
-    (result,) = decoding.generate(adapter, prompt="w3 w4 w5", **OPTIONS)
+    (result,) = generate(adapter, source=raw("w3 w4 w5"), options=SHORT)
     out = capsys.readouterr().out
     assert "[answer]" in out
     assert f"{len(result.token_ids)} tokens in {len(result.steps)} steps" in out
@@ -304,7 +308,7 @@ def test_one_prompt_is_printed(adapter, capsys):
 
 
 def test_steps_are_printed_as_they_end(capsys, tokenizer):
-    printer = decoding._StepPrinter(tokenizer, ["a", "b"])
+    printer = _StepPrinter(tokenizer, ["a", "b"])
     printer(1, decoding.Step(4, 2, 0.125, [STARTS[2], 5, 6, ENDS[2]], True))
     assert capsys.readouterr().out == "\nb [step 4  pattern 2  4 tokens  alpha 0.125]\nw5 w6\n"
 
@@ -314,7 +318,7 @@ def test_an_unfinished_step_is_printed_with_the_result(capsys, tokenizer):
     words = tokenizer.convert_tokens_to_ids(["w5", "w6"])
     step = decoding.Step(number=1, pattern=0, alpha=0.0, tokens=[start, *words], closed=False)
     cut = decoding.Generation(3, step.tokens, [step], False, "w5 w6", "", 1024, 2048, 4096, None)
-    decoding._StepPrinter(tokenizer, ["a"]).result("a", cut)
+    _StepPrinter(tokenizer, ["a"]).result("a", cut)
     assert "[step 1  pattern 0  3 tokens  unfinished]\nw5 w6\n" in capsys.readouterr().out
 
 
@@ -322,27 +326,28 @@ def test_file_in_file_out_and_resume(adapter, tmp_path):
     source, output = tmp_path / "in.jsonl", tmp_path / "out" / "results.jsonl"
     rows = [{"id": f"p{i}", "question": " ".join(f"w{j}" for j in range(2, 4 + i))} for i in range(5)]
     source.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    arguments = {"input": source, "output": output, "prompt_field": "question", "batch_size": 2, **OPTIONS}
-    assert len(decoding.generate(adapter, **arguments)) == 5
+    prompts = raw(input=source, prompt_field="question")
+    arguments = {"source": prompts, "output": output, "batch_size": 2, "options": SHORT}
+    assert len(generate(adapter, **arguments)) == 5
     whole = output.read_text()
     lines = [json.loads(line) for line in whole.splitlines()]
     assert [line["id"] for line in lines] == ["p0", "p1", "p2", "p3", "p4"]
     assert {"text", "answer", "steps", "tokens", "peak_kv_bytes", "state_bytes", "full_kv_bytes"} <= lines[0].keys()
     # A run that was killed in the middle of a line goes on from the last whole one.
     output.write_text("\n".join(whole.splitlines()[:3]) + '\n{"id": "p3", "te')
-    assert len(decoding.generate(adapter, **arguments)) == 2
+    assert len(generate(adapter, **arguments)) == 2
     assert [json.loads(line)["id"] for line in output.read_text().splitlines()] == ["p0", "p1", "p2", "p3", "p4"]
     assert [json.loads(line)["answer"] for line in output.read_text().splitlines()] == [
         line["answer"] for line in lines
     ]
-    assert decoding.generate(adapter, **arguments) == []
+    assert generate(adapter, **arguments) == []
 
 
 def test_stdin(adapter, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("w3 w4\n"))
-    assert decoding.generate(adapter, input="-", quiet=True, **OPTIONS)[0].prompt_tokens == 2
+    assert generate(adapter, source=raw(input="-"), options=SHORT, quiet=True)[0].prompt_tokens == 2
     monkeypatch.setattr("sys.stdin", io.StringIO('{"prompt": "w3"}\n{"prompt": "w4 w5"}\n'))
-    assert [one.prompt_tokens for one in decoding.generate(adapter, input="-", quiet=True, **OPTIONS)] == [1, 2]
+    assert [one.prompt_tokens for one in generate(adapter, source=raw(input="-"), options=SHORT, quiet=True)] == [1, 2]
     assert capsys.readouterr().out == ""
 
 
@@ -358,33 +363,34 @@ def test_stdin(adapter, monkeypatch, capsys):
 def test_bad_input_is_named(content, message, adapter, tmp_path):
     (tmp_path / "in").write_text(content)
     with pytest.raises(ValueError, match=message):
-        decoding.generate(adapter, input=tmp_path / "in", **OPTIONS)
+        generate(adapter, source=raw(input=tmp_path / "in"), options=SHORT)
 
 
 def test_generate_refuses(adapter, tmp_path, tokenizer):
     with pytest.raises(ValueError, match="either a prompt or an input file"):
-        decoding.generate(adapter)
+        generate(adapter, source=PromptSource())
     with pytest.raises(
         ValueError, match="must be a state-transition checkpoint or an adapter folder, got a plain Qwen2"
     ):
         load_state_transition_model(adapter.parent / "base")
     with pytest.raises(ValueError, match="no chat template"):
-        decoding.generate(adapter, prompt="w3")
+        generate(adapter, source=PromptSource("w3"))
     with pytest.raises(ValueError, match="pass `tokenizer`"):
-        decoding.generate(tiny_model(), prompt="w3")
+        generate(tiny_model(), source=PromptSource("w3"))
     (tmp_path / "other.jsonl").write_text("not ours\n")
     with pytest.raises(ValueError, match="must hold results of this command"):
-        decoding.generate(adapter, prompt="w3", output=tmp_path / "other.jsonl", **OPTIONS)
+        generate(adapter, source=raw("w3"), output=tmp_path / "other.jsonl", options=SHORT)
 
 
 def test_prompts_are_built_as_the_training_set_was(adapter, tokenizer):
     form = {"template": "w9 {prompt} w8 ", "think_open": "w7", "think_close": ""}
     (adapter / "patterns.json").write_text(json.dumps({"patterns": [], "prompt": form}))
-    (result,) = decoding.generate(adapter, prompt="w3 w4", max_new_tokens=2, quiet=True)
+    arguments = {"source": PromptSource("w3 w4"), "options": DecodingOptions(max_new_tokens=2), "quiet": True}
+    (result,) = generate(adapter, **arguments)
     assert result.prompt_tokens == 5
     # The same where the tokenizer stands in a folder of its own, as `prepare` writes it.
     tokenizer.save_pretrained(adapter / "tokenizer")
-    (again,) = decoding.generate(adapter, prompt="w3 w4", max_new_tokens=2, quiet=True)
+    (again,) = generate(adapter, **arguments)
     assert again.token_ids == result.token_ids
 
 

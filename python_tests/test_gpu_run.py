@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_checks, gpu_page
+from benchmarks.page import PLACEHOLDER, page, template
+from benchmarks.suite import stages
 
 FOLDER = Path(__file__).resolve().parents[1] / "cuda_tests"
 
@@ -22,17 +23,18 @@ def test_one_line_without_a_gpu(tmp_path):
 
 
 def test_page_has_every_stage(tmp_path):
-    stages = ["build\tok\t30\tsm_90a", "operators\tFAILED\t12\t1 failed | 99 passed", "benchmarks\tlate\t99\t"]
-    (tmp_path / "stages.tsv").write_text("\n".join(stages) + "\n")
-    checks = {"date": "today", "machine": {"GPU": "of a test"}, "stages": gpu_checks.stages(tmp_path / "stages.tsv")}
-    page = gpu_page.page({"sections": {}, "checks": checks})
-    assert "Nothing was timed." in page
-    assert "`make gpu`, today: GPU of a test." in page
+    lines = ["build\tok\t30\tsm_90a", "operators\tFAILED\t12\t1 failed | 99 passed", "benchmarks\tlate\t99\t"]
+    (tmp_path / "stages.tsv").write_text("\n".join(lines) + "\n")
+    checks = {"date": "today", "machine": {"GPU": "of a test"}, "stages": stages(tmp_path / "stages.tsv")}
+    text = page({"sections": {}, "checks": checks}, "gpu")
+    assert "Nothing was timed." in text
+    assert "`make gpu`, today: GPU of a test." in text
     row = "| operators | values and gradients against float64 | **FAILED** | 12 | 1 failed \\| 99 passed |"
-    assert row in page.splitlines()
-    assert "| benchmarks | what is measured on this page | **late** | 99 |  |" in page
+    assert row in text.splitlines()
+    assert "| benchmarks | what is measured on this page | **late** | 99 |  |" in text
 
 
 def test_every_stage_of_the_script_is_explained():
     script = (FOLDER / "run_gpu.sh").read_text()
-    assert re.findall(r"^stage (\w+)", script, re.MULTILINE) == list(gpu_page.CHECKS)
+    explained = [name for name in PLACEHOLDER.findall(template("gpu_checks")) if name not in ("date", "machine")]
+    assert re.findall(r"^stage (\w+)", script, re.MULTILINE) == explained

@@ -40,6 +40,9 @@ print(type(AutoModelForCausalLM.from_config(config)).__name__)
         "from transformers import AutoConfig\nimport statecore",
         "import statecore.modeling\nfrom transformers import AutoConfig",
         "import statecore.config\nimport statecore.modeling\nfrom transformers import AutoConfig",
+        "import statecore.families\nfrom transformers import AutoConfig",
+        "from statecore.config import StateCoreQwen2Config\nfrom transformers import AutoConfig",
+        "from statecore.modeling import StateCoreQwen2ForCausalLM\nfrom transformers import AutoConfig",
         "import statecore\nfrom transformers import pipeline, AutoConfig",
     ],
 )

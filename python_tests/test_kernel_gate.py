@@ -1,4 +1,4 @@
-"""The gate on compiled kernels finds what it is there for, in kernels made to fail."""
+"""kernel_gate.py must report every planted defect of compiled kernels."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ __global__ void copies(float4* to, const float4* from) {
 template __global__ void copies<2>(float4*, const float4*);
 template __global__ void copies<4>(float4*, const float4*);
 
-__global__ void __launch_bounds__(1024) spills(float* x) {  // 64 registers are not enough for 128 values
+__global__ void __launch_bounds__(1024) spills(float* x) {  // 128 values in at most 64 registers
   float held[128];
 #pragma unroll
   for (int i = 0; i < 128; ++i) held[i] = x[threadIdx.x + i * 1024];
@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(1024) spills(float* x) {  // 64 registers are 
   for (int i = 0; i < 128; ++i) x[threadIdx.x * 128 + i] = held[i];
 }
 
-__global__ void keeps_a_stack(float* x, const int* at) {  // an array that is indexed at run time
+__global__ void keeps_a_stack(float* x, const int* at) {  // an array with dynamic indices
   float held[16];
   for (int i = 0; i < 16; ++i) held[i] = x[i];
   for (int i = 0; i < 16; ++i) held[at[i]] += held[at[i + 1]];
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(128) waits_for_wgmma(float* x, unsigned long l
   asm volatile("wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0, %1, %2, %3}, %4, %5, 1, 1, 1, 0, 0;"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "l"(a), "l"(b));
   asm volatile("wgmma.commit_group.sync.aligned;");
-  d[0] += 1;  // before its time
+  d[0] += 1;  // before wgmma.wait_group
   asm volatile("wgmma.wait_group.sync.aligned 0;");
   for (int i = 0; i < 4; ++i) x[threadIdx.x * 4 + i] = d[i];
 #endif

@@ -40,7 +40,7 @@ def random_kernel(n: int, rng: np.random.Generator, density: float = 0.3) -> spa
 
 
 @pytest.mark.parametrize(("graph", "bidirectional"), [*itertools.product(["path", "grid", "expander"], [False, True])])
-def test_world_is_what_was_asked_for(graph, bidirectional):
+def test_world_matches_its_options(graph, bidirectional):
     world = m.make_world(
         12, 9, 0.02, graph=graph, bidirectional=bidirectional, sources=2 if graph != "expander" else 1,
         spread=0.3, dense="random", seed=3,
@@ -74,7 +74,7 @@ def test_meta_graphs():
 
 @pytest.mark.parametrize("seed", range(6))
 def test_hitting_times_against_the_sum_over_time(seed):
-    """Sum over t of P(not there yet), by powers of the kernel; infinite where the chain can get lost."""
+    """Against the sum over t of P(not yet arrived), by powers of the kernel; infinite where the chain can get lost."""
     rng = np.random.default_rng(seed)
     kernel = random_kernel(9, rng, density=0.12)
     target = np.arange(9) == rng.integers(9)
@@ -90,7 +90,7 @@ def test_hitting_times_against_the_sum_over_time(seed):
     np.testing.assert_allclose(times[~lost], expected[~lost], rtol=1e-8)
 
 
-def test_hitting_times_know_dead_ends():
+def test_hitting_times_are_infinite_before_dead_ends():
     kernel = sparse.csr_array(np.array([[0, 0.5, 0.5, 0], [0, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 1.0]]))
     assert m.hitting_times(kernel, np.array([False, False, False, True])).tolist() == [np.inf, np.inf, 1, 0]
     with pytest.raises(ValueError, match="cannot be reached with certainty"):
@@ -102,11 +102,11 @@ def test_hitting_times_know_dead_ends():
 @pytest.mark.parametrize("epsilon_max", [0.1, 0.2])
 @pytest.mark.parametrize(("clusters", "size", "epsilon"), [(4, 5, 1e-2), (8, 5, 1e-2), (8, 10, 1e-3), (16, 5, 1e-4)])
 def test_forward_path_takes_the_paper_s_times(clusters, size, epsilon, epsilon_max):
-    """Exact for equal rows: a cluster is left after M / e steps from a uniform state, M / e - M + 1 from the source and
-    one step more than from there plus M - 1, that is M / e + 1, from another state.
+    """Exact for equal rows: a cluster is left after M / e steps from a uniform state, M / e - M + 1 from the source of
+    its sparse edge, and M / e + 1 from any other state.
     """
     world = m.make_world(clusters, size, epsilon)
-    entered = world.edges[:-1, 1] == world.edges[1:, 0]  # the source itself, cluster by cluster
+    entered = world.edges[:-1, 1] == world.edges[1:, 0]  # a cluster is entered at the source of its own edge
 
     def exact(e: float) -> float:
         inner = np.where(entered, size / e - size + 1, size / e + 1)
@@ -176,13 +176,13 @@ def test_mean_of_walks_is_the_exact_time():
 # Algorithms
 
 
-def test_pretraining_converges_exponentially_once_pruned():
+def test_pretraining_converges_exponentially_after_pruning():
     world = m.make_world(4, 5, 0.02)
     pruned = m.pretrain(world.kernel, 0.02)
     assert ((pruned.kernel > 0) != (world.kernel > 0)).nnz == 0
     assert pruned.errors[-1] < 1e-8
     kept = m.pretrain(world.kernel, 0.02, threshold=0)
-    assert kept.errors[-1] > 1e-4  # what never occurs only decays as 1 / steps
+    assert kept.errors[-1] > 1e-4  # transitions that never occur decay as 1 / steps only
     late = [(t, e) for t, e in zip(pruned.steps, pruned.errors, strict=True) if t > 1.3 * pruned.stage_1_steps]
     slope = np.polyfit([t for t, _ in late[:8]], np.log([e for _, e in late[:8]]), 1)[0]
     assert slope == pytest.approx(-0.02 * 0.98 * (1 + 1 / 5), rel=0.02)
@@ -214,8 +214,8 @@ def test_search_finds_the_sparse_edges(seed):
     assert late["recall"] < 1
 
 
-def test_search_on_a_chain_without_chance():
-    """Round a ring: a warm-up of 3 steps from s knows s .. s + 3, and the next step, from s + 3, leads out of it."""
+def test_search_on_a_deterministic_chain():
+    """On a ring, a warm-up of 3 steps from s visits s .. s + 3, and the next step, from s + 3, leads out."""
     n = 10
     ring = sparse.csr_array((np.ones(n), (np.arange(n), (np.arange(n) + 1) % n)))
     found = m.search(ring, m.SearchBudget(40, 2, 3, 20))
@@ -227,21 +227,21 @@ def test_search_on_a_chain_without_chance():
     assert found.steps == 80 * 4
 
 
-def test_raised_edges_are_the_logit_shift():
+def test_raising_edges_shifts_their_logits():
     world = m.make_world(4, 5, 0.01)
     raised = m.raise_edges(world.kernel, world.edges, 0.2).toarray()
     with np.errstate(divide="ignore"):
         logits = np.log(world.kernel.toarray())
     logits[tuple(world.edges.T)] += math.log(0.2 * 0.99 / (0.01 * 0.8))
     np.testing.assert_allclose(raised, np.exp(logits) / np.exp(logits).sum(1, keepdims=True), atol=1e-12)
-    above = m.raise_edges(world.kernel, np.array([[0, 1]]), 0.1)  # has 0.2 already
+    above = m.raise_edges(world.kernel, np.array([[0, 1]]), 0.1)  # this transition already has probability 0.2
     np.testing.assert_allclose(above.toarray(), world.kernel.toarray(), atol=1e-12)
     with pytest.raises(ValueError, match="3 edges out of state 0 cannot all"):
         m.raise_edges(world.kernel, np.array([[0, 1], [0, 2], [0, 3]]), 0.4)
 
 
 @pytest.mark.parametrize("clip", [0.1, 0.2, 0.5])
-def test_ppo_clip_raises_the_edges_and_nothing_else(clip):
+def test_ppo_clip_raises_only_the_edges(clip):
     world = m.make_world(5, 6, 0.01, graph="expander", dense="random", degree=2)
     tuned = m.ppo_clip(world.kernel, world.edges, 0.2, clip=clip)
     final = tuned.kernel[tuple(world.edges.T)]
@@ -251,7 +251,7 @@ def test_ppo_clip_raises_the_edges_and_nothing_else(clip):
     assert m.within_cluster_change(world.kernel, tuned.kernel, world.cluster) < 1e-12
     others = np.setdiff1d(np.arange(30), world.edges[:, 0])
     np.testing.assert_allclose(tuned.kernel[others].toarray(), world.kernel[others].toarray(), atol=1e-14)
-    # One inner update without clipping is the gradient's sign, by hand: the edge up, the rest of its row down.
+    # The first update of an epoch is not clipped and moves logits by the gradient's sign: the edge up, its row down.
     once = m.ppo_clip(world.kernel, world.edges[:1], 0.0101, rate=0.05)
     row = world.kernel[[world.edges[0, 0]]].toarray()[0]
     shift = np.where(np.arange(30) == world.edges[0, 1], 0.05, -0.05)
@@ -260,7 +260,7 @@ def test_ppo_clip_raises_the_edges_and_nothing_else(clip):
     )
 
 
-def test_ppo_clip_moves_the_law_of_a_cluster_where_an_edge_was_false():
+def test_ppo_clip_on_a_false_edge_changes_the_law_of_its_cluster():
     world = m.make_world(4, 8, 0.01)
     within = np.array([[0, 3]])
     tuned = m.ppo_clip(world.kernel, within, 0.3)
@@ -279,7 +279,7 @@ def test_distillation_and_rescaling():
     np.testing.assert_allclose(m.rescale(logits, 0), np.exp(logits), atol=1e-12)
 
 
-def test_distilled_time_does_not_know_epsilon_or_size():
+def test_distilled_time_is_independent_of_epsilon_and_size():
     times = [
         m.expected_times(m.make_world(8, size, epsilon), 0.2)["distilled"]
         for size in (5, 20)
@@ -289,7 +289,7 @@ def test_distilled_time_does_not_know_epsilon_or_size():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# How times grow
+# Scaling
 
 
 def test_fitted_exponents():
@@ -318,7 +318,7 @@ def test_forward_path_grows_at_the_paper_s_rates(vary, values, plain, distilled)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Bad input
+# Refusals
 
 
 @pytest.mark.parametrize(
@@ -419,7 +419,7 @@ def test_chain_of_markov_traces_is_their_kernel():
     assert d.time_scales(d.pattern_chain(mixed.counts()).kernel)[0] < true / 4
 
 
-def test_sets_are_the_clusters():
+def test_metastable_sets_are_the_clusters():
     traces, world = metastable_traces()
     chain = d.pattern_chain(traces.counts())
     for excess, weight in d.excesses(traces, chain).values():
@@ -435,8 +435,8 @@ def test_sets_are_the_clusters():
         d.metastable_sets(excess, weight, 12)
 
 
-def test_slow_chain_without_order_is_not_taken_for_one():
-    """Traces that keep to one half of the patterns each, in any order: slow against chance, nothing against order."""
+def test_unordered_traces_have_no_excess_over_random_order():
+    """Traces that each use one half of the patterns in random order: slow against chance, no excess over order."""
     rng = np.random.default_rng(0)
     rows = [(rng.integers(4, size=30) + 4 * (i % 2)).tolist() for i in range(300)]
     rows += [rng.integers(8, size=30).tolist() for _ in range(20)]
@@ -448,14 +448,14 @@ def test_slow_chain_without_order_is_not_taken_for_one():
     assert d.metastable_sets(*excesses["order"], 2)[1][0] < 0.1
 
 
-def test_patterns_that_do_not_return_are_left_out():
+def test_transient_patterns_are_left_out():
     chain = d.pattern_chain(np.array([[0, 5, 0, 0], [0, 1, 3, 2], [0, 2, 1, 2], [0, 3, 1, 0]]))
     assert chain.active.tolist() == [1, 2, 3]
     with pytest.raises(ValueError, match="at least 3 patterns that follow each other in turn, got 2"):
         d.pattern_chain(np.array([[1, 2, 0], [2, 1, 1], [0, 0, 3]]))
 
 
-def test_features_leave_the_trace_itself_out():
+def test_features_use_the_chain_without_their_trace():
     rows = [[0, 1, 2, 0, 1], [1, 2, 0, 0], [2, 1, 1, 0, 2, 2], [1]]
     traces = pattern_traces(rows, 3)
     chain = d.pattern_chain(traces.counts())
@@ -473,7 +473,7 @@ def test_features_leave_the_trace_itself_out():
 
 
 def test_comparison_of_outcomes_stays_within_groups():
-    """A feature that differs between groups only, one that differs inside, one that only follows the length."""
+    """A feature that differs only between groups, one that differs within them, one that depends on length alone."""
     rng = np.random.default_rng(0)
     group = np.repeat([0, 1, 2], [80, 80, 40])
     right = np.where(group == 2, True, rng.random(200) < np.where(group == 0, 0.8, 0.2))
@@ -547,7 +547,7 @@ def test_traces_command(run, tmp_path):
     assert not (tmp_path / "without" / "outcomes.json").exists()
 
 
-def test_traces_command_says_what_is_missing(run, tmp_path):
+def test_traces_command_refuses(run, tmp_path):
     traces, _ = metastable_traces(30, 10)
     prepared = write_prepared(tmp_path / "prepared", traces)
 
@@ -623,7 +623,7 @@ def test_world_command_refuses(run, tmp_path, options, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_folder_appears_whole_or_not_at_all(tmp_path):
+def test_folder_appears_complete_or_not_at_all(tmp_path):
     out = tmp_path / "out"
 
     def write(text: str, *, fail: bool = False) -> None:

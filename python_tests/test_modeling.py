@@ -100,11 +100,11 @@ P, S, E, T, U = -1, 0, 2, 1, 3  # ordinary token, start and end of pattern 0, st
 )
 def test_derived_step_ids(rows, real, ids):
     rows, real = torch.tensor([rows]), torch.tensor([real]).bool()
-    assert steps.derive(rows, 2, real).ids.tolist() == [ids]
+    assert steps.steps_from_markers(rows, 2, real).ids.tolist() == [ids]
     for cut in range(1, rows.shape[1]):  # and in two parts, the first remembered by a cache
-        first = steps.derive(rows[:, :cut], 2, real[:, :cut])
-        slots = steps.plan(first, None, torch.zeros(1), None, True, caching=True).slots
-        second = steps.derive(rows[:, cut:], 2, real[:, cut:], slots)
+        first = steps.steps_from_markers(rows[:, :cut], 2, real[:, :cut])
+        slots = steps.make_context(first, None, torch.zeros(1), None, True, caching=True).slots
+        second = steps.steps_from_markers(rows[:, cut:], 2, real[:, cut:], slots)
         assert torch.cat([first.ids, second.ids], 1).tolist() == [ids], cut
 
 
@@ -112,18 +112,18 @@ def test_derived_step_ids_begin_anew_with_every_packed_sequence():
     rows = torch.tensor([[P, S, P, E, P, S, E, P, P, P]])
     real = torch.ones_like(rows).bool()
     packed = torch.tensor([0, 4, 7, 7, 10], dtype=torch.int32)  # the first ends with an end token; the third is empty
-    assert steps.derive(rows, 2, real, None, packed).ids.tolist() == [[0, 1, 1, 1, 0, 1, 1, 0, 0, 0]]
+    assert steps.steps_from_markers(rows, 2, real, None, packed).ids.tolist() == [[0, 1, 1, 1, 0, 1, 1, 0, 0, 0]]
 
 
 def test_packed_bounds():
     position_ids = torch.tensor([[0, 1, 2, 0, 1, 0]])
-    assert steps.find_packed(None, None, position_ids, 1).tolist() == [0, 3, 5, 6]
-    assert steps.find_packed(None, torch.tensor([[4, 4, 4, 7, 7, 9]]), None, 1).tolist() == [0, 3, 5, 6]
-    assert steps.find_packed(None, None, torch.arange(6)[None], 1) is None
-    assert steps.find_packed(None, None, torch.arange(6).expand(2, -1), 2) is None
+    assert steps.packed_cu_seqlens(None, None, position_ids, 1).tolist() == [0, 3, 5, 6]
+    assert steps.packed_cu_seqlens(None, torch.tensor([[4, 4, 4, 7, 7, 9]]), None, 1).tolist() == [0, 3, 5, 6]
+    assert steps.packed_cu_seqlens(None, None, torch.arange(6)[None], 1) is None
+    assert steps.packed_cu_seqlens(None, None, torch.arange(6).expand(2, -1), 2) is None
     assert steps.packed_positions(torch.tensor([0, 3, 5, 6]), 6).tolist() == position_ids.tolist()
     with pytest.raises(ValueError, match="must come in one row, got a batch of 2 rows"):
-        steps.find_packed(torch.tensor([0, 6, 12]), None, None, 2)
+        steps.packed_cu_seqlens(torch.tensor([0, 6, 12]), None, None, 2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -275,18 +275,23 @@ def test_given_step_ids_override_tokens():
     model = tiny_model()
     ids = chain()
     rows = model.model.embed_tokens.step_rows(ids)
-    derived = steps.derive(rows, 3, torch.ones_like(ids).bool()).ids
+    derived = steps.steps_from_markers(rows, 3, torch.ones_like(ids).bool()).ids
     with torch.no_grad():
         logits = model(ids).logits
-        assert torch.equal(model(ids, segment_ids=derived).logits, logits)
-        assert not torch.allclose(model(ids, segment_ids=torch.zeros_like(ids)).logits, logits)
+        assert torch.equal(model(ids, step_ids=derived).logits, logits)
+        assert not torch.allclose(model(ids, step_ids=torch.zeros_like(ids)).logits, logits)
         padded = torch.cat([derived[:, :-3], torch.full((1, 3), -1)], 1)
-        torch.testing.assert_close(model(ids, segment_ids=padded).logits[:, :-3], logits[:, :-3], **TOLERANCE)
+        torch.testing.assert_close(model(ids, step_ids=padded).logits[:, :-3], logits[:, :-3], **TOLERANCE)
         cache = DynamicCache(config=model.config)
-        parts = [model(ids[:, a:b], segment_ids=derived[:, a:b], past_key_values=cache) for a, b in ((0, 9), (9, 24))]
+        parts = [model(ids[:, a:b], step_ids=derived[:, a:b], past_key_values=cache) for a, b in ((0, 9), (9, 24))]
         torch.testing.assert_close(torch.cat([part.logits for part in parts], 1), logits, **TOLERANCE)
-    with pytest.raises(ValueError, match=r"segment_ids must have shape \(1, 24\), got \(1, 23\)"):
-        model(ids, segment_ids=derived[:, 1:])
+    with pytest.raises(ValueError, match=r"step_ids must have shape \(1, 24\), got \(1, 23\)"):
+        model(ids, step_ids=derived[:, 1:])
+    with pytest.warns(FutureWarning, match="segment_ids is a deprecated alias of step_ids") as warned, torch.no_grad():
+        assert torch.equal(model(ids, segment_ids=derived).logits, logits)
+    assert len(warned) == 1
+    with pytest.raises(TypeError, match="cannot both be given"):
+        model(ids, step_ids=derived, segment_ids=derived)
     with pytest.raises(ValueError, match=r"attention_mask must have shape \(1, 24 or more\), got \(1, 1, 24, 24\)"):
         model(ids, attention_mask=torch.ones(1, 1, 24, 24))
 

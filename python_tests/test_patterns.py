@@ -6,6 +6,7 @@ import torch
 from text_cases import byte_pair_tokenizer, chains, character_tokenizer, tiny_model
 
 from statecore import patterns, segmentation
+from statecore.windows import token_windows
 
 
 def unit_rows(rows: np.ndarray) -> bool:
@@ -17,7 +18,7 @@ def unit_rows(rows: np.ndarray) -> bool:
 
 
 def steps_about(topics: list[str]) -> tuple[list[str], list[str], list[int]]:
-    """For each topic two kinds of steps; texts, topics, kinds."""
+    """Texts, topics and kinds of two kinds of steps for each topic."""
     check, other = "wait let me check the {} again", "alternatively maybe the {} is something else"
     texts = [form.format(topic) for topic in topics for form in (check, other)]
     return texts, [topic for topic in topics for _ in range(2)], [kind for _ in topics for kind in range(2)]
@@ -68,7 +69,7 @@ def test_hidden_state_embedding_is_the_mean_state(layer, window):
     for text, steps in zip(texts, spans, strict=True):
         ids = torch.tensor(tokenizer(text)["input_ids"])
         states = torch.zeros(len(ids), model.config.hidden_size)
-        for begin, end, first in segmentation.token_windows(len(ids), window or 512):
+        for begin, end, first in token_windows(len(ids), window or 512):
             out = model(ids[None, begin:end], output_hidden_states=True).hidden_states
             states[first:end] = out[1 if layer is None else layer][0, first - begin :].detach()
         means += [states[begin:end].mean(0).numpy() for begin, end in steps]
@@ -88,7 +89,7 @@ def test_hidden_state_embedding_refuses_a_layer_that_is_not_there():
 
 
 def blobs(sizes: tuple[int, ...] = (60, 30, 90), width: int = 8) -> tuple[np.ndarray, np.ndarray]:
-    """Unit vectors around as many axes, and which axis each belongs to."""
+    """Unit vectors around one axis for each size, and the axis that each belongs to."""
     rng = np.random.default_rng(0)
     owner = rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
     points = np.eye(width)[owner] + 0.1 * rng.normal(size=(len(owner), width))

@@ -11,7 +11,16 @@ import torch
 from text_cases import CHARACTERS, chains, character_tokenizer, tiny_model
 
 from statecore import segmentation
-from statecore.segmentation import OpeningEntropy
+from statecore.labels import label_agreement
+from statecore.segmentation import (
+    Corpus,
+    EntropyOptions,
+    OpeningEntropy,
+    StepOptions,
+    TransitionOptions,
+    Transitions,
+)
+from statecore.windows import encode, token_windows
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Sentences
@@ -95,7 +104,7 @@ def test_first_word():
 @pytest.mark.parametrize(("length", "size"), [(0, 4), (1, 4), (4, 4), (5, 4), (23, 6), (24, 7), (100, 2)])
 def test_windows_read_every_token_once_with_half_a_window_of_context(length, size):
     read = []
-    for begin, end, first in segmentation.token_windows(length, size):
+    for begin, end, first in token_windows(length, size):
         assert 0 <= begin <= first < end <= length
         assert end - begin <= size
         assert first - begin == (size // 2 if begin else 0)
@@ -113,7 +122,7 @@ def test_entropies_are_the_models(unit, window, batch_size):
     wanted = defaultdict(list)
     for text, text_starts in zip(texts, starts, strict=True):
         ids = torch.tensor(tokenizer(text)["input_ids"])
-        for begin, end, first in segmentation.token_windows(len(ids), window or 512):
+        for begin, end, first in token_windows(len(ids), window or 512):
             p = model(ids[None, begin:end]).logits[0].double().softmax(-1)
             entropy = -(p * p.log2()).sum(-1)
             for start in text_starts:
@@ -144,7 +153,7 @@ def test_slow_tokenizers_are_refused():
         is_fast = False
 
     with pytest.raises(ValueError, match="no character offsets"):
-        segmentation.encode(Slow(), ["a"])
+        encode(Slow(), ["a"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -192,17 +201,68 @@ def test_transitions_from_files(tmp_path):
         segmentation.load_transitions(file)
 
 
+class Language:
+    """Measures the entropies of TABLE at whatever it reads."""
+
+    def opening_entropies(self, traces, unit):
+        self.read = (traces, unit)
+        return TABLE
+
+
+def test_strategies_by_precedence(tmp_path):
+    (tmp_path / "words").write_text("Wait\nHmm\n")
+    of_file, by_entropy = EntropyOptions(tmp_path / "words"), EntropyOptions(None, "token", 3, 2)
+    corpus, without_model = Corpus(range(10), Language()), Corpus(range(10))
+    choose = segmentation.choose_transitions
+    assert choose() == Transitions(segmentation.DEFAULT_TRANSITIONS, "word")
+    assert choose(by_entropy, without_model) == Transitions(segmentation.DEFAULT_TRANSITIONS, "token")
+    assert choose(TransitionOptions(), corpus) == Transitions(segmentation.DEFAULT_TRANSITIONS, "word")
+    assert choose(of_file, corpus) == choose(TransitionOptions(tmp_path / "words")) == Transitions(["Wait", "Hmm"])
+    assert choose(by_entropy, corpus) == Transitions(["wait", "but"], "token", TABLE)
+    traces, unit = corpus.language.read
+    assert (len(traces), traces, unit) == (3, sorted(traces), "token")
+    by_threshold = EntropyOptions(entropy_threshold_bits=1.0, min_opening_count=31)
+    assert choose(by_threshold, corpus).openings == ["but"]
+
+
+def test_a_strategy_is_a_function_and_a_table_entry(monkeypatch):
+    def shouted(options, corpus):
+        return Transitions(["WAIT"], options.opening_unit) if options.opening_unit == "token" else None
+
+    monkeypatch.setattr(segmentation, "STRATEGIES", (shouted, *segmentation.STRATEGIES))
+    assert segmentation.choose_transitions(TransitionOptions(opening_unit="token")).openings == ["WAIT"]
+    assert segmentation.choose_transitions().openings == segmentation.DEFAULT_TRANSITIONS
+
+
 def test_words_are_compared_without_case_and_tokens_with_it():
-    word, token = (segmentation.transition_test(["Wait"], unit) for unit in ("word", "token"))
-    assert word("wait")
-    assert not word("waiting")
-    assert not word(None)
-    assert token("Wait")
-    assert not token("wait")
+    word, token = (Transitions(["Wait"], unit) for unit in ("word", "token"))
+    assert "wait" in word
+    assert "waiting" not in word
+    assert None not in word
+    assert "Wait" in token
+    assert "wait" not in token
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Steps
+
+
+def test_steps_start_at_the_tokens_of_their_sentences():
+    text = "One two. Wait, three. So four. But five."
+    spans = [(0, 4), (4, 8), (8, 13), (13, 21), (21, 30), (30, 34), (34, 40)]
+    sentences = segmentation.sentence_starts(text)
+    openings = segmentation.sentence_openings(text, sentences, "word")
+
+    def starts(end: int, transitions: Transitions = Transitions()) -> list[tuple]:
+        found = segmentation.find_steps(sentences, openings, spans, end, transitions, StepOptions(1, 100))
+        return [(step.token, step.char, step.opening) for step in found]
+
+    assert starts(7) == [(0, 0, "one"), (2, 9, "wait"), (5, 31, "but")]
+    assert starts(5) == [(0, 0, "one"), (2, 9, "wait")]
+    assert starts(0) == []
+    assert starts(7, Transitions(["so"])) == [(0, 0, "one"), (4, 22, "so")]
+    spans[:3] = [(0, 13)] * 3  # two sentences start in one token: the transition counts
+    assert starts(7)[0][2] == "wait"
 
 
 def test_short_pieces_join_the_step_before():
@@ -266,7 +326,7 @@ def test_agreement_with_labels():
         "b": [[0, 5, "Start"], [6, 9, "Deduction"]],
         "not prepared": [[0, 5, "Start"]],
     }
-    got = segmentation.label_agreement({"a": [7, 10, 15], "b": [6], "not labelled": [3]}, labels)
+    got = label_agreement({"a": [7, 10, 15], "b": [6], "not labelled": [3]}, labels)
     assert (got["traces"], got["boundaries"], got["labelled_sentences"]) == (2, 4, 4)
     assert got["boundaries_on_a_sentence_start"] == 0.75
     assert got["category_change_precision"] == 0.5  # of four boundaries, those at a's 15 and b's 6

@@ -1,4 +1,4 @@
-"""SSD models: the operator against its recurrence, the models against transformers' Mamba2, one pass against decoding,
+"""SSD models: the scan against its recurrence, models against transformers' Mamba2, full passes against decoding,
 hybrids, and the curriculum.
 """
 
@@ -14,8 +14,11 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Mamba2
 from transformers.models.mamba2 import modeling_mamba2
 
 from statecore import cache as caches
-from statecore.ssd import Packing, SSDCacheLayer, SSDConfig, SSDForCausalLM, SSDMixer, ssd_scan, ssd_step, ssm_states
-from statecore.ssd import train as ssd_train
+from statecore.ssd import SSDCacheLayer, SSDConfig, SSDForCausalLM, SSDMixer, evaluation, ssd_scan, ssd_step, ssm_states
+from statecore.ssd.model import Packing
+from statecore.ssd.recipe import Source, parse_recipe, read_recipe
+from statecore.ssd.rows import Row, passes, programs, rows_of
+from statecore.ssd.train import Curriculum, SkipNonFinite, run_recipe, ssd
 
 PAD, EOS = 0, 1
 SMALL = {
@@ -40,11 +43,11 @@ HYBRIDS = {
     "mixed": {"layer_list": ["mixed_attention", "ssd", "mixed_attention"], "attention": ATTENTION | STEP_TOKENS},
     "all": {"layer_list": ["attention", "ssd", "mixed_attention"], "attention": ATTENTION | STEP_TOKENS},
 }
-# Everything that changes a formula, in combinations that a pure product would only repeat.
+# Every field that changes a formula; a full product would add no coverage.
 GRID = {
     "one group": {"n_groups": 1},
     "groups": {"n_groups": 2, "num_heads": 6},
-    "a group a head": {"n_groups": 6},
+    "one group per head": {"n_groups": 6},
     "biases": {"use_bias": True, "use_conv_bias": False},
     "short convolution": {"conv_kernel": 2},
     "wide state, tied": {"state_size": 33, "tie_word_embeddings": True},
@@ -55,7 +58,7 @@ GRID = {
 
 
 def randomise(model: torch.nn.Module) -> torch.nn.Module:
-    """Every parameter random, so that none drops out of a comparison."""
+    """Makes every parameter random: zeros and ones would hide errors."""
     for name, parameter in model.named_parameters():
         if name.endswith(("norm.weight", "norm_f.weight", ".D")):
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
@@ -73,7 +76,7 @@ def small_model(dtype: torch.dtype = torch.float64, **fields) -> SSDForCausalLM:
     return randomise(SSDForCausalLM(SSDConfig(**(SMALL | fields)))).to(dtype)
 
 
-def both(dtype: torch.dtype, **fields) -> tuple[SSDForCausalLM, Mamba2ForCausalLM]:
+def ours_and_theirs(dtype: torch.dtype, **fields) -> tuple[SSDForCausalLM, Mamba2ForCausalLM]:
     theirs = randomise(Mamba2ForCausalLM(Mamba2Config(**(SMALL | fields)))).to(dtype)
     ours = SSDForCausalLM(SSDConfig.from_mamba2(theirs.config)).to(dtype).eval()
     ours.load_state_dict(theirs.state_dict(), strict=True)
@@ -85,7 +88,7 @@ def tokens(batch: int, time: int) -> torch.Tensor:
 
 
 def chain(time: int) -> torch.Tensor:
-    """Ordinary tokens with step tokens among them."""
+    """Ordinary tokens and step tokens."""
     ids = tokens(1, time)
     ids[0, 5::9], ids[0, 11::9] = 30, 31
     return ids
@@ -99,8 +102,8 @@ def in_pieces(model: SSDForCausalLM, ids: torch.Tensor, lengths: list[int]) -> t
 
 
 class Float64Torch:
-    """The torch module as seen by transformers' Mamba2, which rounds to float32 in many places whatever the dtype of
-    the model: here these are float64, so that its formulas can be compared exactly.
+    """The torch module for transformers' Mamba2, whose code converts to float32 in many places whatever the model's
+    dtype. With float64 in their place its formulas can be compared exactly.
     """
 
     float32 = torch.float64
@@ -116,7 +119,7 @@ def in_float64(monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The operator
+# Scan
 
 
 def scan_case(batch=2, time=23, heads=6, groups=2, width=5, size=7):
@@ -147,7 +150,7 @@ def test_scan_equals_recurrence(time, groups):
         assert relative_error(got, wanted) < EXACT
 
 
-def test_scan_goes_over_into_steps_at_any_token():
+def test_decoding_continues_a_scan_at_any_token():
     *case, state = scan_case()
     whole, final = ssd_scan(*case, state)
     A = case.pop(2)
@@ -165,8 +168,8 @@ def test_scan_goes_over_into_steps_at_any_token():
 def test_scan_without_decay_is_linear_attention_without_feature_map():
     x, dt, _, B, C, _ = scan_case(groups=6)
     out, state = ssd_scan(x, torch.ones_like(dt), torch.zeros(6, dtype=torch.float64), B, C)
-    weights = torch.einsum("bihn,bjhn->bhij", C, B).tril()
-    assert relative_error(out, torch.einsum("bhij,bjhp->bihp", weights, x)) < EXACT
+    scores = torch.einsum("bihn,bjhn->bhij", C, B).tril()
+    assert relative_error(out, torch.einsum("bhij,bjhp->bihp", scores, x)) < EXACT
     assert relative_error(state, torch.einsum("bjhn,bjhp->bhnp", B, x)) < EXACT
 
 
@@ -177,7 +180,7 @@ def test_scan_without_decay_is_linear_attention_without_feature_map():
 @pytest.mark.parametrize("name", GRID)
 @torch.no_grad()
 def test_float64_logits_equal_transformers(name, in_float64):
-    ours, theirs = both(torch.float64, **GRID[name])
+    ours, theirs = ours_and_theirs(torch.float64, **GRID[name])
     ids = tokens(2, 29)
     wanted = theirs(ids).logits
     assert wanted.dtype == torch.float64
@@ -187,7 +190,7 @@ def test_float64_logits_equal_transformers(name, in_float64):
     torch.testing.assert_close(in_pieces(ours, ids, [3, 1, 1, 8, 2, 14]), wanted, **close)
     torch.testing.assert_close(in_pieces(ours, ids, [7] + [1] * 22), wanted, **close)
     torch.testing.assert_close(in_pieces(ours, ids, [1] * 29), wanted, **close)
-    if name != "dt limits":  # transformers forgets them in decoding
+    if name != "dt limits":  # transformers does not apply them in decoding
         cache = DynamicCache(config=theirs.config)
         decoded = [theirs(piece, cache_params=cache, use_cache=True).logits for piece in ids.split([7] + [1] * 22, 1)]
         torch.testing.assert_close(torch.cat(decoded, 1), wanted, **close)
@@ -196,7 +199,7 @@ def test_float64_logits_equal_transformers(name, in_float64):
 @pytest.mark.parametrize("name", GRID)
 @torch.no_grad()
 def test_float32_logits_equal_transformers(name):
-    ours, theirs = both(torch.float32, **GRID[name])
+    ours, theirs = ours_and_theirs(torch.float32, **GRID[name])
     ids = tokens(2, 50)
     wanted = theirs(ids).logits
     for got in (ours(ids).logits, in_pieces(ours, ids, [20, 13] + [1] * 17)):
@@ -204,7 +207,7 @@ def test_float32_logits_equal_transformers(name):
 
 
 def test_gradients_equal_transformers(in_float64):
-    ours, theirs = both(torch.float64)
+    ours, theirs = ours_and_theirs(torch.float64)
     ids = tokens(2, 21)
     for model in (ours, theirs):
         model(ids, labels=ids, use_cache=False).loss.backward()
@@ -215,7 +218,7 @@ def test_gradients_equal_transformers(in_float64):
 
 @torch.no_grad()
 def test_bfloat16_is_as_close_as_transformers():
-    exact, _ = both(torch.float32, num_hidden_layers=2)
+    exact, _ = ours_and_theirs(torch.float32, num_hidden_layers=2)
     ids = tokens(2, 60)
     wanted = exact(ids).logits
     low = copy.deepcopy(exact).to(torch.bfloat16)
@@ -236,8 +239,8 @@ def test_autocast_trains_float32_weights_in_bfloat16():
 
 
 @torch.no_grad()
-def test_checkpoints_go_both_ways(tmp_path):
-    ours, theirs = both(torch.float32)
+def test_checkpoints_load_in_both_directions(tmp_path):
+    ours, theirs = ours_and_theirs(torch.float32)
     ids = tokens(1, 12)
     theirs.save_pretrained(tmp_path / "theirs")
     loaded, report = SSDForCausalLM.from_pretrained(tmp_path / "theirs", output_loading_info=True)
@@ -253,7 +256,7 @@ def test_checkpoints_go_both_ways(tmp_path):
 
 @pytest.mark.parametrize("name", [*HYBRIDS, "norm groups"])
 @torch.no_grad()
-def test_what_mamba2_cannot_say_keeps_its_own_type(name, tmp_path):
+def test_models_beyond_mamba2_keep_their_own_type(name, tmp_path):
     model = small_model(torch.float32, **(HYBRIDS.get(name) or {"norm_groups": 2}))
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -264,7 +267,7 @@ def test_what_mamba2_cannot_say_keeps_its_own_type(name, tmp_path):
 
 
 @torch.no_grad()
-def test_new_weights_are_the_reference_blocks():
+def test_new_weights_are_initialised_as_in_the_reference():
     torch.manual_seed(1)
     mixer = SSDForCausalLM(SSDConfig(**(SMALL | {"num_heads": 384, "head_dim": 2, "hidden_size": 384}))).backbone
     mixer = mixer.layers[1].mixer
@@ -288,12 +291,12 @@ def test_norm_groups():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# One pass, pieces, packed, padded
+# Full passes, pieces, packed and padded sequences
 
 
 @pytest.mark.parametrize("name", ["dt limits", *HYBRIDS])
 @torch.no_grad()
-def test_one_pass_equals_pieces(name):
+def test_full_pass_equals_pieces(name):
     model = small_model(**(HYBRIDS.get(name) or GRID[name]))
     ids = chain(50)
     whole = model(ids).logits
@@ -302,7 +305,7 @@ def test_one_pass_equals_pieces(name):
 
 
 @pytest.mark.parametrize("name", ["ssd", *HYBRIDS])
-def test_packed_sequences_know_nothing_of_each_other(name):
+def test_packed_sequences_are_independent(name):
     model = small_model(**HYBRIDS.get(name, {}))
     lengths = [9, 1, 2, 17, 3]
     ids = chain(sum(lengths))
@@ -323,11 +326,11 @@ def test_packed_sequences_know_nothing_of_each_other(name):
 
 
 @torch.no_grad()
-def test_packed_sequences_go_on_from_their_own_states():
+def test_packed_sequences_continue_from_their_own_states():
     model = small_model()
     mixer, hidden = model.backbone.layers[0].mixer, torch.randn(1, 20, 24, dtype=torch.float64)
     layers = [SSDCacheLayer() for _ in range(3)]
-    first, second = [4, 2, 3], [5, 0, 6]  # one gets nothing more
+    first, second = [4, 2, 3], [5, 0, 6]  # the second is not continued
     wanted, parts = [], hidden.split([4, 2, 3, 5, 6], 1)
     for layer, part in zip(layers, parts[:3], strict=True):
         mixer(part, layer)
@@ -387,7 +390,7 @@ def test_gradient_checkpointing_changes_no_gradient(name):
 
 @torch.no_grad()
 def test_generate_equals_transformers():
-    ours, theirs = both(torch.float32)
+    ours, theirs = ours_and_theirs(torch.float32)
     ids = tokens(3, 9)
     mask = torch.ones_like(ids)
     ids[0, :4], mask[0, :4] = PAD, 0
@@ -403,7 +406,7 @@ def test_generate_equals_transformers():
 
 @pytest.mark.parametrize("name", HYBRIDS)
 @torch.no_grad()
-def test_hybrids_generate_what_a_full_pass_says(name):
+def test_hybrids_generate_what_full_passes_predict(name):
     model = small_model(**HYBRIDS[name])
     model.generation_config.eos_token_id = None
     ids = chain(14)
@@ -413,13 +416,16 @@ def test_hybrids_generate_what_a_full_pass_says(name):
     cache = DynamicCache(config=model.config)
     model.generate(ids[:, :14], max_new_tokens=5, do_sample=False, past_key_values=cache)
     assert cache.get_seq_length() == 18
-    options = {"do_sample": False, "attention_mask": torch.ones(1, 19, dtype=torch.long)}  # or it guesses from the ids
+    options = {
+        "do_sample": False,
+        "attention_mask": torch.ones(1, 19, dtype=torch.long),
+    }  # otherwise generate() infers it from the ids
     assert torch.equal(model.generate(ids[:, :19], max_new_tokens=7, past_key_values=cache, **options), ids)
     assert torch.equal(model.generate(ids[:, :14], max_new_tokens=12, prefill_chunk_size=4, do_sample=False), ids)
 
 
 @torch.no_grad()
-def test_cache_keeps_its_size_and_shows_its_states():
+def test_cache_has_constant_size_and_exposes_its_states():
     model = small_model(torch.float32)
     cache, sizes = DynamicCache(config=model.config), []
     for piece in tokens(2, 40).split([1, 9, 1, 28, 1], 1):
@@ -440,7 +446,7 @@ def test_cache_keeps_its_size_and_shows_its_states():
 
 @pytest.mark.parametrize("name", ["ssd", "all"])
 @torch.no_grad()
-def test_snapshot_and_fork_do_not_see_later_tokens(name):
+def test_snapshots_and_forks_are_unaffected_by_later_tokens(name):
     model = small_model(**HYBRIDS.get(name, {}))
     cache, ids, more = DynamicCache(config=model.config), chain(10), chain(6)
     model(ids, past_key_values=cache, use_cache=True)
@@ -540,7 +546,7 @@ def changed(**values) -> dict:
 
 
 def train(values: dict, folder, **options) -> dict:
-    return ssd_train.run_recipe(ssd_train.parse_recipe(values), folder, **({"ablate": False, "seed": 0} | options))
+    return run_recipe(parse_recipe(values), folder, **({"ablate": False, "seed": 0} | options))
 
 
 def test_curriculum_trains_saves_and_compares(tmp_path):
@@ -563,7 +569,7 @@ def test_curriculum_trains_saves_and_compares(tmp_path):
     assert "| easy + hard |" in (tmp_path / "report.md").read_text()
 
 
-def test_curriculum_starts_from_a_checkpoint_and_pads_or_packs_alike(tmp_path):
+def test_curriculum_starts_from_a_checkpoint_and_padding_equals_packing(tmp_path):
     small_model(torch.float32, vocab_size=300, tie_word_embeddings=True).save_pretrained(tmp_path / "base")
     losses = []
     for packed in (True, False):
@@ -576,8 +582,8 @@ def test_curriculum_starts_from_a_checkpoint_and_pads_or_packs_alike(tmp_path):
 
 
 def test_programs_are_solved_and_reproducible():
-    rows = [row for row, _ in zip(ssd_train.programs(steps=[3, 5], seed=4), range(50), strict=False)]
-    again = [row for row, _ in zip(ssd_train.programs(steps=[3, 5], seed=4), range(50), strict=False)]
+    rows = list(programs(steps=[3, 5], seed=4, count=50))
+    again = list(programs(steps=[3, 5], seed=4, count=50))
     assert rows == again
     for row in rows:
         *statements, question = row["problem"].split(".")
@@ -603,11 +609,11 @@ def test_filters():
         ({"bench": {"none_of": ["none"]}}, False),
         ({"bench": {"any_of": ["none", "x"]}, "tokens": {"max": 4}}, False),
     ]:
-        assert ssd_train.passes(row, conditions, "source") == expected, conditions
+        assert passes(row, conditions, "source") == expected, conditions
     with pytest.raises(ValueError, match="source: the filter needs field 'length'; the row has 'tokens', 'correct'"):
-        ssd_train.passes(row, {"length": 3}, "source")
+        passes(row, {"length": 3}, "source")
     with pytest.raises(ValueError, match="filter of 'tokens' has the unknown 'most'; known are min, max"):
-        ssd_train.passes(row, {"tokens": {"most": 3}}, "source")
+        passes(row, {"tokens": {"most": 3}}, "source")
 
 
 def test_sources_are_files_and_parts_do_not_overlap(tmp_path):
@@ -616,8 +622,8 @@ def test_sources_are_files_and_parts_do_not_overlap(tmp_path):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows) + "no json\n")
 
     def ids(**fields) -> list[str]:
-        found = ssd_train.rows_of(ssd_train.Source(source=str(file), **fields))
-        return [row["id"] for row in found if isinstance(row, dict)]
+        found = rows_of(Source(source=str(file), **fields))
+        return [row.id for row in found if isinstance(row, Row)]
 
     assert ids(rows=3) == ["1", "2", "3"]  # the first has no thinking
     low, high = ids(part=[0.0, 0.3]), ids(part=[0.3, 1.0])
@@ -627,7 +633,7 @@ def test_sources_are_files_and_parts_do_not_overlap(tmp_path):
 
 
 def test_updates_with_bad_gradients_are_skipped():
-    model, skip = small_model(torch.float32), ssd_train.SkipNonFinite()
+    model, skip = small_model(torch.float32), SkipNonFinite()
     for value, skipped in ((1.0, 0), (math.nan, 1), (math.inf, 2)):
         for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter)
@@ -663,33 +669,33 @@ def test_recipes_refuse(values, message, tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
-def test_held_out_loss_is_that_of_the_rows_one_by_one(tmp_path, monkeypatch):
-    recipe = ssd_train.parse_recipe(changed())
-    made = ssd_train.Curriculum(recipe, tmp_path, tmp_path, 0, lambda text: None)
-    model, rows = small_model(vocab_size=len(made.tokenizer)), made.held_out[0][1]
-    wanted = tokens_ = 0.0
+def test_held_out_loss_equals_that_of_single_rows(tmp_path, monkeypatch):
+    recipe = parse_recipe(changed())
+    curriculum = Curriculum(recipe, tmp_path, tmp_path, 0, lambda text: None)
+    model, rows = small_model(vocab_size=len(curriculum.tokenizer)), curriculum.held_out[0][1]
+    total = predicted = 0.0
     for row in rows:
         ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
         count = int((labels[0, 1:] >= 0).sum())
-        wanted, tokens_ = wanted + model(ids, labels=labels).loss.item() * count, tokens_ + count
-    for largest in (1, 70, 10_000):
-        monkeypatch.setattr(ssd_train, "EVALUATED_TOKENS", largest)
-        assert ssd_train.held_out_loss(model, rows) == pytest.approx(wanted / tokens_, rel=1e-5)
+        total, predicted = total + model(ids, labels=labels).loss.item() * count, predicted + count
+    for max_tokens in (1, 70, 10_000):
+        monkeypatch.setattr(evaluation, "MAX_PACK_TOKENS", max_tokens)
+        assert evaluation.held_out_loss(model, rows) == pytest.approx(total / predicted, rel=1e-5)
 
 
 def test_programs_refuse():
     with pytest.raises(ValueError, match=r"steps must be .* got"):
-        next(ssd_train.programs(steps=[0, 3]))
+        next(programs(steps=[0, 3]))
     with pytest.raises(ValueError, match="operations may be"):
-        next(ssd_train.programs(steps=[1, 3], operations=["*"]))
+        next(programs(steps=[1, 3], operations=["*"]))
     with pytest.raises(ValueError, match=r"programs: .*unexpected keyword argument 'depth'"):
-        next(ssd_train.rows_of(ssd_train.Source(programs={"depth": 3}, rows=1)))
+        next(rows_of(Source(programs={"depth": 3}, rows=1)))
 
 
 def test_command_reads_every_committed_recipe(tmp_path):
     folder = Path(__file__).parents[1] / "recipes"
-    found = {path.name: ssd_train.read_recipe(path) for path in folder.glob("ssd-*.yaml")}
+    found = {path.name: read_recipe(path) for path in folder.glob("ssd-*.yaml")}
     assert {"ssd-tiny.yaml", "ssd-promptcot-mamba-7b.yaml"} <= found.keys()
     with pytest.raises(FileNotFoundError, match="there is no recipe"):
-        ssd_train.ssd(tmp_path / "none.yaml", output=tmp_path / "out")
+        ssd(tmp_path / "none.yaml", output_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -19,6 +19,7 @@ from statecore import train
 from statecore.adapter import convert, load_adapter
 from statecore.data import PackedCollator, PaddedCollator, Prepared, load_prepared
 from statecore.demo import task
+from statecore.losses import Losses, distillation_losses
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 PLAIN = len(task.TOKEN_ID)
@@ -91,14 +92,14 @@ def prepared_rows(training_set: Path) -> Prepared:
 # Loss
 
 
-def losses_of(model, batch: dict, *, chunk: int, beta: float = 0.7) -> tuple[train.Losses, dict[str, torch.Tensor]]:
+def losses_of(model, batch: dict, *, chunk: int, beta: float = 0.7) -> tuple[Losses, dict[str, torch.Tensor]]:
     """Losses of a batch, and their gradients by parameter name."""
     model.zero_grad()
     own, teacher = train.split_inputs(batch)
     with torch.no_grad(), model.full_attention():
         teacher_hidden = train.last_hidden_state(model, model, teacher)
     hidden = train.last_hidden_state(model, model, own)
-    losses = train.distillation_losses(
+    losses = distillation_losses(
         model, hidden, batch["labels"], teacher_hidden, batch["student_index"], batch["teacher_index"],
         beta=beta, chunk=chunk,
     )  # fmt: skip
@@ -164,7 +165,7 @@ def test_loss_never_holds_all_logits():
     teacher, index = torch.randn(1, tokens, width), torch.arange(tokens - 1)
     labels = torch.randint(0, vocabulary, (1, tokens))
     with LargestTensor() as largest:
-        losses = train.distillation_losses(model, hidden, labels, teacher, index, index, chunk=chunk)
+        losses = distillation_losses(model, hidden, labels, teacher, index, index, chunk=chunk)
         losses.total.backward()
     assert hidden.grad.abs().sum() > 0
     assert largest.elements == chunk * (vocabulary + 2)

@@ -12,7 +12,7 @@ CHAT_TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endf
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character; 0 unknown, 1 end of sequence."""
+    """One token per character; 0 unknown, 1 end of sequence."""
     vocabulary = {"<unk>": 0, "<eos>": 1} | {c: i for i, c in enumerate(CHARACTERS, 2)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -21,7 +21,7 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def byte_pair_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
-    """Byte-level BPE as Qwen's and Llama 3's: spaces and line breaks are glued to words and punctuation."""
+    """Byte-level BPE as in Qwen and Llama 3: spaces and line breaks are joined to words and punctuation."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -45,7 +45,7 @@ def tiny_model(vocabulary: int, **changes) -> Qwen2ForCausalLM:
 
 
 def save_language_model(folder: Path) -> Path:
-    """A checkpoint folder with a model, and its tokenizer of characters in a folder of its own inside.
+    """A checkpoint folder with a model, and its tokenizer of characters in a subfolder.
 
     Beside a Qwen2 model, AutoTokenizer would take the characters for Qwen2's byte-level BPE.
     """
@@ -56,7 +56,7 @@ def save_language_model(folder: Path) -> Path:
 
 
 def chains(count: int, seed: int = 0) -> list[dict[str, str]]:
-    """Rows with problem, thinking and answer; two rows a problem."""
+    """Rows with problem, thinking and answer; two rows per problem."""
     rng = random.Random(seed)
     openings = ("Wait, ", "But ", "Alternatively, ", "So ", "Then ", "Hmm, ")
     bodies = (

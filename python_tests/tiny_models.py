@@ -1,16 +1,11 @@
-"""Tiny models of all three families with linear branches that do something, and chains of steps to feed them."""
+"""Tiny models of every family, with linear branches that do something, and chains of steps for them to read."""
 
 import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel, Qwen2ForCausalLM, Qwen3ForCausalLM
 
-from statecore.modeling import (
-    StateCoreForCausalLM,
-    StateCoreLlamaForCausalLM,
-    StateCoreQwen2ForCausalLM,
-    StateCoreQwen3ForCausalLM,
-    is_adapter_weight,
-)
+from statecore.families import StateCoreLlamaForCausalLM, StateCoreQwen2ForCausalLM, StateCoreQwen3ForCausalLM
+from statecore.modeling import StateCoreForCausalLM, is_adapter_weight
 
 FAMILIES = {
     "qwen2": (StateCoreQwen2ForCausalLM, Qwen2ForCausalLM),

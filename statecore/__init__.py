@@ -13,7 +13,8 @@ from importlib.machinery import ModuleSpec, PathFinder
 from . import ops
 
 __all__ = ["ops"]
-MODELS = "statecore.ssd"  # imports statecore.modeling: all of our models
+MODELS = "statecore.ssd"  # imports statecore.modeling, and so all of our models
+PARTS = {MODELS, "statecore.families", "statecore.modeling", "statecore.cache", "statecore.config"}
 
 
 class _ThenRegister(Loader):
@@ -27,8 +28,8 @@ class _ThenRegister(Loader):
 
     def exec_module(self, module) -> None:
         self.loader.exec_module(module)
-        # Not from inside a module with models or what it imports: those are what imports transformers right now.
-        if not {MODELS, "statecore.modeling", "statecore.cache", "statecore.config"} & sys.modules.keys():
+        # Not from inside the models or what they are made of: those are what is importing transformers right now.
+        if not PARTS & sys.modules.keys():
             importlib.import_module(MODELS)
 
 

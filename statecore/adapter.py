@@ -1,7 +1,7 @@
-"""A base checkpoint into a state-transition model, and the small file that holds the difference.
+"""Conversion of a base checkpoint to a state-transition model, and the small adapter files that hold the difference.
 
 `adapter.safetensors` has the linear branches and the step token rows, `statecore_config.json` the fields of StepConfig
-and what base they belong to. The base checkpoint is never written to.
+and the base that they belong to. The base checkpoint is never written to.
 """
 
 import copy
@@ -19,8 +19,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .config import StepConfig
+from .families import causal_lm_class
 from .modeling import (
-    CAUSAL_LM_CLASSES,
     LinearBranch,
     StateCoreForCausalLM,
     StepEmbedding,
@@ -37,20 +37,27 @@ STEP_FIELDS = tuple(
     for field in fields(StepConfig)
     if field.name in StepConfig.__annotations__ and field.name != "layer_types"
 )
-NOISE = 0.1  # of the embedding's root mean square, on top of the mean row
+NOISE = 0.1  # standard deviation of new token rows around the mean row, in units of each channel's root mean square
 
 
 def convert(
     base: str | os.PathLike | PreTrainedModel, *, step_start_token_ids: Sequence[int],
     step_end_token_ids: Sequence[int], seed: int = 0, dtype: torch.dtype | str = "auto", **step_fields,
 ) -> StateCoreForCausalLM:  # fmt: skip
-    """A Qwen2, Qwen3 or Llama checkpoint (path, hub name or model) as a state-transition model with only the new parts
-    trainable.
+    """A base as a state-transition model in eval mode, in which only the new parts are trainable.
 
-    step_start_token_ids, step_end_token_ids: index i opens / closes thinking pattern i; the embedding grows if an id
-    lies beyond its last row.
-    seed: of the new weights. dtype: of a loaded checkpoint; a model keeps its own, and is copied.
-    step_fields: further fields of StepConfig (la_rank, alpha_max, ...).
+    Args:
+        base: path, hub name or model of a family in families.py. A model is copied.
+        step_start_token_ids, step_end_token_ids: index i opens / closes thinking pattern i; the embedding grows if an
+            id lies beyond its last row.
+        seed: of the new weights.
+        dtype: of a checkpoint that is loaded; a model keeps its own.
+        step_fields: further fields of StepConfig (la_rank, alpha_max, ...).
+
+    Raises:
+        TypeError: step_fields has other names.
+        ValueError: the base's family is unknown or has an unsupported feature (see `causal_lm_class`), a field is out
+            of range, or the checkpoint lacks weights.
     """
     unknown = step_fields.keys() - set(STEP_FIELDS)
     if unknown:
@@ -59,14 +66,14 @@ def convert(
     step_fields["step_end_token_ids"] = list(step_end_token_ids)
     loaded = isinstance(base, PreTrainedModel)
     base_config = base.config if loaded else AutoConfig.from_pretrained(base)
-    model_class = _class_for(base_config)
+    model_class = causal_lm_class(base_config)
     config = _step_config(model_class, base_config, step_fields)
     if loaded:
         model = model_class(config).to(dtype=base.dtype, device=base.device)
         missing = model.load_state_dict(base.state_dict(), strict=False).missing_keys
         model.generation_config = copy.deepcopy(base.generation_config)
     else:
-        with _quiet():  # it would report every new weight as missing
+        with _quiet():  # transformers would report every new weight as missing
             model, info = model_class.from_pretrained(base, config=config, dtype=dtype, output_loading_info=True)
         missing = info["missing_keys"]
     missing = [name for name in missing if not is_adapter_weight(name)]
@@ -77,7 +84,7 @@ def convert(
     base_rows, rows = config.vocab_size, max(config.step_token_ids, default=-1) + 1
     if rows > base_rows:
         model.resize_token_embeddings(rows, mean_resizing=False)
-        with torch.no_grad():  # rows between step tokens belong to no token: the mean, not noise of their own
+        with torch.no_grad():  # rows between the step tokens' belong to no token: the mean row
             for table in _tables(model):
                 table.weight[base_rows:] = table.weight[:base_rows].mean(0)
     with torch.random.fork_rng(devices=[]):
@@ -89,16 +96,16 @@ def convert(
 
 @torch.no_grad()
 def initialise(model: StateCoreForCausalLM) -> None:
-    """New weights from torch's random numbers alone, whatever of the base was initialised before.
+    """Initialises the new weights. They depend on torch's random state only, not on how the base was loaded.
 
-    Linear branches as LinearBranch and Widen say; a step token row is the mean row of the ordinary tokens + a little
-    noise. The mean row gives a new token an average logit, so it neither drowns the known tokens nor stays out of reach
-    (Hewitt 2021, "Initializing new word embeddings"); the noise tells the patterns apart from the first update on.
+    Linear branches are initialised by LinearBranch and Widen. A step token row is the mean row of the ordinary tokens
+    plus a little noise: the mean row gives a new token an average logit, neither too likely nor out of reach (Hewitt
+    2021, "Initializing new word embeddings"), and the noise separates the patterns from the first update on.
     """
     for module in model.modules():
         if isinstance(module, (LinearBranch, Widen)):
             for parameter in module.parameters(recurse=False):
-                parameter._is_hf_initialized = False  # else transformers' initialisers leave it alone
+                parameter._is_hf_initialized = False  # otherwise transformers' initialisers skip it
             module.initialize()
     ids = torch.tensor(model.config.step_token_ids, dtype=torch.long, device=model.device)
     if not len(ids):
@@ -114,7 +121,7 @@ def initialise(model: StateCoreForCausalLM) -> None:
 
 
 def adapter_weights(model: StateCoreForCausalLM, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The tensors of the adapter file by name. state_dict: gathered weights where the model only holds shards."""
+    """The tensors of the adapter file by name. state_dict: gathered weights, if the model holds only shards of them."""
     names = [name for name, _ in model.named_parameters() if is_adapter_weight(name)]
     source = model.state_dict() if state_dict is None else state_dict
     return {name: source[name].detach().cpu().contiguous() for name in names}
@@ -123,7 +130,7 @@ def adapter_weights(model: StateCoreForCausalLM, state_dict: dict[str, Tensor] |
 def save_adapter(
     model: StateCoreForCausalLM, folder: str | os.PathLike, state_dict: dict[str, Tensor] | None = None
 ) -> None:
-    """Writes adapter.safetensors and statecore_config.json into `folder`, each whole or not at all."""
+    """Writes adapter.safetensors and statecore_config.json into `folder`, each completely or not at all."""
     if not isinstance(model, StateCoreForCausalLM):
         raise TypeError(f"save_adapter() takes a state-transition model, got {type(model).__name__}")
     folder, config = Path(folder), model.config
@@ -143,7 +150,17 @@ def save_adapter(
 def load_adapter(
     base: str | os.PathLike | PreTrainedModel | None, folder: str | os.PathLike, *, dtype: torch.dtype | str = "auto"
 ) -> StateCoreForCausalLM:
-    """The base (path, hub name or model; None for the one named in the file) with the adapter of `folder` on it."""
+    """The base with the adapter of `folder`.
+
+    Args:
+        base: path, hub name or model; None for the base that the adapter names.
+        folder: written by `save_adapter`.
+        dtype: of a base that is loaded; a model keeps its own.
+
+    Raises:
+        FileNotFoundError: `folder` is no adapter.
+        ValueError: the adapter belongs to another base, or names none.
+    """
     folder = Path(folder)
     if not is_adapter(folder):
         raise FileNotFoundError(f"{folder} is no adapter: it must hold {WEIGHTS_FILE} and {CONFIG_FILE}")
@@ -162,8 +179,8 @@ def load_adapter(
 
 
 def load_adapter_weights(model: StateCoreForCausalLM, folder: str | os.PathLike) -> None:
-    """Replaces the linear branches and step token rows of `model` by those in `folder`; every weight must be there with
-    its shape.
+    """Replaces the linear branches and step token rows of `model` by those in `folder`, whose names and shapes must
+    match exactly.
     """
     weights = load_file(Path(folder) / WEIGHTS_FILE)
     own = {name: parameter for name, parameter in model.named_parameters() if is_adapter_weight(name)}
@@ -186,16 +203,9 @@ def is_adapter(folder: str | os.PathLike) -> bool:
 
 
 def _tables(model: StateCoreForCausalLM) -> list[StepEmbedding | StepHead]:
-    """The embedding and, where it has weights of its own, the head."""
+    """The embedding and, unless it is tied, the head."""
     embedding, head = model.model.embed_tokens, model.lm_head
     return [embedding] if head.step_weight is embedding.step_weight else [embedding, head]
-
-
-def _class_for(base_config: PreTrainedConfig) -> type[StateCoreForCausalLM]:
-    classes = {causal_lm.config_class.base_model_type: causal_lm for causal_lm in CAUSAL_LM_CLASSES}
-    if base_config.model_type not in classes:
-        raise ValueError(f"the base must be one of {', '.join(classes)}, got {base_config.model_type!r}")
-    return classes[base_config.model_type]
 
 
 def _step_config(model_class: type, base_config: PreTrainedConfig, step_fields: dict) -> StepConfig:

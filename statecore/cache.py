@@ -1,9 +1,8 @@
-"""What a state-transition model remembers between two forward passes: prompt keys and values, those of the current
-step, and three states.
+"""The cache of a state-transition model: keys and values of the prompt and the current step, and three states.
 
-`DynamicCache(config=model.config)`, which transformers builds by itself everywhere, consists of these layers because
-every layer of the configuration has the type "statecore_step". Tensors held here are replaced, never changed in place:
-a snapshot or a fork is a handful of references, whatever the length of the sequence.
+`DynamicCache(config=model.config)`, which transformers builds everywhere by itself, consists of these layers because
+every layer of the configuration has the type "statecore_step". Tensors in it are replaced, never changed in place, so
+a snapshot copies references and costs the same at any length.
 """
 
 import copy
@@ -14,15 +13,16 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from .config import LAYER_TYPE
-from .steps import Segments, Slots
+from .steps import Slots, StepContext
 
 
 class StepCacheLayer(DynamicLayer):
-    """Cache of one layer: keys and values [B, Hk, kv, D], states float32 (float64 models: float64) [3, B, Hv, Dk, Dv].
+    """Cache of one layer: keys and values [B, Hk, kv, D], states [3, B, Hk, Dk, Dv] (running, step start, prompt) in
+    float32, in float64 for float64 models.
 
-    One forward calls `update` (appends, returns everything that the new tokens may see) and then `finish_step_pass`
-    (takes the new states and drops the keys and values of finished steps). Without the second call it is a plain
-    growing cache: that is what the full-attention teacher uses.
+    A forward calls `update`, which appends and returns everything that the new tokens may attend to, and then
+    `finish_step_pass`, which takes the new states and drops the keys and values of finished steps. The full-attention
+    teacher calls only the first: a plain growing cache.
     """
 
     _layer_type = LAYER_TYPE
@@ -41,14 +41,18 @@ class StepCacheLayer(DynamicLayer):
         self.peak_kv_bytes = 0
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, segments: Segments | None = None, *args, **kwargs
+        self, key_states: Tensor, value_states: Tensor, step_context: StepContext | None = None, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
-        """Appends [B, Hk, T, D] keys and values and returns all of them. `segments` is None in full attention."""
-        if self.seen and (segments is None) != (self.slots is None):
-            made, used = ("segments", "full attention") if segments is None else ("full attention", "segments")
+        """Appends [B, Hk, T, D] keys and values and returns all of them. In full attention there is no step context.
+
+        Raises:
+            ValueError: the cache was filled in another mode.
+        """
+        if self.seen and (step_context is None) != (self.slots is None):
+            made, used = ("segments", "full attention") if step_context is None else ("full attention", "segments")
             raise ValueError(f"a cache filled with {made} cannot go on with {used}: start with a new cache")
-        if self.seen and segments is not None and segments.linear == (self.states is None):
-            made = "off" if segments.linear else "on"
+        if self.seen and step_context is not None and step_context.linear == (self.states is None):
+            made = "off" if step_context.linear else "on"
             raise ValueError(f"the cache was made with the linear branch {made}: start with a new cache")
         keys, values = super().update(key_states, value_states)
         self.seen += key_states.shape[-2]
@@ -56,6 +60,7 @@ class StepCacheLayer(DynamicLayer):
         return keys, values
 
     def finish_step_pass(self, slots: Slots, keep: Tensor | None, states: Tensor | None) -> None:
+        """slots, keep: those of the pass's StepContext. states: None without the linear branch."""
         self.slots, self.states = slots, states
         if keep is not None:
             self.keys, self.values = self.keys.index_select(2, keep), self.values.index_select(2, keep)
@@ -69,11 +74,11 @@ class StepCacheLayer(DynamicLayer):
         return 0 if self.states is None else self.states.nbytes
 
     def get_seq_length(self) -> int:
-        """Tokens seen, not slots kept: positions and generate()'s bookkeeping start from it."""
+        """Tokens seen, not slots kept: positions and generate() count from it."""
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(keys, position of the first key); only the full-attention teacher, which drops nothing, asks for a mask."""
+        """(number of keys, position of the first key). Only the full-attention teacher, which drops nothing, asks."""
         return self.seen + query_length, 0
 
     def get_max_length(self) -> int:
@@ -110,7 +115,7 @@ class StepCacheLayer(DynamicLayer):
 
 @dataclass(frozen=True)
 class CacheBytes:
-    """Bytes that a cache holds now, and the most its keys and values took at any time."""
+    """Bytes of keys and values and of states now, and the most that keys and values ever took."""
 
     kv: int
     state: int
@@ -127,19 +132,19 @@ def cache_bytes(cache: Cache) -> CacheBytes:
 
 
 def fork(cache: Cache, rows: Tensor) -> Cache:
-    """A new cache of the given rows (int64 [any]; a row may come several times); the old one stays as it is."""
+    """A new cache with the given rows (int64 [any length], repeats allowed); the old one stays as it is."""
     forked = snapshot(cache)
     forked.batch_select_indices(rows)
     return forked
 
 
 def snapshot(cache: Cache) -> Cache:
-    """The cache as it is now; copies references, not keys."""
+    """The cache as it is now; copies references, not tensors."""
     saved = copy.copy(cache)
     saved.layers = [copy.copy(layer) for layer in cache.layers]
     return saved
 
 
 def restore(cache: Cache, saved: Cache) -> None:
-    """Puts `cache` back to what `snapshot` saved; the snapshot can be used again."""
+    """Sets `cache` back to what `snapshot` saved; the snapshot can be used again."""
     cache.layers = [copy.copy(layer) for layer in saved.layers]

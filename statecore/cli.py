@@ -1,7 +1,8 @@
 """The `statecore` command.
 
-Every subcommand is a function of the package, or several by name: its signature gives the options, its docstring the
-help. They are imported when they are called, so `statecore --help` and `statecore info` do not wait for transformers.
+Every subcommand is a function of the package, or several by name: the signature gives the options, the docstring the
+help. A keyword whose type is a dataclass, an option group, stands for an option for each of its fields. Functions are
+imported when they are called, so `statecore --help` and `statecore info` do not wait for transformers.
 """
 
 import importlib
@@ -10,15 +11,17 @@ import platform
 import re
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
 from functools import wraps
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
+
+from .settings import option_names, read_yaml
 
 COMMANDS = {
     "info": ("statecore.cli:info", "Print versions, the compiled library and what this machine offers."),
@@ -27,7 +30,7 @@ COMMANDS = {
     "train": ("statecore.train:main", "Distil a base model into a state-transition model."),
     "generate": ("statecore.generate:generate", "Decode step by step with constant memory."),
     "metastable": (
-        {"world": "statecore.metastable.world_command:world", "traces": "statecore.metastable.chain:traces"},
+        {"world": "statecore.metastable.world_command:world", "traces": "statecore.metastable.traces_command:traces"},
         "Chains of dense clusters and rare edges: a made world, and the chain of real traces.",
     ),
     "flow": ("statecore.flow.command:flow", "Show how much each step of a trace tells about its answer."),
@@ -42,6 +45,20 @@ COMMANDS = {
     ),
 }
 
+# Deprecated spellings of `--output-dir`: another option, or the last positional argument. They still work, with a
+# warning, and so do their names in YAML files.
+OLD_SPELLINGS = {
+    "demo": "output",
+    "prepare": "output",
+    "metastable world": "output",
+    "metastable traces": "output",
+    "flow": "--out",
+    "ssd": "--output",
+    "dynamics record": "--out",
+    "dynamics prune": "--out",
+    "dynamics lower": "--out",
+}
+
 
 class Commands(TyperGroup):
     """Commands by name, built when they are asked for."""
@@ -54,20 +71,18 @@ class Commands(TyperGroup):
             return None
         target, summary = COMMANDS[name]
         app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
-        if sys.argv[1:] in ([], ["--help"]):  # the list of commands needs no more than this
+        if sys.argv[1:] in ([], ["--help"]):  # the list of commands takes no more, and imports nothing
             app.command(name, help=summary)(lambda: None)
-            return typer.main.get_command(app)
-        if isinstance(target, dict):
+        elif isinstance(target, dict):
             app.callback(help=summary)(lambda: None)
             for part, function in target.items():
-                app.command(part)(report_errors(documented(load(function))))
-            return typer.main.get_command(app)
-        function = load(target)
-        if name == "train":  # transformers' own parser reads the options of TrainingArguments
-            every = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-            app.command(name, help=summary, context_settings=every)(report_errors(with_rest_of_line(function)))
+                add_command(app, part, load(function), OLD_SPELLINGS.get(f"{name} {part}"))
+        elif name == "train":  # transformers' own parser reads the options of TrainingArguments
+            everything = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+            command = report_errors(with_rest_of_line(load(target)))
+            app.command(name, help=summary, context_settings=everything)(command)
         else:
-            app.command(name)(report_errors(documented(function)))
+            add_command(app, name, load(target), OLD_SPELLINGS.get(name))
         return typer.main.get_command(app)
 
 
@@ -83,62 +98,170 @@ def with_rest_of_line(function: Callable) -> Callable:
     return command
 
 
-def documented(function: Callable) -> Callable:
-    """`function` with a signature that typer understands: options in place of keywords, help out of its `Args:`."""
-    summary, _, rest = inspect.getdoc(function).partition("\nArgs:\n")
-    helps = argument_help(rest)
-    hints = typing.get_type_hints(function)
-    parameters = []
-    for parameter in inspect.signature(function).parameters.values():
-        kind = command_line_type(hints[parameter.name])
-        if kind is None:
-            continue
-        text = helps.get(parameter.name, "")
-        if parameter.kind is parameter.KEYWORD_ONLY:
-            info: Any = typer.Option(help=text, show_default=parameter.default not in (None, ""))
+def add_command(app: typer.Typer, name: str, function: Callable, old_spelling: str | None) -> None:
+    keyword = "output_dir"
+    if old_spelling is not None and keyword not in inspect.signature(function).parameters:
+        keyword = old_spelling.removeprefix("--")
+    app.command(name, cls=Command)(report_errors(documented(function, keyword)))
+
+
+def report_errors(function: Callable) -> Callable:
+    """Users' mistakes end in one line; anything else keeps its traceback."""
+
+    @wraps(function)
+    def run(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except (ValueError, OSError, ImportError) as error:
+            typer.echo(f"statecore: {error}", err=True)
+            raise SystemExit(1) from None
+
+    return run
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From the command line to options
+
+
+class Command(TyperCommand):
+    """A command that takes defaults from `--config`, underscores for dashes, and old spellings of its output folder."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        old = OLD_SPELLINGS.get(ctx.command_path.partition(" ")[2])
+        args = [self.current_spelling(arg, old) for arg in args]
+        given, extra, _ = self.make_parser(ctx).parse_args(list(args))
+        ctx.default_map = self.read_defaults(given.get("config"), old)
+        if old == "output" and "output_dir" not in given and "output_dir" not in ctx.default_map:
+            return self.parse_positional_folder(ctx, args, given, extra)
+        return super().parse_args(ctx, args)
+
+    def current_spelling(self, arg: str, old: str | None) -> str:
+        """`--some_name=value` as `--some-name=value`, and an old option for the output folder as `--output-dir`."""
+        name, equals, value = arg.partition("=")
+        if not name.startswith("--"):
+            return arg
+        name = name.replace("_", "-")
+        if name == old:
+            warn_of(name)
+            name = "--output-dir"
+        known = {option for parameter in self.params for option in (*parameter.opts, *parameter.secondary_opts)}
+        return name + equals + value if name in known else arg  # else it is a value, or refused as it was typed
+
+    def read_defaults(self, config: str | None, old: str | None) -> dict[str, Any]:
+        """Options from a YAML file."""
+        if config is None:
+            return {}
+        known = {parameter.name for parameter in self.params} - {"config"}
+        old_name = old.removeprefix("--") if old else "output_dir"
+        try:
+            values = read_yaml(config, known | {old_name})
+        except (ValueError, OSError) as error:
+            raise typer.BadParameter(str(error)) from error
+        if old_name != "output_dir" and old_name in values:
+            warn_of(f"`{old_name}` in {config}")
+            values.setdefault("output_dir", values.pop(old_name))
+        return values
+
+    def parse_positional_folder(
+        self, ctx: typer.Context, args: list[str], given: dict[str, Any], extra: list[str]
+    ) -> list[str]:
+        """Takes the last positional argument for the output folder: one too many, or the last of any number."""
+        several = next((p.name for p in self.params if p.param_type_name == "argument" and p.nargs == -1), None)
+        values = given.get(several)
+        if len(extra) == 1:
+            ctx.default_map["output_dir"] = extra[0]
+            ctx.allow_extra_args = True
+        elif isinstance(values, (list, tuple)) and len(values) > 1:
+            ctx.default_map["output_dir"] = values[-1]
         else:
-            info = typer.Argument(help=text)
-        default = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
-        default = str(default) if isinstance(default, Path) else default
-        parameters.append(parameter.replace(annotation=Annotated[kind, info], default=default))
+            return super().parse_args(ctx, args)
+        warn_of("a positional output folder")
+        super().parse_args(ctx, args)
+        if not extra:
+            ctx.params[several] = ctx.params[several][:-1]
+        ctx.args = []
+        return ctx.args
+
+
+def warn_of(spelling: str) -> None:
+    typer.echo(f"statecore: {spelling} is deprecated, use --output-dir", err=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From functions to commands
+
+CONFIG = inspect.Parameter(
+    "config",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=None,
+    annotation=Annotated[
+        str | None, typer.Option(help="a YAML file with any of these options; the command line has the last word.")
+    ],
+)
+
+
+def documented(function: Callable, folder: str = "output_dir") -> Callable:
+    """`function` with a signature for typer: keywords and the fields of option groups become options, with the help
+    from their `Args:`. `folder` is the keyword that `--output-dir` fills.
+    """
+    summary, helps = described(function)
+    hints = typing.get_type_hints(function)
+    parameters: list[inspect.Parameter] = []
+    groups: dict[str, type] = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if is_dataclass(hints[name]):
+            groups[name] = hints[name]
+            parameters += group_parameters(hints[name], parameter.default, helps)
+        else:
+            parameter = parameter.replace(name="output_dir") if name == folder else parameter
+            parameters += command_line_parameter(parameter, hints[name], helps.get(name, ""))
     if parameters:
-        text = "a YAML file with any of these options; the command line has the last word."
-        option = typer.Option(help=text, callback=read_defaults, is_eager=True)
-        parameters.append(
-            inspect.Parameter(
-                "config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, option]
-            )
-        )
+        parameters.append(CONFIG)
 
     @wraps(function)
     def command(**options):
         options.pop("config", None)
+        if "output_dir" in options:
+            options[folder] = options.pop("output_dir")
+        for name, group in groups.items():
+            options[name] = group(**{field: options.pop(option) for option, field in option_names(group).items()})
         function(**options)
 
     command.__signature__ = inspect.Signature(parameters)
     command.__annotations__ = {p.name: p.annotation for p in parameters}
-    command.__doc__ = summary.strip()
+    command.__doc__ = summary
     return command
 
 
-def read_defaults(ctx: typer.Context, config: str | None) -> None:
-    """Options of a YAML file become the command's defaults."""
-    if config is None:
+def group_parameters(group: type, default: Any, helps: Mapping[str, str]) -> Iterator[inspect.Parameter]:
+    """The fields of an option group as options. The command's help (`helps`) takes precedence over the group's."""
+    _, group_helps = described(group)
+    hints = typing.get_type_hints(group)
+    fields = inspect.signature(group).parameters
+    for option, name in option_names(group).items():
+        value = fields[name].default if default is inspect.Parameter.empty else getattr(default, name)
+        parameter = inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=value)
+        yield from command_line_parameter(parameter, hints[name], helps.get(option) or group_helps.get(name, ""))
+
+
+def command_line_parameter(parameter: inspect.Parameter, hint: Any, text: str) -> Iterator[inspect.Parameter]:
+    """The parameter as typer reads it; none if a command line cannot give its value."""
+    kind = command_line_type(hint)
+    if kind is None:
         return
-    if not Path(config).is_file():
-        raise typer.BadParameter(f"there is no file {config}")
-    values = yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {}
-    if not isinstance(values, dict):
-        raise typer.BadParameter(f"{config} must hold `name: value` lines")
-    known = sorted({p.name for p in ctx.command.params} - {"config"})
-    unknown = sorted(values.keys() - set(known))
-    if unknown:
-        raise typer.BadParameter(f"{config} has the unknown {', '.join(unknown)}; known are {', '.join(known)}")
-    ctx.default_map = values
+    default = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
+    default = str(default) if isinstance(default, Path) else default
+    text = text.replace("[", r"\[")  # typer's help would take it for markup
+    if parameter.kind is parameter.KEYWORD_ONLY or parameter.name == "output_dir":
+        info: Any = typer.Option(help=text, show_default=parameter.default not in (None, ""))
+        parameter = parameter.replace(kind=parameter.KEYWORD_ONLY)
+    else:
+        info = typer.Argument(help=text)
+    yield parameter.replace(annotation=Annotated[kind, info], default=default)
 
 
 def command_line_type(hint: Any) -> Any:
-    """What a typed keyword is on the command line; None where it cannot be given there."""
+    """The type for typer that stands for a keyword's; None if a command line cannot give such a value."""
     options = [x for x in typing.get_args(hint) if x is not type(None)] if is_union(hint) else [hint]
     optional = is_union(hint) and type(None) in typing.get_args(hint)
     for option in options:
@@ -147,7 +270,7 @@ def command_line_type(hint: Any) -> Any:
             kind = option
         elif option is Path:
             kind = str
-        elif origin is not None and origin is not tuple and issubclass(origin, typing.Sequence):
+        elif origin is not None and origin is not tuple and issubclass(origin, Sequence):
             kind = list[inner[0]]
         elif origin is tuple:
             kind = option
@@ -159,6 +282,12 @@ def command_line_type(hint: Any) -> Any:
 
 def is_union(hint: Any) -> bool:
     return typing.get_origin(hint) in (typing.Union, type(int | str))
+
+
+def described(documented_object: Any) -> tuple[str, dict[str, str]]:
+    """What a docstring says before its `Args:`, and the help for each of them."""
+    summary, _, rest = (inspect.getdoc(documented_object) or "").partition("\nArgs:\n")
+    return summary.strip(), argument_help(rest)
 
 
 def argument_help(section: str) -> dict[str, str]:
@@ -179,18 +308,8 @@ def argument_help(section: str) -> dict[str, str]:
     return helps
 
 
-def report_errors(function: Callable) -> Callable:
-    """Mistakes of the user end in one line; anything else keeps its traceback."""
-
-    @wraps(function)
-    def run(*args, **kwargs):
-        try:
-            return function(*args, **kwargs)
-        except (ValueError, OSError, ImportError) as error:
-            typer.echo(f"statecore: {error}", err=True)
-            raise SystemExit(1) from None
-
-    return run
+# ----------------------------------------------------------------------------------------------------------------------
+# The program
 
 
 def info() -> None:

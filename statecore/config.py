@@ -1,15 +1,14 @@
-"""Configurations of the state-transition models: a base family's configuration plus what the linear branch and the
-steps need.
+"""The configuration of state-transition models: fields for the linear branch and the steps, on top of a base family's.
 
-Every layer has the type "statecore_step", which selects the cache layer of statecore/cache.py wherever transformers
-builds a cache, and makes code that does not know it (continuous batching, static caches, other engines) stop with an
-error instead of running plain attention.
+Every layer has the type "statecore_step". It selects the cache layer of cache.py wherever transformers builds a cache,
+and makes code that does not know it (continuous batching, static caches, other engines) fail with an error instead of
+running plain attention.
 """
 
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor
-from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import PreTrainedConfig
 
 LAYER_TYPE = "statecore_step"
 PROJECTIONS = ("base_plus_low_rank", "low_rank")
@@ -21,17 +20,17 @@ class StepConfig(PreTrainedConfig):
 
     step_start_token_ids, step_end_token_ids: index i holds the token that opens / closes a step of thinking pattern i.
     la_rank: rank of the linear branch's trainable factors.
-    la_projection: "base_plus_low_rank" adds them to the frozen q and k projections, "low_rank" stands alone (arXiv
-    2602.01198 leaves it open).
+    la_projection: "base_plus_low_rank" adds them to the frozen q and k projections, "low_rank" uses them alone (arXiv
+        2602.01198 leaves it open).
     la_rope: rotate the linear branch's q and k as the base rotates its own.
-    la_gate: sigmoid gate on each channel of the linear branch's output. la_norm: RMSNorm on each head of it before the
-    gate.
+    la_gate: sigmoid gate on each channel of the linear branch's output.
+    la_norm: RMSNorm on each head of that output, before the gate.
     alpha_max, alpha_steps: a step t >= 2 is corrected with strength min(alpha_max, t / alpha_steps); alpha_max = 0
-    switches the correction off.
+        switches the correction off.
     max_steps: steps beyond this number are not corrected.
-    state_heads: for every layer the key/value heads whose linear branch, and with it state, is there; None means all.
-    state_ranks: for every layer the width that the linear branch's keys are projected to, and so the largest rank of
-    its states; None means the keys as they are. (statecore/pruning.py sets both.)
+    state_heads: the key/value heads of every layer that have a linear branch and a state; None: all.
+    state_ranks: the width that the linear branch's keys of every layer are projected to, which bounds the rank of its
+        states; None: no projection. (statecore/dynamics/pruning.py sets both.)
     """
 
     layer_types: list[str] | None = None
@@ -56,18 +55,18 @@ class StepConfig(PreTrainedConfig):
 
     @property
     def step_token_ids(self) -> list[int]:
-        """All step tokens; row i of the trainable token rows belongs to entry i."""
+        """All step tokens, starts before ends; entry i belongs to row i of the trainable token rows."""
         return self.step_start_token_ids + self.step_end_token_ids
 
     def alpha_table(self, device: torch.device | str | None = None) -> Tensor:
-        """float32 [max_steps]: correction strength of every step. (arXiv 2602.01198 sec. 4 with min for the misprinted
-        max)
+        """float32 [max_steps]: correction strength of every step (arXiv 2602.01198 sec. 4, whose max is a misprint for
+        min).
         """
         step = torch.arange(self.max_steps, dtype=torch.float32, device=device)
         return (step / self.alpha_steps).clamp(max=self.alpha_max)
 
     def validate_layer_type(self):
-        """Replaces the base's check, which only knows layer types of transformers itself."""
+        """Replaces the base's check, which only knows the layer types of transformers."""
 
     def validate_statecore(self):
         starts, ends = self.step_start_token_ids or [], self.step_end_token_ids or []
@@ -98,7 +97,9 @@ class StepConfig(PreTrainedConfig):
 def check_pruned(
     state_heads: list[list[int]] | None, state_ranks: list[int] | None, heads: list[int], widths: list[int]
 ) -> None:
-    """Checks both fields against the number of heads and the key width of every layer; 0 heads: it has no states."""
+    """Checks both fields against the number of heads and the key width of every layer; a layer with 0 heads has no
+    states.
+    """
     for name, given in (("state_heads", state_heads), ("state_ranks", state_ranks)):
         if given is not None and len(given) != len(heads):
             raise ValueError(f"{name} must have an entry for each of the {len(heads)} layers, got {len(given)}")
@@ -114,23 +115,10 @@ def check_pruned(
             raise ValueError(f"state_ranks of layer {layer} must lie in 1 .. {width}, got {state_ranks[layer]}")
 
 
-@strict
-class StateCoreQwen2Config(StepConfig, Qwen2Config):
-    model_type = "statecore_qwen2"
-    base_model_type = "qwen2"
+def __getattr__(name: str):
+    # The configurations of the families: families.py imports this module, so they are looked up when asked for.
+    if name.startswith("StateCore"):
+        from . import families
 
-
-@strict
-class StateCoreQwen3Config(StepConfig, Qwen3Config):
-    model_type = "statecore_qwen3"
-    base_model_type = "qwen3"
-
-
-@strict
-class StateCoreLlamaConfig(StepConfig, LlamaConfig):
-    model_type = "statecore_llama"
-    base_model_type = "llama"
-
-
-for _config in (StateCoreQwen2Config, StateCoreQwen3Config, StateCoreLlamaConfig):
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+        return getattr(families, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,19 +1,19 @@
-"""The training set: how its rows read, and batches of them with the teacher's alignment.
+"""The training set: the format of its rows, and batches of them aligned with the teacher.
 
-A row of the folder that `statecore prepare` writes reads
+A row of the folder that `statecore prepare` writes is
 
     prompt | <|step_i|> step 1 <|/step_i|> <|step_j|> step 2 <|/step_j|> ... | end of thinking, answer, end of sequence
 
-with step id 0 for the prompt, 1..n for the steps (their markers included) and n + 1 for the rest. The text was
-tokenised once, as a whole and without markers, and the markers stand between two of its tokens: without them a row is
-token by token what the teacher reads.
+with step id 0 for the prompt, 1..n for the steps including their markers, and n + 1 for the rest. The text is tokenised
+once, as a whole, and the markers are inserted between its tokens. So a row without its markers is, token by token, what
+the teacher reads.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,19 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-PATTERNS_FILE = "patterns.json"  # thinking patterns, their tokens, and how prompts are put together
+PATTERNS_FILE = "patterns.json"  # thinking patterns, their tokens, and the prompt format
 
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """How the text of a row is put together; `statecore generate` builds its prompts with the same."""
+    """How the text of a row is put together. `statecore generate` formats its prompts in the same way."""
 
     template: str | None = None  # with {prompt} in it; None: the tokenizer's chat template
     think_open: str = "<think>\n"
     think_close: str = "\n</think>\n\n"
 
     def prompt_text(self, tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
-        """Everything before the thinking. A chat template that opens the thinking itself is left as it is."""
+        """Everything before the thinking. `think_open` is not repeated if the chat template has it already."""
         if self.template is None:
             text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         else:
@@ -44,13 +44,42 @@ class PromptFormat:
 
 
 @dataclass(frozen=True)
+class PromptOptions:
+    """The parts of a PromptFormat that a command is told; the others (None) come from elsewhere.
+
+    Args:
+        template: a text with {prompt} in it; default: the tokenizer's chat template.
+        think_open, think_close: what encloses the thinking.
+    """
+
+    template: str | None = field(default=None, metadata={"option": "prompt_template"})
+    think_open: str | None = None
+    think_close: str | None = None
+
+    def __post_init__(self):
+        if self.template is not None and "{prompt}" not in self.template:
+            raise ValueError(f"prompt_template: expected {{prompt}} in it, got {self.template!r}")
+
+    def given(self) -> dict[str, str]:
+        """Those fields of a PromptFormat that are set."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
 class Prepared:
-    """A training set as `prepare` wrote it."""
+    """A training set written by `statecore prepare`."""
 
     train: datasets.Dataset
     eval: datasets.Dataset | None
     tokenizer: Any
     patterns: dict[str, Any]  # what PATTERNS_FILE holds
+
+    def part(self, split: str) -> datasets.Dataset:
+        """The rows of "train" or "eval"."""
+        rows = {"train": self.train, "eval": self.eval}.get(split)
+        if rows is None:
+            raise ValueError(f"the prepared set has no part {split!r}: expected train, or eval where there is one")
+        return rows
 
     @property
     def step_start_token_ids(self) -> list[int]:
@@ -62,7 +91,7 @@ class Prepared:
 
 
 def load_prepared(folder: str | Path) -> Prepared:
-    """Reads the folder that `statecore prepare` wrote."""
+    """Reads a folder written by `statecore prepare`."""
     folder = Path(folder)
     missing = [name for name in ("train.parquet", PATTERNS_FILE, "tokenizer") if not (folder / name).exists()]
     if missing:
@@ -88,27 +117,26 @@ def load_prepared(folder: str | Path) -> Prepared:
 def align_with_teacher(
     input_ids: np.ndarray, is_marker: np.ndarray, prompt_length: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The teacher's tokens and the pairs of positions at which student and teacher predict the same ordinary token.
+    """The teacher's tokens, and the pairs of positions at which student and teacher predict the same ordinary token.
 
-    The teacher reads the row without its markers. For each ordinary token x behind the prompt, at the student's
-    position p + 1, there is one pair: the student's position p, and the teacher's position of the last ordinary token
-    before x. So for the first token after a marker the student's input is that marker, and the teacher's is the
-    ordinary token before the marker (before both, where a step ends and the next begins). Where the student's next
-    token is a marker there is no pair: the teacher has no opinion, and that position learns from the labels alone. A
-    row's first token has no pair either, as nothing predicts it.
+    The teacher reads the row without its markers. Each ordinary token x after the prompt, at the student's position
+    p + 1, gives one pair: p, and the teacher's position of the last ordinary token before x. So for the first token
+    after a marker, the student's input is the marker, and the teacher's is the ordinary token before it (before both
+    markers between two steps). There is no pair where the student's next token is a marker: the teacher cannot predict
+    it, and that position learns from the labels alone. A row's first token has no pair, as nothing predicts it.
 
-    input_ids `[T]`, is_marker bool `[T]`. Returns `teacher_ids` `[U]`, `student_positions` and `teacher_positions`
-    `[M]`, both increasing.
+    input_ids `[T]`, is_marker bool `[T]`. Returns `teacher_ids` `[U]`, and increasing `student_positions` and
+    `teacher_positions` `[M]`.
     """
     ordinary = ~is_marker
-    teacher_position = np.cumsum(ordinary) - 1  # of the ordinary token at a student's position
+    teacher_position = np.cumsum(ordinary) - 1  # by the student's position of an ordinary token
     targets = np.flatnonzero(ordinary)
     targets = targets[(targets >= prompt_length) & (teacher_position[targets] >= 1)]
     return input_ids[ordinary], targets - 1, teacher_position[targets] - 1
 
 
 class _StepCollator:
-    """What both collators share: markers, labels and the alignment of single rows."""
+    """What both collators share: markers, labels and the alignment of each row."""
 
     def __init__(self, marker_token_ids: Iterable[int], pad_token_id: int):
         self.marker_token_ids = np.fromiter(marker_token_ids, dtype=np.int64)
@@ -125,7 +153,7 @@ class _StepCollator:
         prompt = int(feature["prompt_length"])
         teacher_ids, student, teacher = align_with_teacher(ids, np.isin(ids, self.marker_token_ids), prompt)
         labels = ids.copy()
-        labels[: max(prompt, 1)] = -100  # nothing in its own row predicts a row's first token
+        labels[: max(prompt, 1)] = -100  # a row's first token has no predecessor in its own row
         steps = np.asarray(feature["step_ids"], dtype=np.int32)
         return {
             "ids": ids,
@@ -138,12 +166,12 @@ class _StepCollator:
 
 
 class PaddedCollator(_StepCollator):
-    """Rows side by side, padded at the end. B rows, T and U the longest with and without markers, M compared positions.
+    """B rows side by side, padded at the end to the longest row's T tokens, U without markers; M pairs of positions.
 
     input_ids, attention_mask, labels   [B, T] int64; labels are not shifted, -100 on prompt and padding
     step_ids                            [B, T] int32, -1 on padding
     teacher_input_ids, teacher_attention_mask   [B, U] int64
-    student_index, teacher_index        [M] int64 into the flattened [B * T] and [B * U]: see `align_with_teacher`
+    student_index, teacher_index        [M] int64, indices into [B * T] and [B * U], see `align_with_teacher`
     """
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
@@ -174,17 +202,17 @@ class PaddedCollator(_StepCollator):
 
 
 class PackedCollator(_StepCollator):
-    """Rows one behind the other in one sequence of N tokens, N' without markers; M compared positions.
+    """Rows packed into one sequence of T tokens, U without markers; M pairs of positions.
 
-    The names are those of transformers' DataCollatorWithFlattening; the same with `teacher_` before them describe the
+    The names are those of transformers' DataCollatorWithFlattening. The same with the prefix `teacher_` describe the
     sequence without markers.
 
-    input_ids, position_ids         [1, N] int64; positions start again with each row
-    labels                          [1, N] int64; not shifted, -100 on prompts
-    step_ids, seq_idx               [1, N] int32; seq_idx is the number of the row
+    input_ids, position_ids         [1, T] int64; positions restart with each row
+    labels                          [1, T] int64; not shifted, -100 on prompts
+    step_ids, seq_idx               [1, T] int32; seq_idx is the number of the row
     cu_seq_lens_q, cu_seq_lens_k    [rows + 1] int32
     max_length_q, max_length_k      int
-    student_index, teacher_index    [M] int64 into the N and the N' tokens: see `align_with_teacher`
+    student_index, teacher_index    [M] int64, indices into the T and the U tokens, see `align_with_teacher`
     """
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""Pictures for files: no display, and no waiting for matplotlib before one is drawn."""
+"""Figures for files: without a display, and without importing matplotlib before one is drawn."""
 
 from typing import Any
 
 
 def new_figure(size: tuple[float, float]) -> Any:
-    """A matplotlib figure of `size` inches whose parts make room for each other."""
-    from matplotlib.figure import Figure  # here, not above: importing a module that draws should not wait for it
+    """A matplotlib figure of `size` inches with constrained layout."""
+    from matplotlib.figure import Figure  # here, because modules that draw should import fast
 
     return Figure(figsize=size, layout="constrained")

@@ -6,7 +6,9 @@ folder `tokenizer` and `patterns.json`, which records how `statecore prepare` bu
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import (
@@ -22,6 +24,21 @@ from .adapter import is_adapter, load_adapter
 from .data import PATTERNS_FILE, PromptFormat
 from .modeling import StateCoreForCausalLM
 from .ssd.model import SSDForCausalLM
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How a command loads its model and tokenizer.
+
+    Args:
+        base: the base checkpoint under an adapter; default: the one the adapter names.
+        tokenizer: folder or hub name; default: the folder `tokenizer` in the model's, or the model's own.
+        dtype: what the model computes in.
+    """
+
+    base: str | None = None
+    tokenizer: str | None = None
+    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "float32"
 
 
 def load_causal_lm(

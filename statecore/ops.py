@@ -3,7 +3,7 @@
 Letters: B batch, T time, Hq / Hk / Hv query / key / value heads, Ho = max(Hq, Hv), Dk / Dv key / value width, N
 sequences, P slots.
 
-What holds for all of them:
+Common to all of them:
 
 - q, k, v are all float32, all bfloat16 or all float16 (on CPU also float64), last dimension contiguous, other strides
   free; outputs have their dtype. Sums and states are float32 (float64 for float64 inputs).
@@ -12,13 +12,13 @@ What holds for all of them:
 - Packed sequences: `B == 1` and `cu_seqlens` int32 `[N + 1]`, increasing from 0 to T. Without it every batch row is a
   sequence, `N == B`.
 - `scale=None` means `Dk ** -0.5`; it multiplies q.
-- `step_ids` int32 `[B, T]`: 0 the prompt, 1, 2, ... the reasoning steps, one more for the answer, not decreasing inside
-  a sequence; -1 is padding: visible to nobody, adds nothing to a state, output 0.
-- Same bits on every run and with every number of threads, forward and backward. No double backward.
-- On CUDA widths are multiples of 16 up to 128, and fastest at 64 and 128; no float64.
-- Wrong shapes, dtypes, devices, head counts or strides raise RuntimeError before any work. So do wrong contents, on
-  CUDA only with STATECORE_CHECK=1 in the environment, for it costs a synchronisation; without it nothing is read or
-  written out of bounds, and rows whose slot does not exist are skipped.
+- `step_ids` int32 `[B, T]`: 0 for the prompt, 1, 2, ... for the reasoning steps, the next id for the answer; they never
+  decrease within a sequence. -1 is padding: no token attends to it, it adds nothing to a state, its output is 0.
+- Results are bitwise reproducible, forward and backward, with any number of threads. No double backward.
+- On CUDA, widths are multiples of 16 up to 128, fastest at 64 and 128; no float64.
+- Wrong shapes, dtypes, devices, head counts or strides raise RuntimeError before any work. So do wrong contents; on
+  CUDA only with STATECORE_CHECK=1 in the environment, because the check synchronises with the host. Without it, wrong
+  contents never cause reads or writes out of bounds, and rows with a slot out of range are skipped.
 
 `statecore.reference` defines the same functions in eager torch.
 """
@@ -44,9 +44,9 @@ def linear_attention(
     """Causal linear attention with an optional decay.
 
     `S_t = exp(log_decay_t) S_{t-1} + k_t^T v_t`, `out_t = scale * q_t S_t` (update first, then read). Without decay
-    this is the linear branch of arXiv 2602.01198 (eq. 3); with one scalar decay a head it is Mamba-2's SSD (arXiv
-    2405.21060: q = C, k = B, v = dt * x, log_decay = dt * A). One call equals two calls split at any token with the
-    state carried. Differentiable in q, k, v, log_decay and initial_state, through both results.
+    this is the linear branch of arXiv 2602.01198 (eq. 3); with one scalar decay per head it is Mamba-2's SSD (arXiv
+    2405.21060: q = C, k = B, v = dt * x, log_decay = dt * A). A sequence may be split between calls at any token, with
+    the state carried over. Differentiable in q, k, v, log_decay and initial_state, through both results.
 
     Args:
         q: `[B, T, Hq, Dk]`.
@@ -54,7 +54,7 @@ def linear_attention(
         v: `[B, T, Hv, Dv]`.
         log_decay: float32 `[B, T, Hv]`, <= 0; None means no decay.
         initial_state: float32 `[N, Hv, Dk, Dv]`; None means zeros.
-        cu_seqlens: int32 `[N + 1]`; None means one sequence a batch row.
+        cu_seqlens: int32 `[N + 1]`; None means one sequence per batch row.
         scale: factor of q; None means `Dk ** -0.5`.
 
     Returns:
@@ -68,23 +68,22 @@ def segment_attention(
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of every token over the prompt and its own step (arXiv 2602.01198 sec. 3).
 
-    Token i sees the tokens `j <= i` of its sequence with `step_ids[j] == 0` or `step_ids[j] == step_ids[i]`. Work and
-    memory grow with the visible area; no `[T, T]` mask is built. With one step and no prompt this is causal attention.
-    Differentiable in q, k, v, through both results.
+    Token i attends to the tokens `j <= i` of its sequence with `step_ids[j] == 0` or `step_ids[j] == step_ids[i]`. Work
+    grows with the visible area and memory with T; no `[T, T]` mask is built. With one step and no prompt this is causal
+    attention. Differentiable in q, k, v, through both results.
 
     Args:
         q: `[B, Tq, Hq, Dk]`.
-        k: `[B, Tk, Hk, Dk]`, `Tk >= Tq`; where longer (not together with cu_seqlens), the queries are the last Tq of
-        the Tk tokens:
-            chunked prefill and decoding over a cache, whose empty slots carry id -1 and may lie anywhere.
+        k: `[B, Tk, Hk, Dk]`, `Tk >= Tq`. If `Tk > Tq` (not with cu_seqlens), the queries are the last Tq of the Tk
+            tokens: chunked prefill and decoding over a cache, whose empty slots have id -1 and may be anywhere.
         v: `[B, Tk, Hk, Dv]`.
         step_ids: int32 `[B, Tk]`.
-        cu_seqlens: int32 `[N + 1]`; None means one sequence a batch row.
+        cu_seqlens: int32 `[N + 1]`; None means one sequence per batch row.
         scale: factor of q; None means `Dk ** -0.5`.
 
     Returns:
-        out `[B, Tq, Hq, Dv]` and the natural logarithm of each softmax denominator, float32 `[B, Hq, Tq]` (-inf for
-        padding).
+        out `[B, Tq, Hq, Dv]` and lse, the natural logarithm of each softmax denominator, float32 `[B, Hq, Tq]` (-inf
+        for padding).
     """
     return _ops.segment_attention(q, k, v, step_ids, cu_seqlens, scale=scale)
 
@@ -95,12 +94,13 @@ def step_linear_attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Linear attention whose state is corrected at the end of every reasoning step (arXiv 2602.01198 sec. 4).
 
-    When step t >= 2 ends (the next token of the sequence has a larger id), with S_raw the state after its last token,
-    S_{t-1} the state it started from and S_0 the state after the prompt, the state becomes
-    `S_{t-1} + (1 - alpha[t]) (S_raw - S_{t-1}) + alpha[t] (S_{t-1} - S_0) / (t - 1)`: part of the step's own direction
-    is replaced by the mean direction of the steps before it. Step 1 is not corrected; the last step of a sequence has
-    not ended. With alpha all zero this is `linear_attention`. One call equals two calls split at any token with
-    `states` and the last id carried. Differentiable in q, k, v and initial_states, through both results.
+    Step t ends where the next token of its sequence has a larger id. Let S_raw be the state after its last token,
+    S_{t-1} the state at its start and S_0 the state after the prompt. For t >= 2 the state then becomes
+    `S_{t-1} + (1 - alpha[t]) (S_raw - S_{t-1}) + alpha[t] (S_{t-1} - S_0) / (t - 1)`: the momentum correction replaces
+    part of the step's own change by the mean change over the steps before it. Step 1 is not corrected, nor the last
+    step of a sequence, which has not ended. With alpha all zero this is `linear_attention`. A sequence may be split
+    between calls at any token, with states and the last id carried over. Differentiable in q, k, v and initial_states,
+    through both results.
 
     Args:
         q: `[B, T, Hq, Dk]`.
@@ -108,42 +108,42 @@ def step_linear_attention(
         v: `[B, T, Hk, Dv]`.
         step_ids: int32 `[B, T]`.
         alpha: float32 `[A]`, correction strength of step t at index t, 0 where `t >= A`; entries 0 and 1 are not used.
-        initial_states: float32 `[3, N, Hk, Dk, Dv]`: the running state, the state the current step started from, S_0;
-        None means zeros.
-        initial_step: int32 `[N]`, id of the last token that initial_states has seen, -1 where there is none (None:
-        nowhere).
-        cu_seqlens: int32 `[N + 1]`; None means one sequence a batch row.
+        initial_states: float32 `[3, N, Hk, Dk, Dv]`: the running state, that at the start of the current step, S_0;
+            None means zeros.
+        initial_step: int32 `[N]`, id of the last token in initial_states, -1 if there is none; None means -1 for all.
+        cu_seqlens: int32 `[N + 1]`; None means one sequence per batch row.
         scale: factor of q; None means `Dk ** -0.5`.
 
     Returns:
-        out `[B, T, Hq, Dv]` and states `[3, N, Hk, Dk, Dv]` in float32, all that decoding needs to go on.
+        out `[B, T, Hq, Dv]` and states, float32 `[3, N, Hk, Dk, Dv]`, to pass as initial_states of the next call.
     """
     return _ops.step_linear_attention(q, k, v, step_ids, alpha, initial_states, initial_step, cu_seqlens, scale=scale)
 
 
 def mixed_attention(
-    q: Tensor, k: Tensor, v: Tensor, lin_q: Tensor, lin_k: Tensor, lin_v: Tensor, gate: Tensor, step_ids: Tensor, alpha:
-    Tensor,
-    initial_states: Tensor | None = None, initial_step: Tensor | None = None, cu_seqlens: Tensor | None = None, *,
-    scale: float | None = None, lin_scale: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor, lin_q: Tensor, lin_k: Tensor, lin_v: Tensor, gate: Tensor, step_ids: Tensor,
+    alpha: Tensor, initial_states: Tensor | None = None, initial_step: Tensor | None = None,
+    cu_seqlens: Tensor | None = None, *, scale: float | None = None, lin_scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`segment_attention(q, k, v) + sigmoid(gate) * step_linear_attention(lin_q, lin_k, lin_v)`: the mixed attention
-    module of arXiv 2602.01198 (sec. 3) between its projections. Differentiable in q, k, v, lin_q, lin_k, lin_v, gate
-    and initial_states.
+    module of arXiv 2602.01198 (sec. 3) without its projections. Differentiable in q, k, v, lin_q, lin_k, lin_v, gate
+    and initial_states, through both results.
 
     Args:
         q: `[B, Tq, Hq, Dk]`.
         k: `[B, Tk, Hk, Dk]`, `Tk >= Tq` as in `segment_attention`.
         v: `[B, Tk, Hk, Dv]`.
-        lin_q: `[B, Tq, Hq, Lk]`, lin_k `[B, Tq, Hk, Lk]`, lin_v `[B, Tq, Hk, Dv]`: the linear branch, which uses the
-        last Tq ids.
+        lin_q: `[B, Tq, Hq, Lk]` of the linear branch, which reads the last Tq step ids.
+        lin_k: `[B, Tq, Hk, Lk]`.
+        lin_v: `[B, Tq, Hk, Dv]`.
         gate: `[B, Tq, Hq, Dv]`, before the sigmoid.
         step_ids: int32 `[B, Tk]`.
         alpha, initial_states, initial_step, cu_seqlens: as in `step_linear_attention`.
-        scale: factor of q; lin_scale: factor of lin_q; None means (their width) ** -0.5.
+        scale: factor of q; None means `Dk ** -0.5`.
+        lin_scale: factor of lin_q; None means `Lk ** -0.5`.
 
     Returns:
-        out `[B, Tq, Hq, Dv]` and states `[3, N, Hk, Lk, Dv]` in float32.
+        out `[B, Tq, Hq, Dv]` and states, float32 `[3, N, Hk, Lk, Dv]`.
     """
     return _ops.mixed_attention(
         q, k, v, lin_q, lin_k, lin_v, gate, step_ids, alpha, initial_states, initial_step, cu_seqlens,
@@ -155,22 +155,22 @@ def state_update(
     states: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None, ends_step: Tensor | None = None,
     alpha: Tensor | None = None, slots: Tensor | None = None, *, scale: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """One decoding token a row, in place: rank-1 update of the row's state, read, and the end of a step where one ends.
+    """Decodes one token per row: updates the row's state in place, reads it, and ends a step if the token ends one.
 
     `S <- exp(log_decay) S + k^T v`, `out = scale * q S`, then for rows with `ends_step[b] = t >= 0`: t = 0 ends the
-    prompt (all three states become the running one), t >= 1 applies the correction of `step_linear_attention` and makes
-    the result both running state and step start. Not differentiable.
+    prompt and sets all three states to the running one; t >= 1 applies the correction of `step_linear_attention` and
+    sets both the running state and the step start to the result. Not differentiable.
 
     Args:
-        states: float32 `[3, P, Hv, Dk, Dv]` (running, step start, prompt) or `[1, P, Hv, Dk, Dv]` where there is no
-        correction; changed in place.
+        states: float32 `[3, P, Hv, Dk, Dv]` (running, step start, prompt), or `[1, P, Hv, Dk, Dv]` without
+            correction; changed in place.
         q: `[B, Hq, Dk]`.
         k: `[B, Hk, Dk]`.
         v: `[B, Hv, Dv]`.
         log_decay: float32 `[B, Hv]`, <= 0; None means no decay.
-        ends_step: int32 `[B]`, id of the step that ends with this token, -1 where the step goes on; None means nowhere.
-        alpha: float32 `[A]` as in `step_linear_attention`; needed with ends_step where states has all three.
-        slots: int32 `[B]`, slot of each row, -1 to skip the row (out = 0); None means row b uses slot b. No slot twice.
+        ends_step: int32 `[B]`, id of the step that this token ends, -1 if it ends none; None means -1 for all.
+        alpha: float32 `[A]` as in `step_linear_attention`; required with ends_step if states holds all three.
+        slots: int32 `[B]`, slot of each row, all different; -1 skips the row (out = 0). None means slot b for row b.
         scale: factor of q; None means `Dk ** -0.5`.
 
     Returns:
@@ -180,7 +180,7 @@ def state_update(
 
 
 def build_info() -> dict[str, str | bool]:
-    """What the library was compiled for and what it found on this machine."""
+    """How the library was compiled, and the CPU instruction set it uses on this machine."""
     return {
         "library": str(_LIBRARY),
         "cpu_isa": _ops.cpu_isa(),
@@ -189,7 +189,7 @@ def build_info() -> dict[str, str | bool]:
     }
 
 
-# mixed_attention keeps nothing for a backward: it is mixed_attention_forward without its extras.
+# mixed_attention has no kernel of its own: it is mixed_attention_forward without what that saves for backward.
 @torch.library.impl("statecore::mixed_attention", "CompositeImplicitAutograd")
 def _(
     q, k, v, lin_q, lin_k, lin_v, gate, step_ids, alpha, initial_states=None, initial_step=None, cu_seqlens=None, *,
@@ -200,7 +200,7 @@ def _(
     )[:2]
 
 
-# ---- fakes: the shapes and dtypes above, for torch.compile and meta tensors
+# ---- fake kernels: shapes and dtypes for torch.compile and meta tensors
 
 
 def _state_dtype(q: Tensor) -> torch.dtype:
@@ -315,11 +315,11 @@ def _mixed_backward(ctx, grad_out, grad_states, *_):
         ctx.saved_tensors
     )
     segment_out, lse, linear_out = saved
-    open_ = gate.to(grad_states.dtype).sigmoid()
-    grad_gate = (grad_out * linear_out * open_ * (1 - open_)).to(gate.dtype)
+    opening = gate.to(grad_states.dtype).sigmoid()
+    grad_gate = (grad_out * linear_out * opening * (1 - opening)).to(gate.dtype)
     grads = _ops.segment_attention_backward(grad_out, None, q, k, v, segment_out, lse, step_ids, cu_seqlens, ctx.scale)
     *lin_grads, grad_initial = _ops.step_linear_attention_backward(
-        (grad_out * open_).to(q.dtype), grad_states, lin_q, lin_k, lin_v,
+        (grad_out * opening).to(q.dtype), grad_states, lin_q, lin_k, lin_v,
         step_ids[:, step_ids.shape[1] - q.shape[1] :], alpha, initial_states, initial_step, cu_seqlens,
         ctx.lin_scale,
     )  # fmt: skip
@@ -341,7 +341,7 @@ for _name in ("linear_attention", "segment_attention", "step_linear_attention"):
     torch.library.register_autograd(f"statecore::{_name}_backward", _refuse_double_backward)
 
 
-# ---- autocast: activations are cast like those of torch's own attention, states and decays stay float32
+# ---- autocast: activations are cast as for torch's own attention; states and decays stay float32
 
 _autocast_library = torch.library.Library("statecore", "IMPL")
 

@@ -1,4 +1,4 @@
-"""Outputs are written whole or not at all: into a hidden neighbour, which takes the name when everything is there."""
+"""Outputs are written whole or not at all: to a hidden sibling, which is renamed once it is complete."""
 
 import json
 import math
@@ -12,8 +12,9 @@ from typing import Any, TextIO
 
 @contextmanager
 def new_folder(output: str | Path, overwrite: bool, *, marker: str) -> Iterator[Path]:
-    """A folder to write into that becomes `output` at the end. `marker` is a file by which folders of this kind are
-    known: only those are ever replaced.
+    """A folder to write into, which becomes `output` at the end.
+
+    `marker` is a file that every folder of this kind contains. Only such folders are ever overwritten.
     """
     output = Path(output)
     if output.exists() and not (overwrite and (output / marker).is_file()):
@@ -33,7 +34,7 @@ def new_folder(output: str | Path, overwrite: bool, *, marker: str) -> Iterator[
 
 @contextmanager
 def new_file(output: str | Path, overwrite: bool = True) -> Iterator[TextIO]:
-    """A text file to write into that becomes `output` at the end."""
+    """A text file to write into, which becomes `output` at the end."""
     output = Path(output)
     if output.exists() and not overwrite:
         raise FileExistsError(f"{output} exists already: choose another file, or allow overwriting")
@@ -53,7 +54,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Infinities and NaN, which JSON has not, become null."""
+    """Writes infinities and NaN as null, since JSON has neither."""
     write_text(path, json.dumps(_finite(content), ensure_ascii=False, indent=1, allow_nan=False) + "\n")
 
 

@@ -1,17 +1,18 @@
 """Steps into thinking patterns: embeddings, K-means, the two tokens of each pattern.
 
 A thinking pattern is a cluster of steps that read alike. Pattern i has an opening and a closing token, `<|step_i|>` and
-`<|/step_i|>`. (State-Transition Framework, arXiv 2602.01198, data construction: MiniBatch K-Means, for example 128
-clusters, cosine similarity; its embedding model is not known.)
+`<|/step_i|>`. The State-Transition Framework (arXiv 2602.01198) uses MiniBatch K-Means with cosine similarity and, for
+example, 128 clusters. Its embedding model is not published.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,11 +24,11 @@ from sklearn.preprocessing import normalize
 from tokenizers import AddedToken
 from tqdm.auto import tqdm
 
-from .segmentation import context_size, encode, window_batches
+from .figures import new_figure
+from .windows import context_size, encode, window_batches
 
-# Word weights and singular vectors are fitted on a sample; every step is then mapped with them, in chunks.
-_FIT_STEPS = 200_000
-_CHUNK = 50_000
+_FIT_STEPS = 200_000  # TF-IDF weights and singular vectors are fitted on a sample of this many steps
+_CHUNK = 50_000  # steps that are transformed at a time
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Embeddings
@@ -36,13 +37,14 @@ _CHUNK = 50_000
 def tfidf_embedding(
     steps: Sequence[str], problems: Sequence[Hashable], *, width: int = 128, seed: int = 0
 ) -> np.ndarray:
-    """Embeddings of step texts without a language model: TF-IDF, then `width` singular vectors.
+    """Embeddings of steps without a language model: TF-IDF projected onto `width` singular vectors.
 
-    Words and word pairs count, numbers and symbols do not. `problems[i]` is the problem of step i: only words
-    that occur in the steps of at least 1 problem in 20 (and of 2) count, so that steps lie together by what they do
-    ("let me double check") rather than by what they are about ("the wavelength"). Returns float32 `[steps, width]` with
-    unit rows, or zeros for a step without such a word; `width` shrinks to what a small vocabulary allows. Raises
-    ValueError where there is no such word.
+    The vocabulary is words and word pairs, without numbers and symbols. `problems[i]` is the problem of step i. Only
+    words in the steps of at least 5% of all problems, and of two, count, so that steps are close by what they do ("let
+    me double check") rather than by what they are about ("the wavelength").
+
+    Returns float32 `[steps, width]` with unit rows, or zero rows for steps without such a word; a small vocabulary
+    lowers `width`. Raises ValueError if there is no such word at all.
     """
     words = {"token_pattern": r"(?u)\b[^\W\d_]+\b", "ngram_range": (1, 2)}
     texts: dict[Hashable, list[str]] = {}
@@ -77,14 +79,14 @@ def hidden_state_embedding(
     batch_size: int = 4,
     progress: bool = True,
 ) -> np.ndarray:
-    """Embeddings of steps from a causal language model: its mean hidden state over each step. `[steps, hidden]`
-    float32, unit rows.
+    """Embeddings of steps from a causal language model: its mean hidden state over each step, float32 `[steps, hidden]`
+    with unit rows.
 
     `steps[i]` are the character spans of the steps of `texts[i]`; a token belongs to the step that holds its last
-    character. The model reads each step behind what comes before it in its text. `layer` counts from 0 (the embeddings)
-    to the number of layers, negative from the end; default: the middle one, whose states say more of what a text does
-    than the last one's, which are made for the next token. The mean over all steps is taken away before the rows are
-    normalised: hidden states share a large common part that would leave all cosines near 1.
+    character. The model reads each step after the text before it. `layer` counts from 0 (the embeddings) to the number
+    of layers, negative from the end. The default is the middle layer, whose states say more about what a text does than
+    those of the last, which serve to predict the next token. The mean over all steps is subtracted before the rows are
+    normalised: hidden states share a large common component that would bring all cosines close to 1.
     """
     model.eval()
     layers = model.config.num_hidden_layers
@@ -95,14 +97,7 @@ def hidden_state_embedding(
         )
     ids, offsets = encode(tokenizer, texts)
     first_step = np.cumsum([0, *(len(spans) for spans in steps)])
-    owner: list[np.ndarray] = []  # for each text: the row of the step that each token belongs to, -1 for none
-    for i, (spans, tokens) in enumerate(zip(steps, offsets, strict=True)):
-        last = np.array([end - 1 for _, end in tokens], dtype=np.int64)
-        begins = np.array([begin for begin, _ in spans], dtype=np.int64)
-        ends = np.array([end for _, end in spans], dtype=np.int64)
-        step = np.searchsorted(begins, last, side="right") - 1
-        inside = (step >= 0) & (last < ends[np.maximum(step, 0)])
-        owner.append(np.where(inside, step + first_step[i], -1))
+    step_of_token = [_step_of_token(*row) for row in zip(steps, offsets, first_step[:-1], strict=True)]
     sums = np.zeros((first_step[-1], model.config.hidden_size), dtype=np.float32)
     counts = np.zeros(first_step[-1], dtype=np.int64)
     device = next(model.parameters()).device
@@ -115,14 +110,24 @@ def hidden_state_embedding(
         )
         states = output.hidden_states[index].float().cpu().numpy()
         for b, (i, begin, end, first) in enumerate(batch):
-            rows = owner[i][first:end]
-            known = rows >= 0
-            np.add.at(sums, rows[known], states[b, first - begin : end - begin][known])
-            np.add.at(counts, rows[known], 1)
+            rows = step_of_token[i][first:end]
+            inside = rows >= 0
+            np.add.at(sums, rows[inside], states[b, first - begin : end - begin][inside])
+            np.add.at(counts, rows[inside], 1)
     read = counts > 0
     means = sums[read] / counts[read, None]
     sums[read] = means - means.mean(axis=0)
     return normalize(sums)
+
+
+def _step_of_token(steps: Sequence[tuple[int, int]], tokens: Sequence[tuple[int, int]], first_step: int) -> np.ndarray:
+    """The row of the step that each token belongs to, -1 for none, from the character spans of both."""
+    last = np.array([end - 1 for _, end in tokens], dtype=np.int64)
+    begins = np.array([begin for begin, _ in steps], dtype=np.int64)
+    ends = np.array([end for _, end in steps], dtype=np.int64)
+    step = np.searchsorted(begins, last, side="right") - 1
+    inside = (step >= 0) & (last < ends[np.maximum(step, 0)])
+    return np.where(inside, step + first_step, -1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -130,10 +135,10 @@ def hidden_state_embedding(
 
 
 def cluster_steps(embeddings: np.ndarray, patterns: int, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Pattern of each step and the centres of the patterns: `[steps]` int32, `[patterns, width]` float32.
+    """Pattern of each step `[steps]` int32, and the centres of the patterns `[patterns, width]` float32.
 
-    MiniBatch K-Means on unit vectors, which ranks by cosine. Patterns are numbered by size, the largest first. Raises
-    ValueError where there are fewer steps than patterns.
+    MiniBatch K-Means; on unit vectors, distances rank like cosines. Patterns are numbered by size, the largest first.
+    Raises ValueError if there are fewer steps than patterns.
     """
     if len(embeddings) < patterns:
         raise ValueError(
@@ -150,11 +155,11 @@ def cluster_steps(embeddings: np.ndarray, patterns: int, *, seed: int = 0) -> tu
 def elbow(
     embeddings: np.ndarray, counts: Sequence[int], *, seed: int = 0, sample: int = 20_000
 ) -> list[dict[str, float]]:
-    """How well the steps fall into each number of patterns: inertia a step and silhouette, on at most `sample` steps.
+    """How well the steps fall into each number of patterns, on at most `sample` steps.
 
-    `inertia` is the mean squared distance to the nearest centre (it falls as patterns are added; look for the bend);
-    `silhouette`, over 2,000 of the steps, runs from -1 to 1 (higher: patterns further apart). Counts that the sample is
-    too small for are left out.
+    `inertia` is the mean squared distance to the nearest centre: it falls as patterns are added, and its bend (the
+    elbow) suggests their number. `silhouette`, of 2,000 of the steps, lies between -1 and 1, and is higher the further
+    apart the patterns are. Counts that the sample is too small for are left out.
     """
     rng = np.random.default_rng(seed)
     points = embeddings[rng.choice(len(embeddings), min(len(embeddings), sample), replace=False)]
@@ -173,7 +178,7 @@ def elbow(
 def typical_steps(
     embeddings: np.ndarray, labels: np.ndarray, centres: np.ndarray, steps: Sequence[str], *, most: int = 5
 ) -> list[list[int]]:
-    """For each pattern the indices of its most typical steps, nearest to the centre first, no text twice."""
+    """Indices of the most typical steps of each pattern, nearest to its centre first, without repeated texts."""
     similarity = np.einsum("ij,ij->i", embeddings, normalize(centres)[labels])
     order = np.lexsort((-similarity, labels))
     bounds = np.searchsorted(labels[order], np.arange(len(centres) + 1))
@@ -189,16 +194,62 @@ def typical_steps(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Thinking patterns
+
+
+@dataclass(frozen=True)
+class PatternOptions:
+    """How steps are grouped into thinking patterns.
+
+    Args:
+        count: number of thinking patterns; each adds two tokens to the tokenizer.
+        embedding: "hidden_states" of the model or "tfidf"; default: hidden states where there is a model.
+        layer: the model's layer whose states are used; default: the middle one.
+        elbow: numbers of patterns to compare in the report.
+    """
+
+    count: int = field(default=128, metadata={"option": "patterns"})
+    embedding: Literal["tfidf", "hidden_states"] | None = None
+    layer: int | None = field(default=None, metadata={"option": "embedding_layer"})
+    elbow: Sequence[int] = (16, 32, 64, 128, 256)
+
+    def __post_init__(self):
+        if self.count < 1:
+            raise ValueError(f"patterns: expected 1 or more, got {self.count}")
+
+
+@dataclass(frozen=True)
+class ThinkingPatterns:
+    """Thinking patterns, the largest first."""
+
+    of_step: np.ndarray  # [steps] int32, the pattern of each
+    sizes: list[int]
+    examples: list[list[str]]  # the most typical steps of each
+    elbow: list[dict[str, float]]  # see `elbow`
+
+
+def find_patterns(embeddings: np.ndarray, steps: Sequence[str], options: PatternOptions, seed: int) -> ThinkingPatterns:
+    of_step, centres = cluster_steps(embeddings, options.count, seed=seed)
+    typical = typical_steps(embeddings, of_step, centres, steps)
+    return ThinkingPatterns(
+        of_step,
+        np.bincount(of_step, minlength=options.count).tolist(),
+        [[steps[i] for i in chosen] for chosen in typical],
+        elbow(embeddings, options.elbow, seed=seed),
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Tokens and figures
 
 
 def add_pattern_tokens(tokenizer: Any, patterns: int) -> tuple[list[int], list[int]]:
-    """Adds `<|step_i|>` and `<|/step_i|>` for each pattern to the tokenizer; ids of the opening and of the closing
-    tokens.
+    """Adds `<|step_i|>` and `<|/step_i|>` for each pattern to the tokenizer, and returns the ids of the opening and of
+    the closing tokens.
 
-    New ids follow the tokenizer's last one. Where the model's embedding has spare rows behind it (Qwen2.5 has room for
-    271 tokens, 135 patterns), those are the rows that these ids name and the embedding need not grow. Raises ValueError
-    where the tokenizer has such tokens already.
+    New ids follow the tokenizer's last one. If the model's embedding has spare rows (Qwen2.5 has room for 271 tokens,
+    135 patterns), these ids use them, and the embedding need not grow. Raises ValueError if the tokenizer has such
+    tokens already.
     """
     names = [name for i in range(patterns) for name in pattern_tokens(i)]
     known = sorted(tokenizer.get_vocab().keys() & set(names))
@@ -217,11 +268,9 @@ def pattern_tokens(pattern: int) -> tuple[str, str]:
 
 
 def draw_figures(folder: Path, table: Sequence[dict[str, float]], sizes: Sequence[int]) -> None:
-    """Writes `elbow.png` (inertia and silhouette against the number of patterns) and `pattern_sizes.png`."""
-    from matplotlib.figure import Figure  # here, not above: reading a prepared set should not wait for matplotlib
-
+    """Writes `elbow.png`, inertia and silhouette over the number of patterns, and `pattern_sizes.png`."""
     folder.mkdir(parents=True, exist_ok=True)
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = new_figure((6, 4))
     left = figure.add_subplot(xlabel="thinking patterns", ylabel="inertia a step", xscale="log")
     right = left.twinx()
     right.set_ylabel("silhouette")
@@ -233,7 +282,7 @@ def draw_figures(folder: Path, table: Sequence[dict[str, float]], sizes: Sequenc
     figure.legend(handles=lines, loc="outside upper center", ncols=2)
     figure.savefig(folder / "elbow.png", dpi=120)
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = new_figure((6, 4))
     axes = figure.add_subplot(xlabel="thinking pattern, by size", ylabel="steps")
     axes.bar(range(len(sizes)), sizes, width=1.0, color="tab:blue")
     figure.savefig(folder / "pattern_sizes.png", dpi=120)

@@ -1,8 +1,8 @@
 """The operators in a few lines of eager torch each: the specification that every backend is tested against.
 
-Written to be read, not to be fast: token by token where the definition is a recurrence, one [Tq, Tk] mask where it is a
-softmax. Everything is differentiable by torch's own autograd (except `state_update`, which works in place) and computes
-in the dtype it is given, float64 included. Fast code never imports this module.
+Written to be read, not to be fast: recurrences go token by token, softmax takes one [Tq, Tk] mask. Everything is
+differentiable by torch's autograd (except `state_update`, which works in place) and computes in the dtype of its
+inputs, float64 included. Fast code never imports this module.
 
 Letters: B batch, T time, Hq / Hk / Hv query / key / value heads, Dk / Dv widths, N sequences, P slots.
 """
@@ -10,16 +10,17 @@ Letters: B batch, T time, Hq / Hk / Hv query / key / value heads, Dk / Dv widths
 import torch
 from torch import Tensor
 
-PADDING = -1  # step id of a token that nobody sees
-PROMPT = 0  # step id of the query prompt
+PADDING = -1  # step id of padding
+PROMPT = 0  # step id of the prompt
 
 
 def linear_attention(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None, initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None, *, scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """S_t = exp(log_decay_t) S_{t-1} + k_t^T v_t,  out_t = scale * q_t S_t.  (arXiv 2602.01198 eq. 3; with decay
-    arXiv 2405.21060)
+    """S_t = exp(log_decay_t) S_{t-1} + k_t^T v_t,  out_t = scale * q_t S_t.
+
+    (arXiv 2602.01198 eq. 3; with decay arXiv 2405.21060)
     """
     out, final = {}, []
     for n, (b, tokens) in enumerate(_sequences(q, cu_seqlens)):
@@ -36,22 +37,20 @@ def linear_attention(
 def segment_attention(
     q: Tensor, k: Tensor, v: Tensor, step_ids: Tensor, cu_seqlens: Tensor | None = None, *, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention of token i over tokens j <= i that belong to the prompt or to the step of i.  (arXiv
-    2602.01198 sec. 3, SA)
-    """
+    """Softmax attention of token i over tokens j <= i of the prompt and of i's own step.  (arXiv 2602.01198 sec. 3)"""
     q, k, v = _same_heads(q, k, v)
-    logits = torch.einsum("bihd,bjhd->bhij", q * _scale(q, scale), k)
+    scores = torch.einsum("bihd,bjhd->bhij", q * _scale(q, scale), k)
     visible = segment_mask(step_ids, q.shape[1], cu_seqlens)[:, None]
-    alone = ~visible.any(-1)  # padding rows: output 0, lse -inf
-    logits = logits.masked_fill(~visible, float("-inf"))
-    lse = torch.where(alone[..., None], 0.0, logits).logsumexp(-1)
-    weights = (logits - lse[..., None]).exp()
-    out = torch.einsum("bhij,bjhd->bihd", weights, v)
-    return out, lse.masked_fill(alone, float("-inf")).to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+    padding = ~visible.any(-1)  # output 0, lse -inf
+    scores = scores.masked_fill(~visible, float("-inf"))
+    lse = torch.where(padding[..., None], 0.0, scores).logsumexp(-1)
+    probabilities = (scores - lse[..., None]).exp()
+    out = torch.einsum("bhij,bjhd->bihd", probabilities, v)
+    return out, lse.masked_fill(padding, float("-inf")).to(torch.float64 if q.dtype == torch.float64 else torch.float32)
 
 
 def segment_mask(step_ids: Tensor, queries: int, cu_seqlens: Tensor | None = None) -> Tensor:
-    """[B, Tk] step ids -> bool [B, Tq, Tk]; the queries are the last Tq tokens."""
+    """[B, Tk] step ids -> bool [B, Tq, Tk], query i attends to key j; the queries are the last Tq tokens."""
     keys = step_ids.shape[1]
     key_id, query_id = step_ids[:, None, :], step_ids[:, keys - queries :, None]
     position = torch.arange(keys, device=step_ids.device)
@@ -67,9 +66,7 @@ def step_linear_attention(
     q: Tensor, k: Tensor, v: Tensor, step_ids: Tensor, alpha: Tensor, initial_states: Tensor | None = None,
     initial_step: Tensor | None = None, cu_seqlens: Tensor | None = None, *, scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Linear attention whose state is corrected whenever a reasoning step ends.  (arXiv 2602.01198 sec. 4, min form
-    of the schedule)
-    """
+    """Linear attention whose state is corrected whenever a reasoning step ends.  (arXiv 2602.01198 sec. 4)"""
     out, final = {}, []
     for n, (b, tokens) in enumerate(_sequences(q, cu_seqlens)):
         states = (_zero_state(k, v),) * 3 if initial_states is None else tuple(initial_states[:, n].to(_state_dtype(v)))
@@ -91,9 +88,9 @@ def step_linear_attention(
 def end_step(states: tuple[Tensor, Tensor, Tensor], step: int, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(running, step start, prompt) states at the end of step `step` -> the same three after the correction.
 
-    Step t >= 2 moves the state by (1 - alpha) of its own direction plus alpha of the mean direction so far, which
-    telescopes to (S_{t-1} - S_0) / (t - 1); step 1 has no earlier direction; the end of the prompt (step 0) makes all
-    three the running one.
+    A step t >= 2 changes the state by 1 - alpha of its own change plus alpha of the mean change over earlier steps,
+    which telescopes to (S_{t-1} - S_0) / (t - 1). Step 1 has no earlier steps. The end of the prompt (step 0) sets all
+    three states to the running one.
     """
     running, start, prompt = states
     if step == PROMPT:
@@ -105,12 +102,11 @@ def end_step(states: tuple[Tensor, Tensor, Tensor], step: int, alpha: Tensor) ->
 
 
 def mixed_attention(
-    q: Tensor, k: Tensor, v: Tensor, lin_q: Tensor, lin_k: Tensor, lin_v: Tensor, gate: Tensor, step_ids: Tensor, alpha:
-    Tensor,
-    initial_states: Tensor | None = None, initial_step: Tensor | None = None, cu_seqlens: Tensor | None = None, *,
-    scale: float | None = None, lin_scale: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor, lin_q: Tensor, lin_k: Tensor, lin_v: Tensor, gate: Tensor, step_ids: Tensor,
+    alpha: Tensor, initial_states: Tensor | None = None, initial_step: Tensor | None = None,
+    cu_seqlens: Tensor | None = None, *, scale: float | None = None, lin_scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Segment attention + sigmoid(gate) * step linear attention.  (arXiv 2602.01198 sec. 3, mixed attention module)"""
+    """Segment attention + sigmoid(gate) * step linear attention.  (arXiv 2602.01198 sec. 3)"""
     out, _ = segment_attention(q, k, v, step_ids, cu_seqlens, scale=scale)
     own_ids = step_ids[:, step_ids.shape[1] - q.shape[1] :]
     lin_out, states = step_linear_attention(
@@ -123,9 +119,7 @@ def state_update(
     states: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None, ends_step: Tensor | None = None,
     alpha: Tensor | None = None, slots: Tensor | None = None, *, scale: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """One token a row: rank-1 update of the row's state, read, and for rows that end a step the correction. Changes
-    `states`.
-    """
+    """One token per row: rank-1 update of its state, read, and the correction if it ends a step. Changes `states`."""
     out = {}
     for b in range(q.shape[0]):
         slot = b if slots is None else int(slots[b])
@@ -136,7 +130,7 @@ def state_update(
             running = running * log_decay[b].to(running.dtype).exp()[:, None, None]
         states[0, slot] = running + _outer(k[b], v[b])
         out[b, 0] = _read(q[b], states[0, slot], scale)
-        # With one state a slot there is nothing to correct.
+        # A slot with one state has nothing to correct.
         if states.shape[0] == 3 and ends_step is not None and (step := int(ends_step[b])) >= 0:
             states[:, slot] = torch.stack(end_step(tuple(states[:, slot].clone()), step, alpha))
     return _assemble(out, q[:, None], v[:, None])[:, 0]
@@ -168,13 +162,13 @@ def _stack(states: list[Tensor], k: Tensor, v: Tensor) -> Tensor:
 
 
 def _outer(k: Tensor, v: Tensor) -> Tensor:
-    """k [Hk, Dk], v [Hv, Dv] -> k^T v of every value head [Hv, Dk, Dv]; value heads of a group share their k (GVA)."""
+    """k [Hk, Dk], v [Hv, Dv] -> k^T v of every value head [Hv, Dk, Dv]; value heads of a group share a key (GVA)."""
     k = k.repeat_interleave(v.shape[0] // k.shape[0], dim=0).to(_state_dtype(v))
     return k[:, :, None] * v[:, None, :]
 
 
 def _read(q: Tensor, state: Tensor, scale: float | None) -> Tensor:
-    """q [Hq, Dk], state [Hv, Dk, Dv] -> [max(Hq, Hv), Dv]; query heads of a group share their state (GQA)."""
+    """q [Hq, Dk], state [Hv, Dk, Dv] -> [max(Hq, Hv), Dv]; query heads of a group share a state (GQA)."""
     heads = max(q.shape[0], state.shape[0])
     q, state = q.repeat_interleave(heads // q.shape[0], dim=0), state.repeat_interleave(heads // state.shape[0], dim=0)
     return torch.einsum("hk,hkv->hv", q.to(state.dtype) * _scale(q, scale), state)
@@ -189,6 +183,6 @@ def _assemble(rows: dict[tuple[int, int], Tensor], q: Tensor, v: Tensor) -> Tens
 
 
 def _same_heads(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Repeats the heads (dim 2) of grouped tensors until all have as many."""
+    """Repeats the heads (dim 2) of grouped tensors so that all have the same number."""
     heads = max(x.shape[2] for x in tensors)
     return tuple(x.repeat_interleave(heads // x.shape[2], dim=2) for x in tensors)

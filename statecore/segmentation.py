@@ -1,9 +1,9 @@
-"""Long chains of thought into steps: sentences, transition words, step boundaries.
+"""Long chains of thought into steps: sentences, transitions, step boundaries.
 
-A step starts at a sentence that opens with a transition: a word such as "Wait" or "Alternatively" at which a language
-model is least sure of what comes next (State-Transition Framework, arXiv 2602.01198, section on data construction).
-The transitions are found with the next-token entropy of a causal language model (`opening_entropies`,
-`select_transitions`), read from a file (`load_transitions`), or taken from `DEFAULT_TRANSITIONS`.
+A step starts at a sentence that opens with a transition: a word such as "Wait" or "Alternatively", where a language
+model is least certain of the next token (State-Transition Framework, arXiv 2602.01198, section on data construction).
+Transitions are chosen by `choose_transitions`, whose docstring says how to add a way of choosing them, and steps are
+found by `find_steps`.
 """
 
 from __future__ import annotations
@@ -12,21 +12,22 @@ import json
 import math
 import re
 from bisect import bisect_left, bisect_right
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
-# Used when neither a model nor a file is given. These are the words that open sentences of R1-style traces with a mean
-# entropy above 0.99 bits over 20 or more sentences in the public sentence entropies of interp-reasoning/thought-anchors
-# (1,746 sentences that open with a word, mean 0.91), less the pronouns "this", "it" and "they", which point back into
-# the step that they would end.
+from .windows import context_size, encode, window_batches
+
+# Used when neither a model nor a file is given: the words that open 20 or more sentences of R1-style traces with a mean
+# entropy above 0.99 bits in the public sentence entropies of interp-reasoning/thought-anchors (1,746 sentences that
+# open with a word, mean 0.91), except the pronouns "this", "it" and "they", which refer back to the step before.
 DEFAULT_TRANSITIONS = ("maybe", "hmm", "but", "or", "wait", "another", "alright", "alternatively")
 
 OpeningUnit = Literal["word", "token"]
@@ -34,9 +35,9 @@ OpeningUnit = Literal["word", "token"]
 # ----------------------------------------------------------------------------------------------------------------------
 # Sentences
 
-# Formulas and code are taken whole, so that nothing inside them ends a sentence. `$...$` follows pandoc's rule (no
-# space inside the dollars, no digit behind the closing one), which leaves prices alone. The length limits keep an
-# unclosed opener from swallowing a trace.
+# Formulas and code are matched as a whole, so that nothing inside them ends a sentence. `$...$` follows pandoc's rule
+# (no space just inside the dollar signs, no digit after the closing one), which leaves prices alone. The length limits
+# keep an unclosed delimiter from swallowing a trace.
 _PROTECTED = r"""
     ```.*?```
   | \\begin\{(?P<environment>[a-zA-Z*]+)\}.{0,4000}?\\end\{(?P=environment)\}
@@ -62,12 +63,11 @@ _DECORATION = re.compile(r"[\s*_#>\"'“‘(\-–—•]*")
 
 
 def sentence_starts(text: str) -> list[int]:
-    """Character offsets at which the sentences of `text` start, in order; each is the offset of a visible character.
+    """Increasing character offsets of the first visible characters of the sentences of `text`; none for blank text.
 
-    A sentence ends at `.`, `!`, `?` or an ellipsis before a space, at a CJK full stop, and at a newline. It does not
-    end inside `$...$`, `$$...$$`, `\\(...\\)`, `\\[...\\]`, LaTeX environments and code, in a number such as 3.14,
-    after an abbreviation or the number of a list item, nor at a full stop before a lower-case letter. Empty for blank
-    text.
+    A sentence ends at `.`, `!`, `?` or an ellipsis followed by a space, at a CJK full stop, and at a newline. It does
+    not end inside `$...$`, `$$...$$`, `\\(...\\)`, `\\[...\\]`, LaTeX environments or code, inside a number such as
+    3.14, after an abbreviation or the number of a list item, or at a full stop followed by a lower-case letter.
     """
     first = len(text) - len(text.lstrip())
     if first == len(text):
@@ -92,9 +92,9 @@ def sentence_starts(text: str) -> list[int]:
 
 
 def first_word(text: str, start: int) -> str | None:
-    """First word of the sentence that starts at `start`, in lower case, past quotes and Markdown marks.
+    """The first word of the sentence that starts at `start`, in lower case, after any quotes and Markdown marks.
 
-    None where the sentence opens with something else, such as a number or a formula.
+    None if the sentence opens with something else, such as a number or a formula.
     """
     match = _WORD.match(text, _DECORATION.match(text, start).end())
     return match[0].casefold() if match else None
@@ -105,7 +105,7 @@ def sentence_openings(
 ) -> list[str | None]:
     """What each sentence opens with: its first word (`unit="word"`) or its first token, stripped (`unit="token"`).
 
-    `offsets` are the character spans of the text's tokens; only `unit="token"` needs them.
+    `offsets` are the character spans of the text's tokens, which only `unit="token"` needs.
     """
     if unit == "word":
         return [first_word(text, start) for start in starts]
@@ -114,80 +114,16 @@ def sentence_openings(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Transitions
+# Entropy at sentence starts
 
 
 @dataclass(frozen=True)
 class OpeningEntropy:
-    """How unsure the model is where a sentence opens like this."""
+    """How uncertain a model is, on average, at the sentences that open like this."""
 
     opening: str
     count: int
     entropy_bits: float
-
-
-def encode(tokenizer: Any, texts: Sequence[str]) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
-    """Token ids and character spans of each text.
-
-    The beginning-of-sequence token is added where the tokenizer has one and the text does not carry it yet (chat
-    templates do). Raises ValueError for a tokenizer without character offsets.
-    """
-    if not tokenizer.is_fast:
-        raise ValueError(
-            f"the tokenizer ({type(tokenizer).__name__}) gives no character offsets, so step boundaries cannot be "
-            "placed on tokens; expected a fast tokenizer (a tokenizer.json in its folder)"
-        )
-    bos = tokenizer.bos_token
-    carried = [bool(bos) and text.startswith(bos) for text in texts]
-    ids: list[list[int]] = [[] for _ in texts]
-    offsets: list[list[tuple[int, int]]] = [[] for _ in texts]
-    for has_bos in (False, True):
-        chosen = [i for i, carries in enumerate(carried) if carries == has_bos]
-        if chosen:
-            encoded = tokenizer(
-                [texts[i] for i in chosen], add_special_tokens=not has_bos, return_offsets_mapping=True, verbose=False
-            )
-            for i, row, spans in zip(chosen, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-                if spans and spans[-1] == (0, 0):  # an end-of-sequence token: keep the spans in order
-                    spans[-1] = (len(texts[i]), len(texts[i]))
-                ids[i], offsets[i] = row, spans
-    return ids, offsets
-
-
-def token_windows(length: int, size: int) -> Iterator[tuple[int, int, int]]:
-    """Windows `(begin, end, first)` of at most `size` tokens over a text of `length` tokens.
-
-    Every token lies in `first..end` of exactly one window; windows after the first repeat the `size // 2` tokens before
-    `first` as context, so a text longer than the model's context is still read with at least half of it.
-    """
-    begin, first = 0, 0
-    while first < length:
-        end = min(begin + size, length)
-        yield begin, end, first
-        begin, first = end - size // 2, end
-
-
-def context_size(model: torch.nn.Module, window: int | None) -> int:
-    """Tokens a window may hold: `window`, or 4096, and never more than the model was made for."""
-    limit = getattr(model.config, "max_position_embeddings", None) or 4096
-    return min(window or 4096, limit)
-
-
-def window_batches(
-    ids: Sequence[Sequence[int]], size: int, batch_size: int, device: torch.device, progress: str | None
-) -> Iterator[tuple[list[tuple[int, int, int, int]], torch.Tensor, torch.Tensor]]:
-    """Windows of all texts in batches padded at the end: (text, begin, end, first) of each row, ids and mask [B, T]."""
-    rows = [(i, *window) for i, row in enumerate(ids) for window in token_windows(len(row), size)]
-    rows.sort(key=lambda row: row[1] - row[2])  # longest first: little padding, and memory trouble shows at once
-    for at in tqdm(range(0, len(rows), batch_size), desc=progress, disable=progress is None, unit="batch"):
-        batch = rows[at : at + batch_size]
-        width = max(end - begin for _, begin, end, _ in batch)
-        input_ids = torch.zeros(len(batch), width, dtype=torch.long)
-        mask = torch.zeros(len(batch), width, dtype=torch.long)
-        for b, (i, begin, end, _) in enumerate(batch):
-            input_ids[b, : end - begin] = torch.tensor(ids[i][begin:end])
-            mask[b, : end - begin] = 1
-        yield batch, input_ids.to(device), mask.to(device)
 
 
 @torch.inference_mode()
@@ -202,76 +138,145 @@ def opening_entropies(
     batch_size: int = 4,
     progress: bool = True,
 ) -> list[OpeningEntropy]:
-    """Mean next-token entropy of `model` at sentence starts, for each opening; highest first.
+    """Mean next-token entropy of a causal language model at sentence starts, by opening, highest first.
 
-    H = -sum p log2 p, in bits, of the distribution that predicts the first token of the sentence: the one that holds
-    the character at `starts[i][j]` of `texts[i]`. The mean runs over the sentences that open with the same word or
-    token (`unit`), so with a tokenizer of characters `unit="word"` still reports words, by the entropy over their first
-    letter. `model` is any causal language model of transformers; texts longer than `window` (default: the model's
-    context, at most 4096 tokens) are read in overlapping windows. Sentences that open with no word and the first token
-    of a text, which nothing predicts, are left out.
+    H = -sum p log2 p, in bits, of the distribution that predicts a sentence's first token: the one that holds character
+    `starts[i][j]` of `texts[i]`. The mean is over the sentences that open with the same word or token (`unit`). With a
+    tokenizer of characters, `unit="word"` still groups by words, and measures at their first letters. Texts longer than
+    `window` tokens (default: the model's context, at most 4096) are read in overlapping windows. Left out are sentences
+    that open with no word, and the first token of a text, which nothing predicts.
     """
     model.eval()
     ids, offsets = encode(tokenizer, texts)
-    opening_at: list[dict[int, str]] = []  # for each text: position that predicts a sentence's first token -> opening
-    for text, text_starts, spans in zip(texts, starts, offsets, strict=True):
-        ends = [end for _, end in spans]
-        openings = sentence_openings(text, text_starts, unit, spans)
-        positions = [bisect_right(ends, start) - 1 for start in text_starts]
-        opening_at.append({p: opening for p, opening in zip(positions, openings, strict=True) if opening and p >= 0})
-    size = context_size(model, window)
-    found: dict[str, list[float]] = defaultdict(list)
+    predicted = [_predicted_openings(*row, unit) for row in zip(texts, starts, offsets, strict=True)]
     device = next(model.parameters()).device
     description = "entropy at sentence starts" if progress else None
-    for batch, input_ids, mask in window_batches(ids, size, batch_size, device, description):
+    found: dict[str, list[float]] = defaultdict(list)
+    for batch, input_ids, mask in window_batches(ids, context_size(model, window), batch_size, device, description):
         wanted = [
-            [(p - begin, opening) for p, opening in opening_at[i].items() if first <= p < end]
+            [(p - begin, opening) for p, opening in predicted[i].items() if first <= p < end]
             for i, begin, end, first in batch
         ]
-        kept = sorted({p for row in wanted for p, _ in row})
-        if not kept:
-            continue
-        keep = torch.tensor(kept, device=device)
-        logits = model(input_ids=input_ids, attention_mask=mask, logits_to_keep=keep, use_cache=False).logits
-        column = {p: j for j, p in enumerate(kept)}
-        for b, row in enumerate(wanted):
-            if row:
-                log_p = logits[b, [column[p] for p, _ in row]].float().log_softmax(-1)
-                entropies = -(log_p.exp() * log_p).sum(-1) / math.log(2)
-                for (_, opening), entropy in zip(row, entropies.tolist(), strict=True):
-                    found[opening].append(entropy)
+        for opening, entropy in _entropies(model, input_ids, mask, wanted):
+            found[opening].append(entropy)
     table = [OpeningEntropy(opening, len(values), float(np.mean(values))) for opening, values in found.items()]
     return sorted(table, key=lambda row: (-row.entropy_bits, row.opening))
 
 
-def select_transitions(
-    table: Iterable[OpeningEntropy], *, top: int | None = None, threshold_bits: float | None = None, min_count: int = 20
-) -> list[OpeningEntropy]:
-    """The openings seen at least `min_count` times whose mean entropy is the `top` highest or at least
-    `threshold_bits`.
+def _predicted_openings(
+    text: str, starts: Sequence[int], spans: Sequence[tuple[int, int]], unit: OpeningUnit
+) -> dict[int, str]:
+    """Sentence openings by the token position that predicts their first token."""
+    ends = [end for _, end in spans]
+    positions = [bisect_right(ends, start) - 1 for start in starts]
+    openings = sentence_openings(text, starts, unit, spans)
+    return {p: opening for p, opening in zip(positions, openings, strict=True) if opening and p >= 0}
 
-    Exactly one of `top` and `threshold_bits` is given. Raises ValueError where nothing is left.
+
+def _entropies(
+    model: torch.nn.Module, input_ids: torch.Tensor, mask: torch.Tensor, wanted: Sequence[Sequence[tuple[int, str]]]
+) -> Iterator[tuple[str, float]]:
+    """(opening, bits) at the wanted positions of each row. Computes logits at those only."""
+    positions = sorted({p for row in wanted for p, _ in row})
+    if not positions:
+        return
+    keep = torch.tensor(positions, device=input_ids.device)
+    logits = model(input_ids=input_ids, attention_mask=mask, logits_to_keep=keep, use_cache=False).logits
+    column = {p: j for j, p in enumerate(positions)}
+    for b, row in enumerate(wanted):
+        if row:
+            log_p = logits[b, [column[p] for p, _ in row]].float().log_softmax(-1)
+            bits = -(log_p.exp() * log_p).sum(-1) / math.log(2)
+            yield from zip((opening for _, opening in row), bits.tolist(), strict=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Transitions
+
+
+@dataclass(frozen=True)
+class Transitions:
+    """What steps open with: words, regardless of case, or tokens (`unit`). `opening in transitions` tests for one.
+
+    `entropies` are those of all openings, highest first, if the choice was made by them.
     """
-    if (top is None) == (threshold_bits is None):
-        raise ValueError(f"expected either top or threshold_bits, got top={top} and threshold_bits={threshold_bits}")
-    table = sorted(table, key=lambda row: (-row.entropy_bits, row.opening))
-    often = [row for row in table if row.count >= min_count]
-    chosen = often[:top] if top is not None else [row for row in often if row.entropy_bits >= threshold_bits]
-    if not chosen:
-        best = f"the highest mean is {often[0].entropy_bits:.3f} bits" if often else "none is that frequent"
-        raise ValueError(
-            f"no transition left of {len(table)} sentence openings ({len(often)} seen {min_count} times or more; {best}"
-            "): read more rows, or lower the minimum count or the threshold"
-        )
-    return chosen
+
+    openings: Sequence[str] = DEFAULT_TRANSITIONS
+    unit: OpeningUnit = "word"
+    entropies: Sequence[OpeningEntropy] = ()
+
+    def key(self, opening: str) -> str:
+        """The opening in the spelling that sentence_openings gives it."""
+        return opening.casefold() if self.unit == "word" else opening
+
+    @cached_property
+    def _keys(self) -> frozenset[str]:
+        return frozenset(map(self.key, self.openings))
+
+    def __contains__(self, opening: str | None) -> bool:
+        return opening is not None and opening in self._keys
+
+
+@dataclass(frozen=True)
+class TransitionOptions:
+    """What steps open with.
+
+    Args:
+        transitions: file of transition words, one per line or JSON; default: the built-in list.
+        opening_unit: what opens a sentence, its first "word" or its first "token".
+    """
+
+    transitions: str | Path | None = None
+    opening_unit: OpeningUnit = "word"
+
+
+@dataclass(frozen=True)
+class EntropyOptions(TransitionOptions):
+    """What steps open with, where a language model may decide.
+
+    Args:
+        transitions: file of transition words, one per line or JSON; then no entropies are computed.
+        opening_unit: what opens a sentence, its first "word" or its first "token" of the model.
+        entropy_rows: rows to measure entropies on, drawn at random.
+        top_transitions: how many openings with the highest mean entropy are transitions.
+        entropy_threshold_bits: take all openings with at least this mean entropy instead.
+        min_opening_count: openings seen less often are not transitions.
+    """
+
+    entropy_rows: int = 500
+    top_transitions: int = 16
+    entropy_threshold_bits: float | None = None
+    min_opening_count: int = 20
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What transitions may be learned from: `traces.Trace` rows and, if there is one, the `language.LanguageModel` that
+    reads them.
+    """
+
+    traces: Sequence[Any]
+    language: Any = None
+    seed: int = 0
+
+    def sample(self, rows: int) -> list[Any]:
+        """At most `rows` traces, drawn at random and left in order."""
+        chosen = np.random.default_rng(self.seed).permutation(len(self.traces))[:rows]
+        return [self.traces[i] for i in np.sort(chosen)]
+
+
+def transitions_from_file(options: TransitionOptions, corpus: Corpus | None) -> Transitions | None:
+    if options.transitions is None:
+        return None
+    return Transitions(load_transitions(options.transitions), options.opening_unit)
 
 
 def load_transitions(path: str | Path) -> list[str]:
-    """Transition words from a file: JSON, or one word a line.
+    """Transition words from a file: JSON, or one word per line.
 
-    JSON is a list of words or of objects with an "opening", or an object that holds such a list under "transitions":
-    the `patterns.json` of a prepared training set is one. In the plain form empty lines and lines that start with `#`
-    are passed over. Raises ValueError for an empty list.
+    JSON is a list of words or of objects with an "opening", or an object with such a list under "transitions", as in
+    the `patterns.json` of a prepared training set. In the plain form, empty lines and lines that start with `#` are
+    skipped. Raises ValueError for an empty list.
     """
     text = Path(path).read_text(encoding="utf-8")
     if text.lstrip().startswith(("[", "{")):
@@ -287,29 +292,141 @@ def load_transitions(path: str | Path) -> list[str]:
         lines = (line.strip() for line in text.splitlines())
         words = [line for line in lines if line and not line.startswith("#")]
     if not words:
-        raise ValueError(f"{path} names no transition; expected one word a line, or a JSON list of words")
+        raise ValueError(f"{path} names no transition; expected one word per line, or a JSON list of words")
     return words
 
 
-def transition_test(transitions: Iterable[str], unit: OpeningUnit) -> Callable[[str | None], bool]:
-    """Whether a sentence opening is a transition. Words are compared without regard to case, tokens as they are."""
-    known = {word.casefold() if unit == "word" else word for word in transitions}
-    return lambda opening: opening is not None and opening in known
+def transitions_by_entropy(options: TransitionOptions, corpus: Corpus | None) -> Transitions | None:
+    if not isinstance(options, EntropyOptions) or corpus is None or corpus.language is None:
+        return None
+    table = corpus.language.opening_entropies(corpus.sample(options.entropy_rows), options.opening_unit)
+    by_rank = options.entropy_threshold_bits is None
+    chosen = select_transitions(
+        table,
+        top=options.top_transitions if by_rank else None,
+        threshold_bits=options.entropy_threshold_bits,
+        min_count=options.min_opening_count,
+    )
+    return Transitions([row.opening for row in chosen], options.opening_unit, table)
+
+
+def select_transitions(
+    table: Iterable[OpeningEntropy], *, top: int | None = None, threshold_bits: float | None = None, min_count: int = 20
+) -> list[OpeningEntropy]:
+    """Of the openings seen at least `min_count` times, the `top` with the highest mean entropy, or those with at least
+    `threshold_bits`; exactly one of the two is given. Raises ValueError if none is left.
+    """
+    if (top is None) == (threshold_bits is None):
+        raise ValueError(f"expected either top or threshold_bits, got top={top} and threshold_bits={threshold_bits}")
+    table = sorted(table, key=lambda row: (-row.entropy_bits, row.opening))
+    often = [row for row in table if row.count >= min_count]
+    chosen = often[:top] if top is not None else [row for row in often if row.entropy_bits >= threshold_bits]
+    if not chosen:
+        best = f"the highest mean is {often[0].entropy_bits:.3f} bits" if often else "none is that frequent"
+        raise ValueError(
+            f"no transition left of {len(table)} sentence openings ({len(often)} seen {min_count} times or more; {best}"
+            "): read more rows, or lower the minimum count or the threshold"
+        )
+    return chosen
+
+
+def built_in_transitions(options: TransitionOptions, corpus: Corpus | None) -> Transitions | None:
+    return Transitions(DEFAULT_TRANSITIONS, options.opening_unit)
+
+
+# The first that applies is taken.
+STRATEGIES: tuple[Callable[[TransitionOptions, Corpus | None], Transitions | None], ...] = (
+    transitions_from_file,
+    transitions_by_entropy,
+    built_in_transitions,
+)
+
+
+def choose_transitions(options: TransitionOptions = TransitionOptions(), corpus: Corpus | None = None) -> Transitions:
+    """What steps open with, by the first strategy that applies. Without a corpus, nothing can be measured.
+
+    To add a strategy:
+
+    1. Write a function like those above. It returns None if the options do not ask for it or the corpus lacks what it
+       needs.
+    2. Add it to `STRATEGIES`, before those that it takes precedence over.
+    3. Add its options: to TransitionOptions, whose fields are options of all commands that take this group, or to a
+       subclass such as EntropyOptions for commands that read a whole corpus first.
+
+    `prepare`, `flow` and `dynamics` all choose their transitions here and need no change.
+    """
+    return next(found for strategy in STRATEGIES if (found := strategy(options, corpus)) is not None)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Steps
 
 
+@dataclass(frozen=True)
+class StepOptions:
+    """How short and how long a step may be, in tokens without markers.
+
+    Args:
+        min_step_tokens: a shorter step joins the one before it.
+        max_step_tokens: a longer step is halved at a sentence.
+    """
+
+    min_step_tokens: int = 32
+    max_step_tokens: int = 512
+
+    def __post_init__(self):
+        if not 1 <= 2 * self.min_step_tokens <= self.max_step_tokens:
+            raise ValueError(
+                f"max_step_tokens: expected at least twice min_step_tokens ({self.min_step_tokens}), so that a long "
+                f"step can be halved, got {self.max_step_tokens}"
+            )
+
+
+@dataclass(frozen=True)
+class StepStart:
+    """Where a step starts, as a token and a character of the text, and what it opens with."""
+
+    token: int
+    char: int
+    opening: str | None
+
+
+def find_steps(
+    sentences: Sequence[int],
+    openings: Sequence[str | None],
+    spans: Sequence[tuple[int, int]],
+    end: int,
+    transitions: Transitions,
+    options: StepOptions,
+) -> list[StepStart]:
+    """The steps of a text whose sentences start at the characters `sentences` and open with `openings`.
+
+    `spans` are the character spans of the text's tokens. The last step ends before token `end`; if no sentence starts
+    before `end`, there are no steps. If several sentences start within one token, the first counts, or the last that
+    opens with a transition.
+    """
+    ends = [stop for _, stop in spans]
+    starts: dict[int, StepStart] = {}
+    for char, opening in zip(sentences, openings, strict=True):
+        token = bisect_right(ends, char)
+        if token < end and (token not in starts or opening in transitions):
+            starts[token] = StepStart(token, char, opening)
+    if not starts:
+        return []
+    opens = [start.opening in transitions for start in starts.values()]
+    steps = split_steps(list(starts), opens, end, shortest=options.min_step_tokens, longest=options.max_step_tokens)
+    return [starts[token] for token in steps]
+
+
 def split_steps(sentences: Sequence[int], opens: Sequence[bool], end: int, *, shortest: int, longest: int) -> list[int]:
     """Token positions at which the steps of one chain of thought start.
 
-    `sentences` are the token positions at which its sentences start (strictly increasing, the first is where the
-    thinking starts), `opens[i]` says whether sentence i opens with a transition, `end` is the position after the last
-    token.
-    A piece of fewer than `shortest` tokens joins the step before it (a short first piece takes in what follows). A step
-    of more than `longest` tokens is halved at the sentence nearest to its middle, again and again, so its parts are of
-    like length; it stays long where no sentence start leaves `shortest` tokens on both sides.
+    `sentences` are the token positions at which its sentences start, strictly increasing from the start of the
+    thinking. `opens[i]` says whether sentence i opens with a transition, `end` is the position after the last token.
+
+    A piece of fewer than `shortest` tokens joins the step before it; a short first piece absorbs what follows. A step
+    of more than `longest` tokens is halved at the sentence start nearest to its middle, recursively, so that its parts
+    are of similar length. It stays long if no sentence start leaves `shortest` tokens on both sides.
     """
     openers = [sentences[0]] + [s for s, opener in zip(sentences[1:], opens[1:], strict=True) if opener]
     steps = [openers[0]]
@@ -325,64 +442,3 @@ def split_steps(sentences: Sequence[int], opens: Sequence[bool], end: int, *, sh
         return halve(begin, middle) + halve(middle, stop)
 
     return [start for begin, stop in pairwise([*steps, end]) for start in halve(begin, stop)]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Agreement with people's or a model's sentence labels
-
-
-def label_agreement(
-    boundaries: Mapping[str, Sequence[int]], labels: Mapping[str, Sequence[Sequence[Any]]]
-) -> dict[str, Any]:
-    """How the step boundaries lie to labelled sentences.
-
-    `boundaries[id]` are character offsets in the thinking at which steps 2, 3, ... start; `labels[id]` are spans
-    `[start, end, category]` or `[start, end, category, entropy]` over the same text. Gives, over the ids in both: the
-    share of boundaries that fall on the start of a labelled sentence; precision and recall of the boundaries against
-    the sentences whose category differs from that of the sentence before; for each category its share of all labelled
-    sentences after the first, its share of the boundaries, and the share of its sentences that start a step; and, where
-    there are entropies, the mean entropy of sentences at a boundary and of the others.
-    """
-    total, on_start, changes, change_hits = 0, 0, 0, 0
-    sentences, hits = Counter(), Counter()
-    entropies: dict[bool, list[float]] = {True: [], False: []}
-    shared = sorted(boundaries.keys() & labels.keys())
-    for key in shared:
-        wanted = set(boundaries[key])
-        total += len(wanted)
-        for before, span in pairwise(labels[key]):
-            hit = span[0] in wanted
-            sentences[span[2]] += 1
-            hits[span[2]] += hit
-            on_start += hit
-            changes += span[2] != before[2]
-            change_hits += hit and span[2] != before[2]
-            if len(span) > 3:
-                entropies[hit].append(float(span[3]))
-
-    def share(part: float, whole: float) -> float | None:
-        return round(part / whole, 4) if whole else None
-
-    result: dict[str, Any] = {
-        "traces": len(shared),
-        "boundaries": total,
-        "labelled_sentences": sentences.total(),
-        "boundaries_on_a_sentence_start": share(on_start, total),
-        "category_change_precision": share(change_hits, total),
-        "category_change_recall": share(change_hits, changes),
-        "categories": {
-            name: {
-                "sentences": count,
-                "share_of_sentences": share(count, sentences.total()),
-                "share_of_boundaries": share(hits[name], on_start),
-                "start_a_step": share(hits[name], count),
-            }
-            for name, count in sentences.most_common()
-        },
-    }
-    if entropies[True] or entropies[False]:
-        result["entropy"] = {
-            name: {"sentences": len(entropies[at]), "mean": share(sum(entropies[at]), len(entropies[at]))}
-            for name, at in (("at_boundaries", True), ("elsewhere", False))
-        }
-    return result

@@ -1,7 +1,7 @@
 """Rows of text in, tokenised chains of thought with step boundaries out.
 
-Reads jsonl and parquet files and hub datasets, finds prompt, thinking and answer of each row, and places the step
-boundaries (statecore/segmentation.py) on tokens. A row that cannot be used becomes a RowProblem that says why.
+Reads JSON Lines and Parquet files and hub datasets, finds the prompt, thinking and answer of each row, and places step
+boundaries (statecore/segmentation.py) on its tokens. A row that cannot be used becomes a RowProblem that says why.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from .data import PromptFormat
 
 
 class RowProblem(ValueError):
-    """A row that cannot be used: a short reason, which is counted, and what exactly is wrong."""
+    """A row that cannot be used: a short reason, by which such rows are counted, and the details."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(f"{reason}: {detail}")
@@ -36,7 +37,7 @@ class RowProblem(ValueError):
 
 @dataclass(frozen=True)
 class BadRow:
-    """Where a row was left out, and why. `line` counts from 1 (for parquet and hub datasets: the row)."""
+    """Where a row was left out, and why. `line` counts from 1, in rows for Parquet files and hub datasets."""
 
     source: str
     line: int
@@ -47,28 +48,67 @@ class BadRow:
         return f"{self.source}, line {self.line}: {self.reason}: {self.detail}"
 
 
+class LeftOut:
+    """Collects the rows that cannot be used; with `strict`, the first one is an error."""
+
+    def __init__(self, strict: bool):
+        self.strict = strict
+        self.rows: list[BadRow] = []
+
+    def add(self, source: str, line: int, problem: RowProblem) -> None:
+        row = BadRow(source, line, problem.reason, problem.detail)
+        if self.strict:
+            raise ValueError(f"{row} (strict: the first row that cannot be used ends the run)") from problem
+        self.rows.append(row)
+
+    def check_some_remain(self, remaining: Sequence[Any]) -> None:
+        if not remaining:
+            first = [str(row) for row in self.rows[:10]]
+            raise ValueError("\n".join([f"none of the {len(self.rows)} rows can be used", *first]))
+
+
 @dataclass(frozen=True)
-class Fields:
+class RowFields:
     """Where a row keeps its parts.
 
-    Either the thinking and the answer stand in fields of their own, or `completion` names one field that holds both,
-    with the thinking between `think_tags`: a text, or a list of chat messages whose last one is the assistant's (the
-    messages before it are then the prompt, and the `prompt` field is not read).
+    Thinking and answer either have fields of their own, or `completion` names one field that holds both, with the
+    thinking between `think_tags`: a text, or a list of chat messages that ends with the assistant's. The messages
+    before it are then the prompt, and the `prompt` field is not read.
+
+    Args:
+        prompt, thinking, answer, id: where a row keeps its parts.
+        completion: a field with thinking and answer in one, a text or a list of chat messages.
+        think_tags: what encloses the thinking in `completion_field`.
     """
 
-    prompt: str = "problem"
-    thinking: str = "thinking"
-    answer: str = "answer"
-    id: str = "id"
-    completion: str | None = None
+    prompt: str = field(default="problem", metadata={"option": "prompt_field"})
+    thinking: str = field(default="thinking", metadata={"option": "thinking_field"})
+    answer: str = field(default="answer", metadata={"option": "answer_field"})
+    id: str = field(default="id", metadata={"option": "id_field"})
+    completion: str | None = field(default=None, metadata={"option": "completion_field"})
     think_tags: tuple[str, str] = ("<think>", "</think>")
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """Which rows of a source are read.
+
+    Args:
+        split: split of a hub dataset.
+        limit: read no more rows than this.
+        strict: stop at the first row that cannot be used.
+    """
+
+    split: str = "train"
+    limit: int | None = None
+    strict: bool = False
 
 
 @dataclass
 class Trace:
-    """One usable row: chat messages of the prompt, thinking and answer, and where it came from.
+    """One usable row: the prompt's chat messages, thinking and answer, and where it came from.
 
-    `head` is the text before the thinking, which `read_traces` makes of the prompt.
+    `head` is the text before the thinking, which `read_traces` makes from the prompt.
     """
 
     id: str
@@ -80,12 +120,12 @@ class Trace:
     head: str = ""
 
     def text(self) -> str:
-        """What comes before the thinking, and the thinking."""
+        """The text up to the end of the thinking."""
         return self.head + self.thinking
 
 
 def read_lines(source: str, split: str) -> Iterator[tuple[int, Any]]:
-    """Numbered rows of a source: a dict, or the RowProblem that stands in its place.
+    """Numbered rows of a source: a dict, or a RowProblem in its place.
 
     `source` is a .jsonl, .jsonl.gz or .parquet file, or a hub dataset `owner/name` or `owner/name:configuration`.
     """
@@ -104,6 +144,7 @@ def read_lines(source: str, split: str) -> Iterator[tuple[int, Any]]:
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
+    """Numbered rows of a .jsonl or .jsonl.gz file, with RowProblems as in `read_lines`."""
     number = 0
     with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
         try:
@@ -126,8 +167,8 @@ def _parse_line(line: bytes) -> Any:
     return row if isinstance(row, dict) else RowProblem("broken_json", f"expected an object, got {type(row).__name__}")
 
 
-def parse_trace(row: Mapping[str, Any], fields: Fields, source: str, line: int) -> Trace:
-    """The parts of a row. Raises RowProblem where it has no prompt, thinking or answer."""
+def parse_trace(row: Mapping[str, Any], fields: RowFields, source: str, line: int) -> Trace:
+    """The parts of a row. Raises RowProblem if prompt, thinking or answer is missing."""
     if fields.completion is None:
         prompt = [{"role": "user", "content": _text(row, fields.prompt, "no_prompt")}]
         thinking = _text(row, fields.thinking, "no_thinking")
@@ -142,7 +183,7 @@ def parse_trace(row: Mapping[str, Any], fields: Fields, source: str, line: int) 
         thinking, answer = _split_completion(content, fields)
     try:
         "".join([*(message["content"] for message in prompt), thinking, answer]).encode()
-    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can hold and no tokenizer reads
+    except UnicodeEncodeError as error:  # half of a surrogate pair: JSON can hold it, no tokenizer reads it
         raise RowProblem("broken_text", str(error)) from error
     name = row.get(fields.id)
     return Trace(
@@ -151,9 +192,9 @@ def parse_trace(row: Mapping[str, Any], fields: Fields, source: str, line: int) 
 
 
 def read_traces(
-    source: str, split: str, fields: Fields, form: PromptFormat, tokenizer: Any
+    source: str, split: str, fields: RowFields, form: PromptFormat, tokenizer: Any
 ) -> Iterator[tuple[int, Trace | RowProblem]]:
-    """Numbered traces of a source, with their heads; a RowProblem stands for a row that cannot be used."""
+    """Numbered traces of a source, with their heads; RowProblems in place of rows that cannot be used."""
     for line, row in read_lines(source, split):
         try:
             if isinstance(row, RowProblem):
@@ -180,7 +221,7 @@ def _text(row: Mapping[str, Any], name: str, reason: str) -> str:
 
 
 def _conversation(messages: list[Any], name: str) -> tuple[list[dict[str, str]], str]:
-    """Prompt messages and the assistant's text, from `role`/`content` or ShareGPT's `from`/`value` messages."""
+    """The prompt's messages and the assistant's text, from `role`/`content` or ShareGPT's `from`/`value` messages."""
     roles = {"human": "user", "gpt": "assistant"}
     try:
         turns = [
@@ -196,11 +237,11 @@ def _conversation(messages: list[Any], name: str) -> tuple[list[dict[str, str]],
     return [{"role": role, "content": text} for role, text in turns[:-1]], turns[-1][1]
 
 
-def _split_completion(text: str, fields: Fields) -> tuple[str, str]:
+def _split_completion(text: str, fields: RowFields) -> tuple[str, str]:
     opening, closing = fields.think_tags
     before, opened, rest = text.partition(opening)
     if not opened:
-        rest = text  # the opening tag is often part of the prompt
+        rest = text  # chat templates often open the thinking in the prompt
     elif before.strip():
         raise RowProblem("no_thinking", f"field {fields.completion!r} has text before {opening}")
     thinking, closed, answer = rest.partition(closing)
@@ -223,9 +264,9 @@ class Tokenised:
 
     trace: Trace
     ids: np.ndarray  # [tokens] int32, with the end-of-sequence token
-    glued: bool  # whether the prompt's last characters share a token with the thinking
+    glued: bool  # whether the end of the prompt shares a token with the thinking
     steps: list[int]  # token positions at which the steps start; steps[0] is the length of the prompt
-    answer: int  # token position at which the end of thinking (or the answer) starts
+    answer: int  # token position at which the closing of the thinking (or the answer) starts
     step_chars: list[int]  # the same starts as character offsets in the thinking
     openings: list[str | None]  # what each step opens with
 
@@ -237,62 +278,57 @@ class Tokenised:
         """Tokens of each step, without its markers."""
         return [end - begin for begin, end in pairwise([*self.steps, self.answer])]
 
+    def marked_length(self) -> int:
+        """Tokens of the row with the two markers of each step."""
+        return len(self.ids) + 2 * len(self.steps)
 
-@dataclass
+
+@dataclass(frozen=True)
 class StepRules:
-    """What starts a step and how short or long it may be, in tokens without markers."""
+    """What starts a step and how long it may be. Openings of `unit="token"` are tokens of `opening_tokenizer`, by
+    default of the tokenizer that the text is tokenised with.
+    """
 
-    is_transition: Any  # of a sentence's opening
-    unit: segmentation.OpeningUnit
-    shortest: int
-    longest: int
-    opening_tokenizer: Any  # whose tokens `unit="token"` means
+    transitions: segmentation.Transitions
+    steps: segmentation.StepOptions
+    opening_tokenizer: Any = None
 
 
 def tokenise(
     traces: Sequence[Trace], tokenizer: Any, think_close: str, rules: StepRules
 ) -> Iterator[Tokenised | RowProblem]:
-    """Tokenises each trace as a whole and places its step boundaries; a RowProblem stands for a row that cannot be
-    used.
+    """Tokenises each trace as a whole and finds its steps; RowProblems in place of rows that cannot be used.
 
-    A boundary lies before the token that holds the first visible character of the sentence (of the end of thinking, for
-    the last one), so a space or line break that the tokenizer glues to a word goes with the word.
+    A step starts at the token with the first visible character of its sentence, so a space or line break that the
+    tokenizer joins to a word goes with the word. So does the closing of the thinking, where the last step ends.
     """
     texts = [trace.text() + think_close + trace.answer for trace in traces]
-    all_ids, all_offsets = segmentation.encode(tokenizer, texts)
-    opening_offsets: Sequence[Any] = [None] * len(texts)
-    if rules.unit == "token":
-        same = rules.opening_tokenizer is tokenizer
-        opening_offsets = all_offsets if same else segmentation.encode(rules.opening_tokenizer, texts)[1]
+    all_ids, all_spans = segmentation.encode(tokenizer, texts)
+    opening_spans = all_spans
+    if rules.transitions.unit == "token" and rules.opening_tokenizer not in (None, tokenizer):
+        opening_spans = segmentation.encode(rules.opening_tokenizer, texts)[1]
     forbidden = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     eos = tokenizer.eos_token_id
-    for trace, text, ids, offsets, spans in zip(traces, texts, all_ids, all_offsets, opening_offsets, strict=True):
+    for trace, text, ids, spans, own_openings in zip(traces, texts, all_ids, all_spans, opening_spans, strict=True):
         before, thinking_end = len(trace.head), len(trace.text())
+        closing = len(text) - len(text[thinking_end:].lstrip())
+        answer = bisect_right([end for _, end in spans], closing)
         sentences = [before + start for start in segmentation.sentence_starts(trace.thinking)]
-        closing = thinking_end + len(text[thinking_end:]) - len(text[thinking_end:].lstrip())
-        ends = np.array([end for _, end in offsets])
-        positions = np.searchsorted(ends, [*sentences, closing], side="right").tolist()
-        answer = positions.pop()
-        openings = segmentation.sentence_openings(text, sentences, rules.unit, spans)
-        starts: dict[int, tuple[int, str | None]] = {}  # token position -> character offset in the thinking, opening
-        for position, start, opening in zip(positions, sentences, openings, strict=True):
-            if position not in starts or rules.is_transition(opening):
-                starts[position] = (start - before, opening)
-        if answer <= positions[0]:
+        openings = segmentation.sentence_openings(text, sentences, rules.transitions.unit, own_openings)
+        steps = segmentation.find_steps(sentences, openings, spans, answer, rules.transitions, rules.steps)
+        if not steps:
             yield RowProblem("no_thinking", "the thinking is not a token of its own")
             continue
-        special = sorted(forbidden.intersection(ids[positions[0] :]))
+        special = sorted(forbidden.intersection(ids[steps[0].token :]))
         if special:
             yield RowProblem("special_tokens", f"thinking or answer hold {tokenizer.decode([special[0]])!r} as a text")
             continue
-        opens = [rules.is_transition(opening) for _, opening in starts.values()]
-        steps = segmentation.split_steps(list(starts), opens, answer, shortest=rules.shortest, longest=rules.longest)
         yield Tokenised(
             trace,
             np.array(ids if ids[-1] == eos else [*ids, eos], dtype=np.int32),
-            glued=offsets[steps[0]][0] < before,
-            steps=steps,
+            glued=spans[steps[0].token][0] < before,
+            steps=[step.token for step in steps],
             answer=answer,
-            step_chars=[starts[step][0] for step in steps],
-            openings=[starts[step][1] for step in steps],
+            step_chars=[step.char - before for step in steps],
+            openings=[step.opening for step in steps],
         )

@@ -1,10 +1,9 @@
-"""Distillation of a model into its own state-transition form.  (arXiv 2602.01198; what that leaves open is an option)
-
-    L = L_AR + beta * L_KD,   L_KD = KL(teacher || student) over the old vocabulary
+"""Distillation of a model into its own state-transition form (arXiv 2602.01198; what it leaves open is an option).
 
 The student reads the chain of thought with step tokens, segments and state; the teacher is the same weights with full
-attention on the same text without step tokens. They are compared where both predict the same ordinary token. Only the
-linear branches and the step token rows learn (with `lora_rank` > 0 also LoRA factors on the base's projections).
+attention on the same text without step tokens. They are compared where both predict the same ordinary token
+(losses.py). Only the linear branches and the step token rows are trained, with `lora_rank` > 0 also LoRA factors on the
+base's projections.
 
     statecore train --config recipes/qwen2.5-1.5b.yaml --data training-set --learning_rate 2e-4
     accelerate launch --config_file recipes/accelerate/multi_gpu.yaml -m statecore.train --config ...
@@ -20,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-import yaml
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments
@@ -30,26 +27,25 @@ from transformers.utils import logging
 
 from . import adapter
 from .data import PATTERNS_FILE, PackedCollator, PaddedCollator, Prepared, load_prepared
+from .losses import distillation_losses
+from .settings import read_yaml
 
 logger = logging.get_logger(__name__)
-IGNORED = -100  # label of a token that is not predicted
 
 
 @dataclass
 class TrainArguments(TrainingArguments):
-    """Arguments of `statecore train`: these and all of transformers.TrainingArguments, typed or in a YAML file."""
+    """Arguments of `statecore train`, typed or in a YAML file: all of transformers.TrainingArguments, and these."""
 
     base: str | None = field(default=None, metadata={"help": "Base checkpoint: a path or a hub name."})
     data: str | None = field(default=None, metadata={"help": "Folder written by `statecore prepare`."})
     model_dtype: str = field(default="auto", metadata={"help": "dtype of the frozen base: auto, float32, bfloat16 ..."})
     beta: float = field(default=1.0, metadata={"help": "Weight of the distillation loss; 0: labels alone, no teacher."})
     packed: bool = field(
-        default=False, metadata={"help": "Batches are one row of sequences one behind the other, without padding."}
+        default=False, metadata={"help": "Pack the sequences of a batch into one row, without padding."}
     )
     max_tokens: int | None = field(default=None, metadata={"help": "Leave out rows with more tokens than this."})
-    loss_chunk: int = field(
-        default=1024, metadata={"help": "Tokens whose logits exist at the same time: memory against calls."}
-    )
+    loss_chunk: int = field(default=1024, metadata={"help": "Tokens whose logits are in memory at the same time."})
     la_rank: int = field(default=128, metadata={"help": "Rank of the linear branch's factors."})
     la_projection: str = field(default="base_plus_low_rank", metadata={"help": "base_plus_low_rank or low_rank."})
     la_rope: bool = field(default=True, metadata={"help": "Rotate the linear branch's queries and keys by position."})
@@ -60,14 +56,16 @@ class TrainArguments(TrainingArguments):
     muon_learning_rate: float | None = field(
         default=None, metadata={"help": "Train matrices with Muon at this rate, the rest with AdamW at learning_rate."}
     )
-    lora_rank: int = field(default=0, metadata={"help": "Rank of LoRA on the base's projections (peft); 0: none."})
-    lora_alpha: float = field(default=16.0, metadata={"help": "Scale of LoRA is lora_alpha / lora_rank."})
+    lora_rank: int = field(default=0, metadata={"help": "Rank of LoRA on the base's projections (peft); 0 for none."})
+    lora_alpha: float = field(default=16.0, metadata={"help": "LoRA is scaled by lora_alpha / lora_rank."})
     lora_targets: list[str] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"],
         metadata={"help": "Names of the projections that get LoRA."},
     )
-    # What other defaults mean here.
-    output_dir: str | None = field(default="statecore-train", metadata={"help": "For checkpoints and the adapter."})
+    # Arguments of transformers with other defaults.
+    output_dir: str | None = field(
+        default="statecore-train", metadata={"help": "Folder for checkpoints and the adapter."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collators read every column."})
     prediction_loss_only: bool = field(default=True, metadata={"help": "Logits of whole batches are never kept."})
     resume_from_checkpoint: str | None = field(
@@ -89,105 +87,13 @@ class TrainArguments(TrainingArguments):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Loss
-
-
-@dataclass(frozen=True)
-class Losses:
-    """Sums over tokens (at least float32), and how many tokens: predicted ones, and ones compared with the teacher."""
-
-    total: Tensor  # ar + beta * kl, differentiable
-    ar: Tensor
-    kl: Tensor
-    predicted: int
-    compared: int
-
-
-def distillation_losses(
-    model: PreTrainedModel, hidden: Tensor, labels: Tensor, teacher_hidden: Tensor | None = None,
-    student_index: Tensor | None = None, teacher_index: Tensor | None = None, *, beta: float = 1.0, chunk: int = 1024,
-) -> Losses:  # fmt: skip
-    """AR and KL losses from last hidden states, with the logits of `chunk` tokens at a time.
-
-    hidden [B, T, D] of the student, labels [B, T] (not shifted, -100: not predicted), teacher_hidden [B', U, D];
-    student_index and teacher_index [M]: positions in the flattened [B * T] and [B' * U] that predict the same ordinary
-    token. Without a teacher, kl is 0.
-    """
-    target = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
-    predicting = (target != IGNORED).nonzero()[:, 0]
-    target = target[predicting]
-    hidden = hidden.flatten(0, 1)[predicting]
-    counterpart = torch.full((labels.numel(),), -1, device=labels.device)
-    if teacher_hidden is not None:
-        counterpart[student_index] = teacher_index
-        teacher_hidden = teacher_hidden.flatten(0, 1)
-    counterpart = counterpart[predicting]
-    step_tokens = model.lm_head.step_ids
-
-    def chunk_losses(part: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
-        logits = model.lm_head(part)
-        logits = logits.to(_at_least_float32(logits.dtype))
-        ar = F.cross_entropy(logits, target[begin:end], reduction="sum")
-        where = (counterpart[begin:end] >= 0).nonzero()[:, 0]
-        if not len(where):
-            return ar, ar.new_zeros(())
-        with torch.no_grad(), model.full_attention():
-            teacher = model.lm_head(teacher_hidden[counterpart[begin:end][where]]).to(logits.dtype)
-        # Of what the teacher never saw it has no opinion: both distributions are over the old vocabulary.
-        never = torch.finfo(torch.float32).min / 2
-        teacher = teacher.index_fill_(1, step_tokens, never).log_softmax(1)
-        student = logits[where].index_fill(1, step_tokens, never).log_softmax(1)
-        return ar, F.kl_div(student, teacher, reduction="sum", log_target=True)
-
-    parameters = [p for p in model.lm_head.parameters() if p.requires_grad]
-    total, ar, kl = _ChunkedSum.apply(chunk_losses, chunk, beta, hidden, *parameters)
-    return Losses(total, ar, kl, len(target), int((counterpart >= 0).sum()))
-
-
-class _ChunkedSum(torch.autograd.Function):
-    """Adds up losses chunk by chunk. Gradients are taken at once: logits do not outlive their chunk nor come twice."""
-
-    @staticmethod
-    def forward(
-        ctx, losses: Callable[[Tensor, int, int], tuple[Tensor, Tensor]], chunk: int, beta: float, hidden: Tensor,
-        *parameters: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        sums = torch.zeros(2, device=hidden.device, dtype=_at_least_float32(hidden.dtype))
-        differentiable = any(ctx.needs_input_grad)
-        gradients = [torch.zeros_like(x) for x in (hidden, *parameters)] if differentiable else []
-        for begin in range(0, len(hidden), chunk):
-            end = min(begin + chunk, len(hidden))
-            part = hidden[begin:end].detach().requires_grad_(differentiable)
-            with torch.set_grad_enabled(differentiable):
-                ar, kl = losses(part, begin, end)
-                both = ar + beta * kl
-            if differentiable:
-                own, *rest = torch.autograd.grad(both, (part, *parameters))
-                gradients[0][begin:end] = own
-                for sum_, gradient in zip(gradients[1:], rest, strict=True):
-                    sum_ += gradient
-            sums += torch.stack((ar, kl)).detach()
-        ctx.save_for_backward(*gradients)
-        ctx.mark_non_differentiable(ar_sum := sums[0].clone(), kl_sum := sums[1].clone())
-        return sums[0] + beta * sums[1], ar_sum, kl_sum
-
-    @staticmethod
-    def backward(ctx, upstream: Tensor, *_unused: Tensor) -> tuple[Any, ...]:
-        return None, None, None, *(upstream.to(g.dtype) * g for g in ctx.saved_tensors)
-
-
-def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Optimizer
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
-    """Muon on matrices, which is all it can take, and AdamW on the rest, as one optimizer with one state.
+    """Muon on matrices, the only parameters it takes, and AdamW on the others, as one optimizer.
 
-    muon, adamw: arguments of torch.optim.Muon and torch.optim.AdamW. A schedule multiplies both learning rates.
+    muon, adamw: arguments of torch.optim.Muon and torch.optim.AdamW. A schedule scales both learning rates.
     """
 
     def __init__(
@@ -198,7 +104,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
         super().__init__(self._groups(), {})
 
     def _groups(self) -> list[dict[str, Any]]:
-        """The very groups of both parts: what a schedule writes into them is what the parts read."""
+        """The parts' own groups, not copies: the parts must read what a schedule writes into them."""
         return [group for part in self.parts for group in part.param_groups]
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -223,8 +129,8 @@ class MuonAndAdamW(torch.optim.Optimizer):
 class StateCoreTrainer(Trainer):
     """Trains a state-transition model against itself with full attention; logs `ar` and `kl` per token beside `loss`.
 
-    The model is one of statecore's, or a PeftModel around one (see `with_lora`). Checkpoints hold the adapter and not
-    the base, which never changes and has 15 GB at 7B parameters.
+    The model is a state-transition model or a PeftModel around one (see `with_lora`). Checkpoints hold the adapter
+    without the base, which never changes and takes 15 GB at 7B parameters.
     """
 
     loss_is_scaled_for_ga = True  # compute_loss divides by num_items_in_batch, which counts all accumulated batches
@@ -236,9 +142,9 @@ class StateCoreTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None and self.args.muon_learning_rate is not None:
-            learning = [(name, p) for name, p in (model or self.model).named_parameters() if p.requires_grad]
-            matrices = [p for name, p in learning if p.ndim == 2 and not name.endswith("step_weight")]
-            others = [p for name, p in learning if p.ndim != 2 or name.endswith("step_weight")]
+            trained = [(name, p) for name, p in (model or self.model).named_parameters() if p.requires_grad]
+            matrices = [p for name, p in trained if p.ndim == 2 and not name.endswith("step_weight")]
+            others = [p for name, p in trained if p.ndim != 2 or name.endswith("step_weight")]
             betas = (self.args.adam_beta1, self.args.adam_beta2)
             self.optimizer = MuonAndAdamW(
                 matrices,
@@ -252,7 +158,7 @@ class StateCoreTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict]:  # fmt: skip
-        """(sum of AR + beta * KL) / predicted tokens."""
+        """Sum of AR + beta * KL over the batch, divided by the number of predicted tokens."""
         own, teacher = split_inputs(inputs)
         state_model = state_transition_model(self.accelerator.unwrap_model(model))
         alignment: dict[str, Tensor] = {}
@@ -271,7 +177,7 @@ class StateCoreTrainer(Trainer):
         else:
             loss = losses.total / num_items_in_batch
             if self.args.average_tokens_across_devices and self.args.world_size > 1:
-                loss = loss * self.accelerator.num_processes  # DDP averages gradients, the count is of all processes
+                loss = loss * self.accelerator.num_processes  # DDP averages gradients; the count is global
         return (loss, {}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
@@ -283,7 +189,7 @@ class StateCoreTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Called by transformers wherever it writes a model: the adapter, the tokenizer and the arguments."""
+        """Writes adapter, tokenizer and arguments; called by transformers wherever it would write a model."""
         folder = Path(output_dir or self.args.output_dir)
         save_trained(self.accelerator.unwrap_model(self.model), folder, state_dict)
         if self.processing_class is not None:
@@ -291,27 +197,27 @@ class StateCoreTrainer(Trainer):
         torch.save(self.args, folder / "training_args.bin")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Called by transformers on resuming; it restores optimizer, schedule and place in the data itself."""
+        """Called on resuming; transformers restores optimizer, schedule and data position by itself."""
         load_trained(self.accelerator.unwrap_model(self.model if model is None else model), resume_from_checkpoint)
 
 
 def split_inputs(inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A collator's batch -> arguments of the student's and of the teacher's forward pass."""
+    """A collator's batch -> arguments of the student's and of the teacher's forward."""
     names = ("input_ids", "attention_mask", "position_ids", "seq_idx", "cu_seq_lens_q")
-    own = {name: inputs[name] for name in names if name in inputs}
+    own = {name: inputs[name] for name in ("step_ids", *names) if name in inputs}
     teacher = {name: inputs[f"teacher_{name}"] for name in names if f"teacher_{name}" in inputs}
-    return own | {"segment_ids": inputs["step_ids"]}, teacher
+    return own, teacher
 
 
 def last_hidden_state(model: nn.Module, state_model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
-    """[B, T, D] before the output head, caught inside a call of the whole model: DDP and FSDP need that."""
-    caught = []
-    hook = state_model.model.register_forward_hook(lambda _module, _inputs, out: caught.append(out.last_hidden_state))
+    """[B, T, D] before the output head, captured in a forward of the whole model, which DDP and FSDP require."""
+    captured = []
+    hook = state_model.model.register_forward_hook(lambda _module, _inputs, out: captured.append(out.last_hidden_state))
     try:
         model(**inputs, use_cache=False, logits_to_keep=1)
     finally:
         hook.remove()
-    return caught[0]
+    return captured[0]
 
 
 def state_transition_model(model: nn.Module) -> PreTrainedModel:
@@ -321,7 +227,7 @@ def state_transition_model(model: nn.Module) -> PreTrainedModel:
 
 @contextmanager
 def as_teacher(model: nn.Module):
-    """Inside, the model is the base it was made from: full attention, and without LoRA."""
+    """Inside, the model is the base it was made from: full attention, no LoRA."""
     with ExitStack() as stack:
         stack.enter_context(state_transition_model(model).full_attention())
         if _is_peft(model):
@@ -334,7 +240,7 @@ def as_teacher(model: nn.Module):
 
 
 def with_lora(model: PreTrainedModel, *, rank: int, alpha: float, targets: Sequence[str]) -> nn.Module:
-    """A PeftModel with LoRA on the base's projections `targets`; linear branches and step token rows learn as well."""
+    """A PeftModel with LoRA on the base's projections `targets`; linear branches and step token rows stay trainable."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
@@ -350,7 +256,7 @@ def with_lora(model: PreTrainedModel, *, rank: int, alpha: float, targets: Seque
 
 
 def save_trained(model: nn.Module, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
-    """Writes the adapter; for a PeftModel peft's own files beside it, so that the whole trained model is
+    """Writes the adapter and, for a PeftModel, peft's own files beside it. The whole trained model is then
 
     PeftModel.from_pretrained(load_adapter(base, folder), folder)
     """
@@ -369,7 +275,7 @@ def save_trained(model: nn.Module, folder: str | Path, state_dict: dict[str, Ten
 
 
 def load_trained(model: nn.Module, folder: str | Path) -> None:
-    """Reads what `save_trained` wrote into a model of the same form."""
+    """Loads what `save_trained` wrote into a model of the same structure."""
     if not _is_peft(model):
         adapter.load_adapter_weights(model, folder)
         return
@@ -380,7 +286,7 @@ def load_trained(model: nn.Module, folder: str | Path) -> None:
 
 @contextmanager
 def _trained_branches(tuned: nn.Module):
-    """The model inside a PeftModel, without peft's wrappers around the linear branches: weights have plain names."""
+    """The model inside a PeftModel, without peft's wrappers around the linear branches, which change weight names."""
     model = tuned.get_base_model()
     wrappers = [layer.self_attn.la for layer in model.model.layers]
     for layer, wrapper in zip(model.model.layers, wrappers, strict=True):
@@ -401,7 +307,7 @@ def _is_peft(model: nn.Module) -> bool:
 
 
 def train(arguments: TrainArguments) -> Path:
-    """Trains as the arguments say; returns `output_dir`, with all that `statecore generate` needs and a report."""
+    """Trains, and returns `output_dir`, which then holds a report and everything that `statecore generate` needs."""
     for name in ("base", "data"):
         if getattr(arguments, name) is None:
             raise ValueError(f"--{name} is missing. {TrainArguments.__dataclass_fields__[name].metadata['help']}")
@@ -435,22 +341,22 @@ def make_trainer(
     """A trainer for a converted model and a training set; `more` goes to transformers.Trainer (callbacks ...)."""
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # the updates of a small learning rate vanish in bfloat16
+            parameter.data = parameter.data.float()  # bfloat16 would round small updates away
     if arguments.lora_rank > 0:
         model = with_lora(model, rank=arguments.lora_rank, alpha=arguments.lora_alpha, targets=arguments.lora_targets)
     collator = PackedCollator if arguments.packed else PaddedCollator
     return StateCoreTrainer(
         model=model,
         args=arguments,
-        train_dataset=_short_enough(prepared.train, arguments.max_tokens),
-        eval_dataset=None if prepared.eval is None else _short_enough(prepared.eval, arguments.max_tokens),
+        train_dataset=_without_long_rows(prepared.train, arguments.max_tokens),
+        eval_dataset=None if prepared.eval is None else _without_long_rows(prepared.eval, arguments.max_tokens),
         data_collator=collator.of(prepared),
         processing_class=prepared.tokenizer,
         **more,
     )
 
 
-def _short_enough(rows: Dataset, longest: int | None) -> Dataset:
+def _without_long_rows(rows: Dataset, longest: int | None) -> Dataset:
     if longest is None:
         return rows
     kept = rows.filter(lambda row: len(row["input_ids"]) <= longest)
@@ -462,7 +368,7 @@ def _short_enough(rows: Dataset, longest: int | None) -> Dataset:
 
 
 def parse(command_line: Sequence[str]) -> TrainArguments:
-    """Arguments from `--config FILE.yaml` (if there is one) and the command line, which has the last word."""
+    """Arguments from `--config FILE.yaml`, if given, and from the command line, which takes precedence."""
     command_line, from_file = list(command_line), []
     if "--config" in command_line:
         at = command_line.index("--config")
@@ -475,13 +381,8 @@ def parse(command_line: Sequence[str]) -> TrainArguments:
 
 
 def _as_options(recipe: Path) -> list[str]:
-    """A YAML file as command-line options, which are then checked and converted like typed ones."""
-    values = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
-    if not isinstance(values, dict):
-        raise ValueError(f"{recipe} must hold `name: value` lines, got {type(values).__name__}")
-    unknown = sorted(values.keys() - {f.name for f in fields(TrainArguments)})
-    if unknown:
-        raise ValueError(f"{recipe} has unknown names: {', '.join(unknown)}")
+    """A YAML file as command-line options, to be checked and converted like those."""
+    values = read_yaml(recipe, {argument.name for argument in fields(TrainArguments)})
     options = []
     for name, value in values.items():
         if isinstance(value, dict):
@@ -494,7 +395,7 @@ def _as_options(recipe: Path) -> list[str]:
 
 
 def main(command_line: Sequence[str] | None = None) -> None:
-    """`statecore train`: trains as `--config FILE.yaml` and the options behind it say."""
+    """`statecore train --config FILE.yaml --option value ...`"""
     train(parse(sys.argv[1:] if command_line is None else command_line))
 
 

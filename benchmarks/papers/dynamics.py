@@ -36,10 +36,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2ForCausa
 from benchmarks.machine import versions
 from statecore.adapter import convert
 from statecore.demo import distil, measure, task, teacher
-from statecore.dynamics import Trajectory, summarise
-from statecore.dynamics import record as record_states
-from statecore.dynamics.command import Text, TextOptions, read_texts
-from statecore.dynamics.pruning import (
+from statecore.dynamics import (
+    Trajectory,
     branches,
     choose_bases,
     choose_heads,
@@ -49,8 +47,11 @@ from statecore.dynamics.pruning import (
     key_covariances,
     lower_ranks,
     prune_heads,
+    summarise,
 )
+from statecore.dynamics import record as record_states
 from statecore.dynamics.report import draw_heads, draw_spectra, draw_trajectories, number
+from statecore.dynamics.texts import Text, TextOptions, read_texts
 from statecore.outputs import write_json
 from statecore.ssd import SSDConfig, SSDForCausalLM
 from statecore.traces import read_jsonl
@@ -123,7 +124,7 @@ def ssd_subject(size: Size, folder: Path) -> Subject:
 
     last = _train(model, loss, size.ssd_updates, 4e-3, "SSD model")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in unknown))
-    options = TextOptions(tokenizer=str(folder), max_tokens=size.tokens, limit=size.calibration + size.scored)
+    options = TextOptions(max_tokens=size.tokens, limit=size.calibration + size.scored)
     texts = read_texts(str(folder / "rows.jsonl"), model, str(folder), options)
     about = (
         f"4 layers of 16 heads, states 32 x 16, {sum(p.numel() for p in model.parameters()):,} parameters, "

@@ -30,9 +30,12 @@ from transformers import PreTrainedModel, Qwen2ForCausalLM
 
 from benchmarks.machine import versions
 from statecore.adapter import convert
+from statecore.data import PromptOptions
 from statecore.demo import distil, task, teacher
 from statecore.flow import StepGains, candidate_gains, continuation_log_probs, read, step_gains
-from statecore.flow.command import flow
+from statecore.flow.command import OutputOptions, SelectionOptions, flow
+from statecore.loading import ModelOptions
+from statecore.segmentation import StepOptions, TransitionOptions
 
 RESULTS = Path(__file__).parents[1] / "results" / "papers"
 TEACHER, STUDENT, SILENT = "teacher", "state-transition model", "the same, state silent"
@@ -153,7 +156,8 @@ def through_the_command(rows: list[dict[str, Any]], folder: Path) -> tuple[dict[
     signs = [f"{sign}x{number}" for sign in "+-" for number in range(task.NAMES)]
     (folder / "transitions.txt").write_text("\n".join(signs))
     result = flow(
-        str(folder / "traces.jsonl"), rewards=folder / "rewards.jsonl", strict=True, **settings(folder)
+        str(folder / "traces.jsonl"), selection=SelectionOptions(strict=True),
+        outputs=OutputOptions(folder / "rewards.jsonl"), **settings(folder),
     )  # fmt: skip
     rewards = [json.loads(line) for line in (folder / "rewards.jsonl").read_text().splitlines()]
     assert all(len(line["steps"]) == SAMPLED_STEPS for line in rewards)
@@ -163,9 +167,9 @@ def through_the_command(rows: list[dict[str, Any]], folder: Path) -> tuple[dict[
 def settings(folder: Path) -> dict[str, Any]:
     """How the command finds steps, closing and answer in the demo's chains."""
     return {
-        "model": str(teacher.SHIPPED), "tokenizer": str(folder / "tokenizer"), "prompt_template": "{prompt}\n",
-        "think_open": "", "think_close": "\ndone\n", "transitions": str(folder / "transitions.txt"),
-        "opening_unit": "token", "min_step_tokens": 8, "max_step_tokens": 64,
+        "model": str(teacher.SHIPPED), "loading": ModelOptions(tokenizer=str(folder / "tokenizer")),
+        "prompt": PromptOptions("{prompt}\n", think_open="", think_close="\ndone\n"),
+        "steps": StepOptions(8, 64), "transitions": TransitionOptions(folder / "transitions.txt", "token"),
     }  # fmt: skip
 
 
@@ -572,7 +576,10 @@ def main() -> None:
         if size is FULL:
             RESULTS.mkdir(parents=True, exist_ok=True)
             shown = next((i for i, row in enumerate(rows) if row["asked"] in row["wrong_steps"]), 0)
-            flow(str(folder / "traces.jsonl"), row=shown + 1, out=folder / "shown", **settings(folder))
+            flow(
+                str(folder / "traces.jsonl"), output_dir=folder / "shown", selection=SelectionOptions(row=shown + 1),
+                **settings(folder),
+            )  # fmt: skip
             (RESULTS / "flow_trace.png").write_bytes((folder / "shown" / "trace-001.png").read_bytes())
             (RESULTS / "flow.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
             (RESULTS / "flow.md").write_text(text)

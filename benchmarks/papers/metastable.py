@@ -23,7 +23,8 @@ from tqdm.auto import tqdm
 
 from benchmarks.machine import versions
 from statecore import metastable as m
-from statecore.metastable.chain import traces
+from statecore.metastable.chain import OutcomeOptions
+from statecore.metastable.traces_command import traces
 
 RESULTS = Path(__file__).parents[1] / "results" / "papers"
 EPSILON_MAX = 0.2
@@ -523,8 +524,8 @@ def main() -> None:
         folder, real_text = Path(working), None
         result: dict[str, Any] = {}
         if options.prepared:
-            grouping = {"outcomes": options.outcomes, "group_fields": ("source", "model")}
-            result["traces"] = traces(options.prepared, folder / "traces", **grouping)
+            answers = OutcomeOptions(options.outcomes, group_fields=("source", "model"))
+            result["traces"] = traces(options.prepared, folder / "traces", answers=answers)
             real_text = (folder / "traces" / "report.md").read_text()
             (folder / "traces" / "chain.png").rename(folder / "metastable_traces.png")
         parts = {

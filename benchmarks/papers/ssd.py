@@ -249,7 +249,8 @@ def timing(say: Callable[[str], None]) -> dict[str, Any]:
 
 def curriculum(traces: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """The tiny recipe with real chains of thought in phase 1, with and without each phase."""
-    from statecore.ssd.train import parse_recipe, run_recipe
+    from statecore.ssd.recipe import parse_recipe
+    from statecore.ssd.train import run_recipe
 
     if not traces.is_file():
         raise SystemExit(
@@ -355,7 +356,10 @@ def timing_page(found: dict[str, Any]) -> list[str]:
 
 
 def curriculum_page(found: dict[str, Any]) -> list[str]:
-    from statecore.ssd.train import best_guess, read_recipe, report_table, rows_of
+    from statecore.ssd.evaluation import best_guess
+    from statecore.ssd.recipe import read_recipe
+    from statecore.ssd.report import report_table
+    from statecore.ssd.rows import rows_of
 
     runs = {" + ".join(run["phases"]): run for run in found["runs"]}
     open_, hard = (phase["name"] for phase in found["settings"]["phases"])

@@ -1,9 +1,9 @@
-// What kernels are written in, besides CUDA C++ itself: the one place where they differ between the two
-// worlds that compile them. nvcc makes them for the GPU; g++ (STATECORE_EMULATED) makes the same files run on
-// the emulator of cuda_tests/simt, so that they are tested where there is no GPU.
+// The CUDA C++ that kernels are written in, for two compilers: nvcc builds them for the GPU, and g++
+// (STATECORE_EMULATED) builds the same files for the emulator in cuda_tests/simt, which tests them on
+// machines without a GPU. All differences between the two are in this file, ptx.cuh and hopper.cuh.
 //
-// In exchange kernels keep to this: shared memory only by STATECORE_SHARED and STATECORE_DYNAMIC_SHARED,
-// launches only by launch(), no inline PTX and no __CUDA_ARCH__ outside this folder.
+// Kernels therefore declare shared memory only with STATECORE_SHARED and STATECORE_DYNAMIC_SHARED, are
+// launched only by launch(), and contain no inline PTX and no __CUDA_ARCH__.
 #pragma once
 
 #include <cstdint>
@@ -15,13 +15,13 @@
 #include "simt/language.h"
 #include "simt/simt.h"
 
-// An array of the block's shared memory, unset at its start and aligned to 16 bytes.
+// An uninitialised array in shared memory, aligned to 16 bytes.
 #define STATECORE_SHARED(T, name, size) \
   static char name##_key;               \
   T(&name)                              \
   [size] = *static_cast<T(*)[size]>(::simt::shared_array(&name##_key, sizeof(T) * (size)))
 
-// The bytes that launch() was asked for, aligned to 1024.
+// The dynamic shared memory of the launch, aligned to 1024 bytes.
 #define STATECORE_DYNAMIC_SHARED(name) \
   unsigned char* const name = static_cast<unsigned char*>(::simt::dynamic_shared())
 
@@ -43,7 +43,7 @@ struct LaunchConfig {
   size_t dynamic_shared_bytes = 0;
 };
 
-// So many blocks in a row, if that is a number of them.
+// `blocks` as gridDim.x; throws if the grid would be too large.
 inline unsigned checked_blocks(const char* name, int64_t blocks) {
   if (blocks > INT32_MAX)
     throw std::runtime_error(std::string("statecore: ") + name +
@@ -51,33 +51,32 @@ inline unsigned checked_blocks(const char* name, int64_t blocks) {
   return unsigned(blocks);
 }
 
-// Queues kernel(args...) on `stream`, a cudaStream_t; throws where it cannot be launched. `name` is for
-// messages.
+// Launches kernel(args...) on `stream`, a cudaStream_t. Throws if the launch fails; `name` is for messages.
 template <class... Parameters, class... Arguments>
-void launch(const char* name, void (*kernel)(Parameters...), const LaunchConfig& shape, void* stream,
+void launch(const char* name, void (*kernel)(Parameters...), const LaunchConfig& config, void* stream,
             const Arguments&... args) {
 #if defined(STATECORE_EMULATED)
   static_cast<void>(stream);
-  ::simt::note_launch(reinterpret_cast<const void*>(kernel), shape.block, shape.dynamic_shared_bytes);
-  ::simt::launch(name, shape.grid, shape.block, shape.dynamic_shared_bytes, [&] { kernel(args...); });
+  ::simt::record_launch(reinterpret_cast<const void*>(kernel), config.block, config.dynamic_shared_bytes);
+  ::simt::launch(name, config.grid, config.block, config.dynamic_shared_bytes, [&] { kernel(args...); });
 #else
-  cudaLaunchConfig_t config{};
-  config.gridDim = shape.grid;
-  config.blockDim = shape.block;
-  config.dynamicSmemBytes = shape.dynamic_shared_bytes;
-  config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchConfig_t launch_config{};
+  launch_config.gridDim = config.grid;
+  launch_config.blockDim = config.block;
+  launch_config.dynamicSmemBytes = config.dynamic_shared_bytes;
+  launch_config.stream = static_cast<cudaStream_t>(stream);
   cudaError_t error = cudaSuccess;
-  if (shape.dynamic_shared_bytes > 48 * 1024)  // more than a kernel has unless it asks
+  if (config.dynamic_shared_bytes > 48 * 1024)  // kernels must opt in to more than 48 KiB
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 int(shape.dynamic_shared_bytes));
-  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, args...);
+                                 int(config.dynamic_shared_bytes));
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&launch_config, kernel, args...);
   if (error != cudaSuccess)
     throw std::runtime_error(std::string("statecore: launching ") + name +
                              " failed: " + cudaGetErrorString(error));
 #endif
 }
 
-// ---- elements of tensors: float, __nv_bfloat16, __half; rounded to nearest even
+// ---- conversions between float and element types (float, __nv_bfloat16, __half), round to nearest even
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
@@ -86,7 +85,7 @@ __device__ __forceinline__ void set(float& to, float x) { to = x; }
 __device__ __forceinline__ void set(__nv_bfloat16& to, float x) { to = __float2bfloat16_rn(x); }
 __device__ __forceinline__ void set(__half& to, float x) { to = __float2half_rn(x); }
 
-// ---- two 16-bit elements in a register, the first in the low half
+// ---- two 16-bit elements packed in a register, the first in the low half
 template <class T>
 __device__ __forceinline__ uint32_t pack(float x, float y);
 

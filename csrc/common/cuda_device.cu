@@ -16,8 +16,7 @@ namespace {
 
 void check(cudaError_t error) {
   if (error != cudaSuccess)
-    throw std::runtime_error(std::string("statecore: asking for the GPU failed: ") +
-                             cudaGetErrorString(error));
+    throw std::runtime_error(std::string("statecore: querying the GPU failed: ") + cudaGetErrorString(error));
 }
 
 int attribute(cudaDeviceAttr name, int device) {

@@ -1,4 +1,4 @@
-// The GPU that host code chooses kernels, tiles and splits for.
+// The properties of a GPU from which host code chooses kernels, tiles and splits.
 #pragma once
 
 #include <cstddef>
@@ -6,12 +6,12 @@
 namespace statecore {
 
 struct CudaDevice {
-  int arch;  // 10 x major + minor compute capability: 80 is A100; 90, which has sm_90a's code, H200
+  int arch;             // 10 * major + minor compute capability: A100 is 80; H200 is 90 and runs sm_90a code
   int multiprocessors;  // SMs
-  size_t shared_bytes;  // of shared memory that a block may have
+  size_t shared_bytes;  // maximum shared memory per block
 };
 
-// The current one; asks the driver every time, which takes well under a microsecond and no synchronisation.
+// The current device. Queries the driver on every call: well under a microsecond, no synchronisation.
 CudaDevice current_cuda_device();
 
 }  // namespace statecore

@@ -1,21 +1,21 @@
-// The scratch memory that an operator has been given, handed out in pieces.
+// Divides an operator's scratch memory among its buffers.
 #pragma once
 
 #include <cstdint>
 
 namespace statecore {
 
-// Each piece begins at a multiple of 256 bytes of the whole. Without memory it only counts, which is how an
-// operator finds out what to ask for.
+// Buffers start at multiples of 256 bytes. With a null pointer it only counts bytes, which is how an operator
+// determines how much scratch memory it needs.
 class ScratchAllocator {
  public:
   explicit ScratchAllocator(void* scratch) : scratch_(static_cast<char*>(scratch)) {}
 
   template <class T>
   T* take(int64_t count) {
-    T* part = scratch_ ? reinterpret_cast<T*>(scratch_ + bytes_) : nullptr;
+    T* buffer = scratch_ ? reinterpret_cast<T*>(scratch_ + bytes_) : nullptr;
     bytes_ += (count * int64_t(sizeof(T)) + 255) / 256 * 256;
-    return part;
+    return buffer;
   }
   int64_t bytes() const { return bytes_; }
 

@@ -1,8 +1,8 @@
-// torch's current CUDA stream as a raw handle, without linking or including anything of CUDA.
+// torch's current CUDA stream as a raw handle, without a compile- or link-time dependency on CUDA.
 //
-// aoti_torch_get_current_cuda_stream lives in libtorch_cuda.so, which a CPU-only torch lacks. The reference
-// is weak: found through libtorch.so's own dependencies where torch has CUDA, null elsewhere (which is why
-// CMakeLists.txt links libtorch with --no-as-needed).
+// aoti_torch_get_current_cuda_stream is in libtorch_cuda.so, which CPU-only builds of torch lack. The weak
+// reference resolves through libtorch.so's own dependencies if torch has CUDA and is null otherwise. That is
+// why CMakeLists.txt links libtorch with --no-as-needed.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// The element types that operators take, as the parameter structs carry them.
+// Element types of the operators' tensors, for the parameter structs.
 #pragma once
 
 #include <cstdint>

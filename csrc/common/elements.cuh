@@ -1,5 +1,5 @@
-// Elements of tensors whose type is known when a kernel runs, not when it is compiled: for kernels that wait
-// for memory anyway, which are then compiled once instead of three times.
+// Access to tensor elements whose type is known only at run time: for memory-bound kernels, which are then
+// compiled once instead of once per element type.
 #pragma once
 
 #include "common/cuda.cuh"
@@ -22,13 +22,13 @@ __device__ __forceinline__ void store_element(DType dtype, void* data, int64_t a
     static_cast<float*>(data)[at] = x;
 }
 
-// Four at once: `at` is a multiple of 4, and data is aligned to four elements.
+// Four elements at a time: `at` is a multiple of 4, and data is aligned to four elements.
 __device__ __forceinline__ float4 load_vec4(DType dtype, const void* data, int64_t at) {
   if (dtype == DType::kFloat32) return reinterpret_cast<const float4*>(data)[at / 4];
   const uint2 pairs = reinterpret_cast<const uint2*>(data)[at / 4];
-  const bool brain = dtype == DType::kBFloat16;
-  const float2 x = brain ? unpack<__nv_bfloat16>(pairs.x) : unpack<__half>(pairs.x);
-  const float2 y = brain ? unpack<__nv_bfloat16>(pairs.y) : unpack<__half>(pairs.y);
+  const bool is_bfloat16 = dtype == DType::kBFloat16;
+  const float2 x = is_bfloat16 ? unpack<__nv_bfloat16>(pairs.x) : unpack<__half>(pairs.x);
+  const float2 y = is_bfloat16 ? unpack<__nv_bfloat16>(pairs.y) : unpack<__half>(pairs.y);
   return make_float4(x.x, x.y, y.x, y.y);
 }
 

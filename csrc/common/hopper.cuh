@@ -1,8 +1,7 @@
-// Instructions of sm_90a: copies of whole tiles by the tensor memory accelerator (TMA), barriers in shared
-// memory that count arrivals and bytes, and matrix products of four warps that read shared memory themselves.
-// Like ptx.cuh, each with two bodies. Clusters are not used.
+// Wrappers for sm_90a instructions: TMA copies, mbarriers and wgmma. As in ptx.cuh, each has one body for
+// nvcc and one for the emulator. Clusters are not used.
 //
-// A kernel that calls these has, for the other architectures of the same file, an empty body:
+// A kernel that uses these has an empty body on all other architectures that its file is compiled for:
 //
 //   __global__ void __launch_bounds__(384, 1) kernel(const __grid_constant__ TensorMap a, ...) {
 //   #if defined(STATECORE_SM90A)
@@ -10,9 +9,9 @@
 //   #endif
 //   }
 //
-// Tiles are panels of [rows x 64] 16-bit elements, 128 bytes a row, swizzled by 128 bytes: mma.cuh's Tile<T,
-// 64> at an address aligned to 1024. That is what TMA makes of a box of 64 columns, and what ldmatrix,
-// stmatrix and wgmma read. A wider tile is several panels, one behind the other.
+// Tiles consist of panels of [rows, 64] 16-bit elements with the 128-byte swizzle: mma.cuh's Tile<T, 64> at
+// an address aligned to 1024 bytes. TMA writes a box of 64 columns in this layout, and ldmatrix, stmatrix and
+// wgmma address it. Wider tiles are several panels, one after another.
 #pragma once
 
 #include "common/ptx.cuh"
@@ -27,8 +26,8 @@
 
 namespace statecore {
 
-// ---- mbarriers: 8 bytes of shared memory, in phases of parity 0, 1, 0, ... A phase ends when as many
-// threads as were named have arrived and all bytes that were expected in it have landed.
+// ---- mbarriers: 8 bytes of shared memory each. A phase completes when the pending arrival count and the
+// tx-count (bytes still expected from asynchronous copies) are both zero. Phases have parity 0, 1, 0, ...
 __device__ __forceinline__ void mbarrier_init(uint32_t barrier, unsigned arrivals STATECORE_WHERE) {
 #if defined(STATECORE_EMULATED)
   simt::mbarrier_init(barrier, arrivals, where);
@@ -37,7 +36,8 @@ __device__ __forceinline__ void mbarrier_init(uint32_t barrier, unsigned arrival
 #endif
 }
 
-// By the thread that has initialised barriers, before the __syncthreads() that shows them to the others.
+// Makes initialised mbarriers visible to the async proxy. Called by the initialising thread, followed by
+// __syncthreads() for the other threads.
 __device__ __forceinline__ void fence_mbarrier_init() {
 #if defined(STATECORE_EMULATED)
   simt::fence_mbarrier_init();
@@ -54,7 +54,7 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier STATECORE_WHERE
 #endif
 }
 
-// The current phase also waits for so many bytes. Not after the last arrival of the phase.
+// Adds `bytes` to the tx-count of the current phase. Must precede the last arrival of the phase.
 __device__ __forceinline__ void mbarrier_expect_tx(uint32_t barrier, unsigned bytes STATECORE_WHERE) {
 #if defined(STATECORE_EMULATED)
   simt::mbarrier_expect_tx(barrier, bytes, where);
@@ -74,41 +74,43 @@ __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t barrier, unsi
 #endif
 }
 
-// Until the phase of this parity has ended: with 1 on a fresh barrier, which is in phase 0, not at all.
+// Waits for the completion of the phase with this parity. On a freshly initialised barrier parity 1 counts as
+// complete, so the wait returns at once.
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, unsigned parity STATECORE_WHERE) {
 #if defined(STATECORE_EMULATED)
   simt::mbarrier_wait(barrier, parity, where);
 #else
-  uint32_t ended;
+  uint32_t completed;
   do {
     asm volatile(
         "{\n.reg .pred p;\n"
         "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
         "selp.u32 %0, 1, 0, p;\n}"
-        : "=r"(ended)
+        : "=r"(completed)
         : "r"(barrier), "r"(parity)
         : "memory");
-  } while (!ended);
+  } while (!completed);
 #endif
 }
 
-// ---- tensor maps: how TMA finds a box in a tensor. Made on the host, passed as const __grid_constant__.
+// ---- tensor maps: the TMA descriptors of tensors. Encoded on the host, passed as const __grid_constant__.
 #if defined(STATECORE_EMULATED)
 using TensorMap = simt::TensorMap;
 #else
 using TensorMap = CUtensorMap;
 #endif
 
-// A tensor of up to five dimensions, innermost first: `sizes` in elements; `strides` in elements too, of all
-// dimensions but the first, which has stride 1; `box` is what one copy moves, at most 256 each way. The box
-// is 64 wide if `swizzled`. Data and strides are multiples of 16 bytes. Throws where that is not so.
+// Describes a tensor of up to five dimensions, innermost first. `sizes` and `strides` count elements; the
+// innermost stride is 1 and left out. `box` is the tile that one copy moves, at most 256 elements in each
+// dimension; with `swizzled`, its rows are 128 bytes. Data and strides must be multiples of 16 bytes. Throws
+// if the driver rejects any of these.
 template <class T, int kRank>
 TensorMap make_tensor_map(const T* data, const int64_t (&sizes)[kRank], const int64_t (&strides)[kRank - 1],
                           const int (&box)[kRank], bool swizzled = true) {
 #if defined(STATECORE_EMULATED)
   return simt::make_tensor_map(data, sizeof(T), kRank, sizes, strides, box, swizzled ? 128 : 0);
 #else
-  // By its address: the library is not linked to the driver, which CPU-only machines lack.
+  // Looked up at run time: linking to the driver library would break the package on machines without one.
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
     void* address = nullptr;
@@ -143,8 +145,8 @@ TensorMap make_tensor_map(const T* data, const int64_t (&sizes)[kRank], const in
 #endif
 }
 
-// ---- TMA. One thread issues a copy. `at` is the first element of the box, innermost dimension first, and
-// may lie outside of the tensor: elements outside are loaded as zeros and not stored.
+// ---- TMA copies, issued by one thread. `at` is the first element of the box, innermost dimension first. The
+// box may extend beyond the tensor on all sides: out-of-bounds elements are loaded as zeros and not stored.
 __device__ __forceinline__ void prefetch_tensor_map(const TensorMap& map) {
 #if defined(STATECORE_EMULATED)
   static_cast<void>(map);
@@ -153,8 +155,8 @@ __device__ __forceinline__ void prefetch_tensor_map(const TensorMap& map) {
 #endif
 }
 
-// To shared memory. The bytes of the whole box, zeros included, count for the current phase of `barrier`;
-// whoever has waited for it sees them.
+// Global to shared memory. Completes on `barrier`: the bytes of the whole box, out-of-bounds zeros included,
+// are subtracted from the tx-count, and threads that have waited for the phase see the data.
 template <int kRank>
 __device__ __forceinline__ void tma_load(uint32_t to, const TensorMap& map, const int (&at)[kRank],
                                          uint32_t barrier STATECORE_WHERE) {
@@ -184,8 +186,8 @@ __device__ __forceinline__ void tma_load(uint32_t to, const TensorMap& map, cons
 #endif
 }
 
-// From shared memory. What ordinary stores have put there must be followed by fence_proxy_async() in the
-// threads that stored, and then by a barrier. The bytes must not change before bulk_wait_read().
+// Shared to global memory. Threads that wrote the data with ordinary stores must call fence_proxy_async() and
+// then synchronise with the issuing thread. The source must not be overwritten before bulk_wait_read().
 template <int kRank>
 __device__ __forceinline__ void tma_store(const TensorMap& map, const int (&at)[kRank],
                                           uint32_t from STATECORE_WHERE) {
@@ -214,7 +216,7 @@ __device__ __forceinline__ void tma_store(const TensorMap& map, const int (&at)[
 #endif
 }
 
-// The same for plain runs of bytes, without a tensor map: multiples of 16 at addresses aligned to 16.
+// Bulk copies of contiguous bytes, without a tensor map. Size and addresses are multiples of 16 bytes.
 __device__ __forceinline__ void bulk_load(uint32_t to, const void* from, unsigned bytes,
                                           uint32_t barrier STATECORE_WHERE) {
 #if defined(STATECORE_EMULATED)
@@ -236,8 +238,8 @@ __device__ __forceinline__ void bulk_store(void* to, uint32_t from, unsigned byt
 #endif
 }
 
-// Stores of a thread are waited for in groups, by that thread. At the latest before it returns they must
-// have been read.
+// Commits the thread's prior TMA and bulk stores as a bulk async-group. A thread must not exit before its
+// stores have been read from shared memory (bulk_wait_read).
 __device__ __forceinline__ void bulk_commit() {
 #if defined(STATECORE_EMULATED)
   simt::bulk_commit();
@@ -246,7 +248,7 @@ __device__ __forceinline__ void bulk_commit() {
 #endif
 }
 
-// Until all but the last kPending groups have been read from shared memory.
+// Waits until at most the kPending most recent groups have yet to be read from shared memory.
 template <int kPending>
 __device__ __forceinline__ void bulk_wait_read(STATECORE_ONLY_WHERE) {
 #if defined(STATECORE_EMULATED)
@@ -256,7 +258,7 @@ __device__ __forceinline__ void bulk_wait_read(STATECORE_ONLY_WHERE) {
 #endif
 }
 
-// Until all but the last kPending groups have been written to global memory.
+// Waits until at most the kPending most recent groups have yet to be written to global memory.
 template <int kPending>
 __device__ __forceinline__ void bulk_wait(STATECORE_ONLY_WHERE) {
 #if defined(STATECORE_EMULATED)
@@ -266,8 +268,8 @@ __device__ __forceinline__ void bulk_wait(STATECORE_ONLY_WHERE) {
 #endif
 }
 
-// What this thread has stored to shared memory will be seen by TMA and wgmma, which do not look where
-// ordinary loads look. Then a barrier tells the thread that issues them.
+// Makes this thread's ordinary stores to shared memory visible to the async proxy, through which TMA and
+// wgmma access it. Must be followed by a barrier with the thread that issues those instructions.
 __device__ __forceinline__ void fence_proxy_async() {
 #if defined(STATECORE_EMULATED)
   simt::fence_proxy_async();
@@ -276,8 +278,9 @@ __device__ __forceinline__ void fence_proxy_async() {
 #endif
 }
 
-// ---- warps
-// True in one lane, always the same; the whole warp asks.
+// ---- warps and warpgroups
+
+// True in one lane of the warp, the same one each time. All lanes must call it.
 __device__ __forceinline__ bool elect_one(STATECORE_ONLY_WHERE) {
 #if defined(STATECORE_EMULATED)
   return simt::elect_one(where);
@@ -292,8 +295,8 @@ __device__ __forceinline__ bool elect_one(STATECORE_ONLY_WHERE) {
 #endif
 }
 
-// Registers a thread may have: all warps of a warpgroup ask for the same number. Needs __launch_bounds__ of
-// threads and blocks, from which the number at the start follows.
+// setmaxnreg: changes the per-thread register count, for all warps of a warpgroup alike. The kernel needs
+// __launch_bounds__(threads, blocks), which determine the initial count.
 template <int kRegisters>
 __device__ __forceinline__ void warpgroup_reg_alloc() {
   static_assert(kRegisters >= 24 && kRegisters <= 256 && kRegisters % 8 == 0, "24, 32, ... 256");
@@ -310,7 +313,7 @@ __device__ __forceinline__ void warpgroup_reg_dealloc() {
 #endif
 }
 
-// ---- four 8x8 matrices of 16-bit elements to shared memory: the mirror image of ldmatrix
+// ---- stmatrix: stores four 8x8 matrices of 16-bit elements, with the register layout of ldmatrix
 template <bool kTransposed>
 __device__ __forceinline__ void stmatrix(uint32_t row_address, const uint32_t (&r)[4] STATECORE_WHERE) {
 #if defined(STATECORE_EMULATED)
@@ -327,10 +330,10 @@ __device__ __forceinline__ void stmatrix(uint32_t row_address, const uint32_t (&
 #endif
 }
 
-// ---- wgmma: d [64, n] = or += a [64, 16] b [16, n], by the four warps of a warpgroup (threads 128 i ..
-// 128 i + 127), which all issue the same. Warp w of the group has rows 16 w .. 16 w + 15 of d, and of a where
-// a comes from registers: both as mma.cuh says of 16x8 accumulators, d[4 j + i] being element i of columns
-// 8 j .. 8 j + 7, and of operands.
+// ---- wgmma: d[64, n] (+)= a[64, 16] b[16, n], asynchronously, by the four warps of a warpgroup (threads 128
+// i to 128 i + 127), all of which issue it. Warp w holds rows 16 w to 16 w + 15 of d, as n / 8 accumulators
+// of mma.cuh: d[4 j + i] is element i of the 16x8 tile at column 8 j. If a comes from registers, it is an
+// OperandA of mma.cuh with the same rows.
 //
 //   wgmma_fence_operand(d); wgmma_fence();
 //   for (k = 0; k < 64; k += 16) wgmma<T, n>(d, k_major(...k), k_major(...k), true);
@@ -338,37 +341,36 @@ __device__ __forceinline__ void stmatrix(uint32_t row_address, const uint32_t (&
 //   ...
 //   wgmma_wait<0>(); wgmma_fence_operand(d);
 //
-// Until the wait d must not be touched, nor the operands be written, be it by a copy.
-// The accumulators of mma.cuh as wgmma takes them.
+// Between the first wgmma and the wait, neither d nor the operands may be accessed, not even by a copy.
+
+// Accumulator tiles of mma.cuh as the flat array that wgmma takes.
 template <int kTiles>
 __device__ __forceinline__ float (&flat(float (&x)[kTiles][4]))[4 * kTiles] {
   return reinterpret_cast<float (&)[4 * kTiles]>(x);
 }
 
-enum class Major {
-  kK,
-  kMN
-};  // what runs along the rows of an operand's panel: depth, or rows of a (columns of b)
+// The dimension that is contiguous in shared memory: k, or m (of a) and n (of b).
+enum class Major { kK, kMN };
 
-// Descriptors of operands in panels of [rows x 64] elements, `panel` the first, each of panel_bytes.
+// Matrix descriptors of operands that start at `panel`, in panels of panel_bytes.
 //
-// K-major: rows of panels are rows of a or columns of b, `row` (a multiple of 8) the first; 64 deep a panel.
-// Going 16 deeper is 32 bytes further in the row: the hardware applies the swizzle to the whole address, so
-// that a descriptor may begin within a row.
+// K-major: rows of a panel are rows of a or columns of b, starting at `row` (a multiple of 8); a panel holds
+// 64 elements in k. Advancing k by 16 advances the address by 32 bytes within the row, which is allowed
+// because the hardware computes the swizzle from the whole address.
 __device__ __forceinline__ uint64_t k_major(uint32_t panel, uint32_t panel_bytes, int row, int k) {
   const uint32_t begin = panel + uint32_t(k / 64) * panel_bytes + uint32_t(row) * 128 + uint32_t(k % 64) * 2;
   return uint64_t(begin >> 4) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
 }
 
-// MN-major: rows of panels are depths; 64 rows of a or columns of b a panel, `mn` (a multiple of 64) the
-// first. Going 16 deeper is 16 rows further.
+// MN-major: rows of a panel are k; a panel holds 64 rows of a or columns of b, starting at `mn` (a multiple
+// of 64). Advancing k by 16 advances the address by 16 rows.
 __device__ __forceinline__ uint64_t mn_major(uint32_t panel, uint32_t panel_bytes, int mn, int k) {
   const uint32_t begin = panel + uint32_t(mn / 64) * panel_bytes + uint32_t(k) * 128;
   return uint64_t(begin >> 4) | uint64_t(panel_bytes >> 4) << 16 | uint64_t(1024 >> 4) << 32 |
          uint64_t(1) << 62;
 }
 
-// Before the first wgmma, and wherever the warpgroup has touched registers of d or a since the last.
+// Required before the first wgmma, and whenever registers of d or a were accessed since the last one.
 __device__ __forceinline__ void wgmma_fence() {
 #if defined(STATECORE_EMULATED)
   simt::wgmma_fence();
@@ -385,7 +387,7 @@ __device__ __forceinline__ void wgmma_commit(STATECORE_ONLY_WHERE) {
 #endif
 }
 
-// Until all but the last kPending groups are complete.
+// Waits until at most the kPending most recent wgmma-groups are incomplete.
 template <int kPending>
 __device__ __forceinline__ void wgmma_wait(STATECORE_ONLY_WHERE) {
 #if defined(STATECORE_EMULATED)
@@ -395,8 +397,8 @@ __device__ __forceinline__ void wgmma_wait(STATECORE_ONLY_WHERE) {
 #endif
 }
 
-// Keeps the compiler from moving what is done with d, which no wgmma in flight may have, across this point:
-// it does not know that the registers change between a wgmma and its wait.
+// Keeps the compiler from moving accesses to d across this point: it does not know that the registers change
+// between a wgmma and its wait. No wgmma in flight may use d.
 template <int kCount>
 __device__ __forceinline__ void wgmma_fence_operand(float (&d)[kCount] STATECORE_WHERE) {
 #if defined(STATECORE_EMULATED)
@@ -411,39 +413,39 @@ template <int kN>
 constexpr bool kWgmmaShape = kN == 8 || kN == 16 || (kN > 0 && kN <= 256 && kN % 32 == 0);
 
 #if !defined(STATECORE_EMULATED)
-// An instruction names all its registers. Lists of 4 ... 128 of them, as text and as operands.
-#define STATECORE_NAMES_4 "%0,%1,%2,%3"
-#define STATECORE_NAMES_8 STATECORE_NAMES_4 ",%4,%5,%6,%7"
-#define STATECORE_NAMES_16 STATECORE_NAMES_8 ",%8,%9,%10,%11,%12,%13,%14,%15"
-#define STATECORE_NAMES_32 \
-  STATECORE_NAMES_16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define STATECORE_NAMES_48 \
-  STATECORE_NAMES_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
-#define STATECORE_NAMES_64 \
-  STATECORE_NAMES_48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define STATECORE_NAMES_80 \
-  STATECORE_NAMES_64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"
-#define STATECORE_NAMES_96 \
-  STATECORE_NAMES_80 ",%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
-#define STATECORE_NAMES_112 \
-  STATECORE_NAMES_96 ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111"
-#define STATECORE_NAMES_128 \
-  STATECORE_NAMES_112 ",%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
-#define STATECORE_SUMS(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define STATECORE_SUMS_4 STATECORE_SUMS(0)
-#define STATECORE_SUMS_8 STATECORE_SUMS_4, STATECORE_SUMS(4)
-#define STATECORE_16_SUMS(i) \
-  STATECORE_SUMS(i), STATECORE_SUMS(i + 4), STATECORE_SUMS(i + 8), STATECORE_SUMS(i + 12)
-#define STATECORE_SUMS_16 STATECORE_16_SUMS(0)
-#define STATECORE_SUMS_32 STATECORE_SUMS_16, STATECORE_16_SUMS(16)
-#define STATECORE_SUMS_48 STATECORE_SUMS_32, STATECORE_16_SUMS(32)
-#define STATECORE_SUMS_64 STATECORE_SUMS_48, STATECORE_16_SUMS(48)
-#define STATECORE_SUMS_80 STATECORE_SUMS_64, STATECORE_16_SUMS(64)
-#define STATECORE_SUMS_96 STATECORE_SUMS_80, STATECORE_16_SUMS(80)
-#define STATECORE_SUMS_112 STATECORE_SUMS_96, STATECORE_16_SUMS(96)
-#define STATECORE_SUMS_128 STATECORE_SUMS_112, STATECORE_16_SUMS(112)
+// A wgmma instruction names every accumulator register: lists of 4 to 128 of them, as asm text and operands.
+#define STATECORE_REGISTERS_4 "%0,%1,%2,%3"
+#define STATECORE_REGISTERS_8 STATECORE_REGISTERS_4 ",%4,%5,%6,%7"
+#define STATECORE_REGISTERS_16 STATECORE_REGISTERS_8 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define STATECORE_REGISTERS_32 \
+  STATECORE_REGISTERS_16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define STATECORE_REGISTERS_48 \
+  STATECORE_REGISTERS_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
+#define STATECORE_REGISTERS_64 \
+  STATECORE_REGISTERS_48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define STATECORE_REGISTERS_80 \
+  STATECORE_REGISTERS_64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"
+#define STATECORE_REGISTERS_96 \
+  STATECORE_REGISTERS_80 ",%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
+#define STATECORE_REGISTERS_112 \
+  STATECORE_REGISTERS_96 ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111"
+#define STATECORE_REGISTERS_128 \
+  STATECORE_REGISTERS_112 ",%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+#define STATECORE_ACC(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define STATECORE_ACC_4 STATECORE_ACC(0)
+#define STATECORE_ACC_8 STATECORE_ACC_4, STATECORE_ACC(4)
+#define STATECORE_16_ACC(i) \
+  STATECORE_ACC(i), STATECORE_ACC(i + 4), STATECORE_ACC(i + 8), STATECORE_ACC(i + 12)
+#define STATECORE_ACC_16 STATECORE_16_ACC(0)
+#define STATECORE_ACC_32 STATECORE_ACC_16, STATECORE_16_ACC(16)
+#define STATECORE_ACC_48 STATECORE_ACC_32, STATECORE_16_ACC(32)
+#define STATECORE_ACC_64 STATECORE_ACC_48, STATECORE_16_ACC(48)
+#define STATECORE_ACC_80 STATECORE_ACC_64, STATECORE_16_ACC(64)
+#define STATECORE_ACC_96 STATECORE_ACC_80, STATECORE_16_ACC(80)
+#define STATECORE_ACC_112 STATECORE_ACC_96, STATECORE_16_ACC(96)
+#define STATECORE_ACC_128 STATECORE_ACC_112, STATECORE_16_ACC(112)
 
-// Shapes: n, how many registers that makes, and the numbers of the seven operands behind them.
+// Shapes: n, the number of accumulator registers, and the indices of the seven asm operands after them.
 #define STATECORE_WGMMA_SHAPES(shape)                                                                  \
   shape(8, 4, 4, 5, 6, 7, 8, 9, 10) shape(16, 8, 8, 9, 10, 11, 12, 13, 14)                             \
       shape(32, 16, 16, 17, 18, 19, 20, 21, 22) shape(64, 32, 32, 33, 34, 35, 36, 37, 38)              \
@@ -451,57 +453,69 @@ constexpr bool kWgmmaShape = kN == 8 || kN == 16 || (kN > 0 && kN <= 256 && kN %
               shape(160, 80, 80, 81, 82, 83, 84, 85, 86) shape(192, 96, 96, 97, 98, 99, 100, 101, 102) \
                   shape(224, 112, 112, 113, 114, 115, 116, 117, 118)                                   \
                       shape(256, 128, 128, 129, 130, 131, 132, 133, 134)
-#define STATECORE_WGMMA(type, n, count, a, b, accumulate, signs_and_orders)                    \
-  "{\n.reg .pred p;\nsetp.ne.b32 p, %" #accumulate                                             \
-  ", 0;\n"                                                                                     \
-  "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" STATECORE_NAMES_##count \
-      "}, " a ", %" #b ", p, " signs_and_orders ";\n}"
+#define STATECORE_WGMMA(type, n, count, a, b, accumulate, scale_and_major)                         \
+  "{\n.reg .pred p;\nsetp.ne.b32 p, %" #accumulate                                                 \
+  ", 0;\n"                                                                                         \
+  "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" STATECORE_REGISTERS_##count \
+      "}, " a ", %" #b ", p, " scale_and_major ";\n}"
 #endif
 
 template <class T, int kN, Major kA = Major::kK, Major kB = Major::kK>
 __device__ __forceinline__ void wgmma(float (&d)[kN / 2], uint64_t a, uint64_t b,
                                       bool accumulate STATECORE_WHERE) {
   constexpr bool kBFloat16 = std::is_same<T, __nv_bfloat16>::value;
-  static_assert(kBFloat16 || std::is_same<T, __half>::value, "operands have 16 bits");
+  static_assert(kBFloat16 || std::is_same<T, __half>::value, "operands are 16-bit");
   static_assert(kWgmmaShape<kN>, "n is 8, 16, 32, 64, 96, ... 256");
 #if defined(STATECORE_EMULATED)
-  simt::wgmma(kBFloat16 ? simt::Half::kBFloat16 : simt::Half::kFloat16, kN, d, nullptr, a, kA == Major::kMN,
-              b, kB == Major::kMN, accumulate, where);
+  simt::wgmma(kN, d,
+              {.type = kBFloat16 ? simt::HalfType::kBFloat16 : simt::HalfType::kFloat16,
+               .a_registers = nullptr,
+               .a = a,
+               .b = b,
+               .a_mn_major = kA == Major::kMN,
+               .b_mn_major = kB == Major::kMN},
+              accumulate, where);
 #else
 #define STATECORE_SHAPE(n, count, i0, i1, i2, i3, i4, i5, i6)                                \
   if constexpr (kN == n && kBFloat16)                                                        \
     asm volatile(STATECORE_WGMMA("bf16", n, count, "%" #i0, i1, i2, "1, 1, %" #i3 ", %" #i4) \
-                 : STATECORE_SUMS_##count                                                    \
+                 : STATECORE_ACC_##count                                                     \
                  : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(kA)), "n"(int(kB)));        \
   if constexpr (kN == n && !kBFloat16)                                                       \
     asm volatile(STATECORE_WGMMA("f16", n, count, "%" #i0, i1, i2, "1, 1, %" #i3 ", %" #i4)  \
-                 : STATECORE_SUMS_##count                                                    \
+                 : STATECORE_ACC_##count                                                     \
                  : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(kA)), "n"(int(kB)));
   STATECORE_WGMMA_SHAPES(STATECORE_SHAPE)
 #undef STATECORE_SHAPE
 #endif
 }
 
-// ... with a from registers.
+// The same with a in registers.
 template <class T, int kN, Major kB = Major::kK>
 __device__ __forceinline__ void wgmma(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b,
                                       bool accumulate STATECORE_WHERE) {
   constexpr bool kBFloat16 = std::is_same<T, __nv_bfloat16>::value;
-  static_assert(kBFloat16 || std::is_same<T, __half>::value, "operands have 16 bits");
+  static_assert(kBFloat16 || std::is_same<T, __half>::value, "operands are 16-bit");
   static_assert(kWgmmaShape<kN>, "n is 8, 16, 32, 64, 96, ... 256");
 #if defined(STATECORE_EMULATED)
-  simt::wgmma(kBFloat16 ? simt::Half::kBFloat16 : simt::Half::kFloat16, kN, d, a, 0, false, b,
-              kB == Major::kMN, accumulate, where);
+  simt::wgmma(kN, d,
+              {.type = kBFloat16 ? simt::HalfType::kBFloat16 : simt::HalfType::kFloat16,
+               .a_registers = a,
+               .a = 0,
+               .b = b,
+               .a_mn_major = false,
+               .b_mn_major = kB == Major::kMN},
+              accumulate, where);
 #else
 #define STATECORE_A(i0, i1, i2, i3) "{%" #i0 ",%" #i1 ",%" #i2 ",%" #i3 "}"
 #define STATECORE_SHAPE(n, count, i0, i1, i2, i3, i4, i5, i6)                                               \
   if constexpr (kN == n && kBFloat16)                                                                       \
     asm volatile(STATECORE_WGMMA("bf16", n, count, STATECORE_A(i0, i1, i2, i3), i4, i5, "1, 1, %" #i6)      \
-                 : STATECORE_SUMS_##count                                                                   \
+                 : STATECORE_ACC_##count                                                                    \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(int(kB))); \
   if constexpr (kN == n && !kBFloat16)                                                                      \
     asm volatile(STATECORE_WGMMA("f16", n, count, STATECORE_A(i0, i1, i2, i3), i4, i5, "1, 1, %" #i6)       \
-                 : STATECORE_SUMS_##count                                                                   \
+                 : STATECORE_ACC_##count                                                                    \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(int(kB)));
   STATECORE_WGMMA_SHAPES(STATECORE_SHAPE)
 #undef STATECORE_SHAPE

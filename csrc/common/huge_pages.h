@@ -1,13 +1,12 @@
-// Large results are memory that is touched for the first time here: in pages of 4 KiB the kernel zeroes it at
-// about 2 GB/s, which can take longer than computing what goes there.
+// The first write to a freshly allocated result faults its pages in. With 4 KiB pages the kernel zeroes them
+// at about 2 GB/s, which can take longer than computing the result.
 #pragma once
 
 #include <cstdint>
 
 namespace statecore {
 
-// Asks for huge pages where [data, data + bytes) spans many of them; without effect where the system has none
-// to give.
+// Advises the kernel to back [data, data + bytes) with huge pages; does nothing where they are unavailable.
 void prefer_huge_pages(void* data, int64_t bytes);
 
 }  // namespace statecore

@@ -1,16 +1,15 @@
-// Matrix products of a warp on tensor cores, d [16, 8 n] += a [16, k] b [k, 8 n], with one interface for the
-// three element types: bfloat16 and float16 multiply as they are; float is split into two tf32 numbers of 11
-// bits and multiplied in three parts, which leaves an error of about 2^-21.
+// Warp-level matrix products on tensor cores, d[16, 8n] += a[16, k] b[k, 8n], with one interface for three
+// element types. bfloat16 and float16 are multiplied as they are. float is 3xTF32: every value is split into
+// two tf32 numbers, high and low, of 11 bits each, and the sum of three products has an error of about 2^-21.
 //
-// Operands come from tiles in shared memory, stored either way round, or from accumulators. Values computed
-// in float32 can keep their precision as 16-bit operands by being split into a rounded part and the rest.
+// Operands are loaded from tiles in shared memory, row- or column-major, or converted from accumulators. To
+// keep the precision of float32 values in 16-bit operands, SplitA holds their rounded part and the remainder.
 //
-// A lane holds, with g = lane / 4 and t = lane % 4:
-//   accumulators of 16x8   rows g and g + 8, columns 2t and 2t + 1, as float[4] in this order
-//   operands               the same rows (of a) or columns (of b), and of each 8 in depth the two at 2t, 2t
-//   + 1.
-//                          For tf32 this is not the order of the manual: depths are permuted, in a and b
-//                          alike.
+// Register layouts, with g = lane / 4 and t = lane % 4:
+//   16x8 accumulators   rows g and g + 8, columns 2t and 2t + 1, as float[4] in row-major order
+//   operands            the same rows (of a) or columns (of b) and, of every 8 consecutive k, 2t and 2t + 1.
+//                       The PTX manual orders k of tf32 operands differently: here k is permuted, in a and b
+//                       alike, which leaves the product unchanged.
 #pragma once
 
 #include "common/ptx.cuh"
@@ -22,48 +21,49 @@ constexpr int kMmaK = sizeof(T) == 2 ? 16 : 8;
 
 __device__ __forceinline__ int lane_index() { return int(threadIdx.x) % 32; }
 
-// Where element i of a lane's accumulator lies in its 16x8 tile.
+// The position of element i of this lane's accumulator in its 16x8 tile.
 __device__ __forceinline__ int accumulator_row(int i) { return lane_index() / 4 + i / 2 * 8; }
 __device__ __forceinline__ int accumulator_column(int i) { return lane_index() % 4 * 2 + i % 2; }
 
-// The largest of the 4 lanes that share a row of accumulators.
+// The maximum over the 4 lanes that share a row of accumulators.
 __device__ __forceinline__ float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
   return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
 }
 
 // ---- tiles in shared memory
-// Rows of kWidth elements, at least 64 bytes. The pieces of 16 bytes of a row are permuted by its number, so
-// that the same columns of eight consecutive rows lie in different banks. Tiles are aligned to 128 bytes.
+
+// Rows of kWidth elements. The 16-byte vectors of a row are swizzled: permuted by the row index, so that the
+// same column of eight consecutive rows falls into different banks. Tiles are aligned to 128 bytes.
 template <class T, int kWidth>
 struct Tile {
   static constexpr int kRowBytes = kWidth * int(sizeof(T)), kPieces = kRowBytes / 16;
-  static_assert(kPieces >= 4 && (kPieces & (kPieces - 1)) == 0, "rows are 64, 128, 256 or 512 bytes");
+  static_assert(kPieces >= 4 && (kPieces & (kPieces - 1)) == 0, "rows have 64, 128, 256 or 512 bytes");
 
   static constexpr int bytes(int rows) { return rows * kRowBytes; }
 
-  // In bytes from the beginning of the tile.
+  // Byte offset from the start of the tile.
   __device__ static __forceinline__ int offset(int row, int column) {
-    const int byte = column * int(sizeof(T)), mask = kPieces == 4 ? row / 2 & 3 : row & 7;
-    return row * kRowBytes + (byte ^ mask * 16);
+    const int byte = column * int(sizeof(T)), swizzle = kPieces == 4 ? row / 2 & 3 : row & 7;
+    return row * kRowBytes + (byte ^ swizzle * 16);
   }
 };
 
-// Starts copying rows [0, valid_rows) x columns [0, valid_width) of global memory to a tile whose other
-// elements, up to kRows x kWidth, become zeros. valid_width is a multiple of 16, rows are aligned to 16
-// bytes. All kThreads threads take part; they wait with cp_async_wait() and a barrier.
+// Starts an asynchronous copy of rows [0, valid_rows) and columns [0, valid_width) from global memory to a
+// [kRows, kWidth] tile, whose other elements are zero-filled. valid_width is a multiple of 16, and rows are
+// aligned to 16 bytes. All kThreads threads must call it, and then cp_async_wait() and a barrier.
 template <class T, int kRows, int kWidth, int kThreads>
 __device__ __forceinline__ void load_tile(unsigned char* tile, const T* first_row, int64_t row_stride,
                                           int valid_rows, int valid_width) {
   using Tile = Tile<T, kWidth>;
-  constexpr int kPerPiece = 16 / int(sizeof(T));
-  static_assert(kRows * Tile::kPieces % kThreads == 0, "threads share the tile evenly");
+  constexpr int kPerVector = 16 / int(sizeof(T));
+  static_assert(kRows * Tile::kPieces % kThreads == 0, "the tile is divided evenly among the threads");
   const uint32_t base = shared_address(tile);
   const int thread = opaque(int(threadIdx.x) % kThreads);
 #pragma unroll
   for (int i = 0; i < kRows * Tile::kPieces / kThreads; ++i) {
-    const int piece = i * kThreads + thread;
-    const int row = piece / Tile::kPieces, column = piece % Tile::kPieces * kPerPiece;
+    const int vector = i * kThreads + thread;
+    const int row = vector / Tile::kPieces, column = vector % Tile::kPieces * kPerVector;
     const bool valid = row < valid_rows && column < valid_width;
     cp_async(base + Tile::offset(row, column), valid ? first_row + row * row_stride + column : first_row,
              !valid);
@@ -79,7 +79,7 @@ template <class T>
 struct OperandB {
   uint32_t r[2];
 };
-// Of float32 precision: the sum of two numbers.
+// high + low, with about twice the precision of OperandA.
 template <class T>
 struct SplitA {
   OperandA<T> high, low;
@@ -95,7 +95,7 @@ struct OperandB<float> {
 template <>
 struct SplitA<float> : OperandA<float> {};
 
-// x = high + low, both of them as many bits as tf32 has.
+// x = high + low; tensor cores read the 11 leading bits of each.
 __device__ __forceinline__ void split_tf32(float x, uint32_t& high, uint32_t& low) {
   high = __float_as_uint(x) & 0xffffe000u;
   low = __float_as_uint(x - __uint_as_float(high));
@@ -114,10 +114,10 @@ __device__ __forceinline__ void load(OperandA<T>& a, Tile<T, kWidth>, const unsi
                                      int column) {
   const int lane = sizeof(T) == 2 ? lane_index() : opaque(lane_index());
   if constexpr (sizeof(T) == 2) {
-    // Matrices: rows 0-7, rows 8-15, then the same 8 deeper.
-    const int first = lane % 8 + lane / 8 % 2 * 8, second = lane / 16 * 8;
-    const int at_row = kTransposed ? row + lane % 8 + second : row + first;
-    const int at_column = kTransposed ? column + lane / 8 % 2 * 8 : column + second;
+    // The four matrices: rows 0-7 and rows 8-15 at k = 0, then at k = 8.
+    const int m = lane % 8 + lane / 8 % 2 * 8, k = lane / 16 * 8;
+    const int at_row = kTransposed ? row + lane % 8 + k : row + m;
+    const int at_column = kTransposed ? column + lane / 8 % 2 * 8 : column + k;
     ldmatrix<kTransposed>(a.r, shared_address(tile) + Tile<T, kWidth>::offset(at_row, at_column));
   } else {
 #pragma unroll
@@ -136,17 +136,17 @@ __device__ __forceinline__ void load(OperandA<T>& a, Tile<T, kWidth>, const unsi
   }
 }
 
-// Two neighbouring operands of 8 columns: b[k][n] = tile[row + n][column + k], or with kTransposed
+// Two adjacent operands of 8 columns each: b[k][n] = tile[row + n][column + k], or with kTransposed
 // tile[row + k][column + n].
 template <bool kTransposed, class T, int kWidth>
 __device__ __forceinline__ void load(OperandB<T> (&b)[2], Tile<T, kWidth>, const unsigned char* tile, int row,
                                      int column) {
   const int lane = sizeof(T) == 2 ? lane_index() : opaque(lane_index());
   if constexpr (sizeof(T) == 2) {
-    // Matrices: columns 0-7, the same 8 deeper, then columns 8-15.
-    const int deeper = lane / 8 % 2 * 8, right = lane / 16 * 8;
-    const int at_row = row + lane % 8 + (kTransposed ? deeper : right);
-    const int at_column = column + (kTransposed ? right : deeper);
+    // The four matrices: columns 0-7 at k = 0 and k = 8, then columns 8-15.
+    const int k = lane / 8 % 2 * 8, n = lane / 16 * 8;
+    const int at_row = row + lane % 8 + (kTransposed ? k : n);
+    const int at_column = column + (kTransposed ? n : k);
     uint32_t r[4];
     ldmatrix<kTransposed>(r, shared_address(tile) + Tile<T, kWidth>::offset(at_row, at_column));
     b[0].r[0] = r[0], b[0].r[1] = r[1], b[1].r[0] = r[2], b[1].r[1] = r[3];
@@ -167,8 +167,8 @@ __device__ __forceinline__ void load(OperandB<T> (&b)[2], Tile<T, kWidth>, const
   }
 }
 
-// Accumulators of kMmaK<T> columns as an operand of that depth: one tile of 8 columns for float, two for
-// 16-bit elements, rounded.
+// Converts kMmaK<T> columns of accumulators to an operand with that k: one 16x8 tile for float; two for
+// 16-bit elements, with rounding.
 template <class T>
 __device__ __forceinline__ void from_accumulators(OperandA<T>& a, const float (*tiles)[4]) {
   if constexpr (sizeof(T) == 2) {
@@ -180,7 +180,7 @@ __device__ __forceinline__ void from_accumulators(OperandA<T>& a, const float (*
   }
 }
 
-// ... not rounded.
+// The same without rounding.
 template <class T>
 __device__ __forceinline__ void from_accumulators(SplitA<T>& a, const float (*tiles)[4]) {
   if constexpr (sizeof(T) == 2) {
@@ -192,23 +192,23 @@ __device__ __forceinline__ void from_accumulators(SplitA<T>& a, const float (*ti
   }
 }
 
-// a[m][k] * weight(k), for k in [0, kMmaK<T>).
-template <class T, class Weight>
-__device__ __forceinline__ SplitA<T> scaled(const OperandA<T>& a, const Weight& weight) {
+// a[m][k] * factor(k) for k in [0, kMmaK<T>).
+template <class T, class Factor>
+__device__ __forceinline__ SplitA<T> scaled(const OperandA<T>& a, const Factor& factor) {
   SplitA<T> product;
   const int k = lane_index() % 4 * 2;
   if constexpr (sizeof(T) == 2) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float2 x = unpack<T>(a.r[i]);
-      const int deep = k + i / 2 * 8;
-      split_pair<T>(x.x * weight(deep), x.y * weight(deep + 1), product.high.r[i], product.low.r[i]);
+      const int first = k + i / 2 * 8;
+      split_pair<T>(x.x * factor(first), x.y * factor(first + 1), product.high.r[i], product.low.r[i]);
     }
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float x = __uint_as_float(a.high[i]) + __uint_as_float(a.low[i]);
-      split_tf32(x * weight(k + i / 2), product.high[i], product.low[i]);
+      split_tf32(x * factor(k + i / 2), product.high[i], product.low[i]);
     }
   }
   return product;
@@ -218,11 +218,6 @@ __device__ __forceinline__ SplitA<T> scaled(const OperandA<T>& a, const Weight& 
 template <class T>
 __device__ __forceinline__ void mma(float (&d)[4], const OperandA<T>& a,
                                     const OperandB<T>& b STATECORE_WHERE) {
-#if defined(STATECORE_EMULATED)
-#define STATECORE_PASS_WHERE , where
-#else
-#define STATECORE_PASS_WHERE
-#endif
   if constexpr (sizeof(T) == 2) {
     mma_m16n8k16(T{}, d, a.r, b.r STATECORE_PASS_WHERE);
   } else {
@@ -242,11 +237,12 @@ __device__ __forceinline__ void mma(float (&d)[4], const SplitA<T>& a, const Ope
   }
 }
 
-// ---- float32 values in tiles of T: for 16-bit elements in two tiles, rounded parts and the rest
+// ---- float32 values in tiles of T: for 16-bit elements two tiles, one of rounded values, one of remainders
 template <class T>
 constexpr int kParts = sizeof(T) == 2 ? 2 : 1;
 
-// Columns `column` (even) and column + 1 of a row; the second part lies part_bytes behind the first.
+// Stores x and y to columns `column` (even) and column + 1 of a row. The second tile starts part_bytes
+// after the first.
 template <class T, int kWidth>
 __device__ __forceinline__ void store_parts(Tile<T, kWidth>, unsigned char* tile, int part_bytes, int row,
                                             int column, float x, float y) {
@@ -261,7 +257,7 @@ __device__ __forceinline__ void store_parts(Tile<T, kWidth>, unsigned char* tile
   }
 }
 
-// Columns `column` (even) and column + 1 of a row, rounded to T.
+// Stores x and y, rounded to T, to columns `column` (even) and column + 1 of a row.
 template <class T, int kWidth>
 __device__ __forceinline__ void store_pair(Tile<T, kWidth>, unsigned char* tile, int row, int column, float x,
                                            float y) {

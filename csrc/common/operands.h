@@ -1,5 +1,8 @@
-// Tiles in the forms in which they enter products (tile_kernels.h). Where an operand is a real number all
-// forms are the tile itself; bfloat16 pairs have to be laid out along the dimension that is summed over.
+// Tiles packed as operands of matrix products (tile_kernels.h). For real operands every form is the tile
+// itself; bfloat16 pairs are packed along the contraction dimension, so that a tile has two forms:
+//
+//   rows      pairs along each row, to be contracted over columns
+//   columns   pairs down each column, to be contracted over rows
 #pragma once
 
 #include <algorithm>
@@ -20,7 +23,7 @@ struct Packed {
   int64_t ld;
 };
 
-// The left factor of a product: operand (i, p) stands at data[i * row + p * col].
+// The left-hand side of a product: operand (i, p) is data[i * row + p * col].
 template <class Operand>
 struct Left {
   const Operand* data;
@@ -28,15 +31,15 @@ struct Left {
 };
 
 template <class Operand>
-Left<Operand> as_is(Packed<Operand> x) {  // x in rows form: x times something
+Left<Operand> as_is(Packed<Operand> x) {  // x in rows form, for x * b
   return {x.data, x.ld, 1};
 }
 template <class Operand>
-Left<Operand> transposed(Packed<Operand> x) {  // x in columns form: x^T times something
+Left<Operand> transposed(Packed<Operand> x) {  // x in columns form, for x^T * b
   return {x.data, 1, x.ld};
 }
 
-// c[m, n] (+)= factor * a b, summed over k numbers. b is in columns form, or transposed.
+// c[m, n] (+)= factor * a[m, k] b[k, n], with b in columns form, or in rows form and transposed.
 template <class Operand>
 void multiply(int m, int n, int k, RealOf<Operand> factor, Left<Operand> a, Packed<Operand> b,
               RealOf<Operand>* c, int64_t ldc, bool accumulate) {
@@ -44,8 +47,7 @@ void multiply(int m, int n, int k, RealOf<Operand> factor, Left<Operand> a, Pack
                                     ldc, accumulate);
 }
 
-// Up to [max_rows, max_cols] elements of a tensor: rows() are to be summed along the columns, columns() down
-// the rows.
+// A tile of up to [max_rows, max_cols] elements of a tensor, in either form or both.
 template <class Operand>
 class OperandTile {
  public:
@@ -69,20 +71,20 @@ class OperandTile {
     pack_columns(rows, cols);
   }
   void pack_columns(int rows, int cols) { columns_of(this->rows(), rows, cols); }
-  // The columns form of x, which is in rows form, here or elsewhere.
+  // The columns form of x, which is in rows form, in this tile or another.
   Packed<Operand> columns_of(Packed<Operand> x, int rows, int cols) {
     if constexpr (kIsReal<Operand>) return x;
     kernels_.pack_columns(OperandTraits<Operand>::kDType, x.data, x.ld * OperandTraits<Operand>::kSummands,
                           rows, cols, columns_.get(), columns_ld_);
     return {columns_.get(), columns_ld_};
   }
-  // dst[depth(cols), rows], from rows().
+  // dst[depth(cols), rows] = rows()^T.
   void transpose(int rows, int cols, Operand* dst, int64_t ld) const {
     kernels_.pack_transposed(OperandTraits<Operand>::kDType, rows_.get(),
                              rows_ld_ * OperandTraits<Operand>::kSummands, rows, cols, dst, ld);
   }
 
-  // Zeroes a row of what load_rows() or load_columns() has filled.
+  // Zero a row after load_rows() or load_columns(), respectively.
   void clear_row(int row, int cols) { std::fill_n(mutable_row(row), depth<Operand>(cols), Operand{}); }
   void clear_row_of_columns(int row, int cols) {
     if constexpr (kIsReal<Operand>) {
@@ -109,7 +111,7 @@ class OperandTile {
   Scratch<Operand> rows_, columns_;
 };
 
-// Results of products on their way into others: where Operand is Real they are used where they lie.
+// Packs results of products as operands of further products. Real operands are used in place.
 template <class Operand>
 class ResultPacking {
  public:
@@ -121,7 +123,7 @@ class ResultPacking {
         memory_(make_scratch<Operand>(
             kIsReal<Operand> ? 0 : std::max(max_rows * rows_ld_, depth<Operand>(max_rows) * columns_ld_))) {}
 
-  // Valid until the next call.
+  // The result is valid until the next call.
   Packed<Operand> rows(const Real* x, int64_t ld, int rows, int cols) {
     if constexpr (kIsReal<Operand>)
       return {x, ld};

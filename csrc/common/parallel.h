@@ -1,4 +1,4 @@
-// Threads of torch's own pool for code that does not include torch.
+// torch's thread pool for code that does not include torch.
 #pragma once
 
 #include <cstdint>
@@ -7,12 +7,12 @@ namespace statecore {
 
 using ParallelBody = void (*)(int64_t begin, int64_t end, void* context);
 
-// Calls body on ranges that together cover [0, n), from as many threads as torch uses. It must not throw.
+// Calls body on ranges that together cover [0, n), on torch's threads. body must not throw.
 void parallel_ranges(int64_t n, ParallelBody body, void* context);
 
-int64_t thread_count();  // of the pool, as the user set it
+int64_t thread_count();  // torch.get_num_threads()
 
-// f(begin, end) on ranges that cover [0, n); scratch memory belongs at the top of f, once a thread.
+// f(begin, end) on ranges that cover [0, n). Allocate scratch memory at the top of f: once per thread.
 template <class F>
 void parallel_for(int64_t n, const F& f) {
   parallel_ranges(
@@ -20,8 +20,8 @@ void parallel_for(int64_t n, const F& f) {
       const_cast<F*>(&f));
 }
 
-// The same, on the calling thread alone where there is too little work to share: waking a thread takes about
-// as long as kWorthSharing multiply-adds.
+// The same, but on the calling thread alone if there is too little work: waking a thread takes about as long
+// as kWorthSharing multiply-adds.
 constexpr int64_t kWorthSharing = 1 << 18;
 
 template <class F>

@@ -1,4 +1,4 @@
-// Uninitialised memory for tiles, aligned to cache lines; taken once a thread, before the loops that use it.
+// Uninitialised memory for tiles, aligned to cache lines. Allocate it once per thread, outside of loops.
 #pragma once
 
 #include <cstdint>

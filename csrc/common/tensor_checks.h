@@ -1,5 +1,5 @@
-// What operators refuse, said once: every check names the argument, what was expected and what came.
-// Messages reach Python as RuntimeError.
+// Argument checks shared by the operators. A message names the argument, what was expected and what was
+// passed, and reaches Python as a RuntimeError.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -92,21 +92,21 @@ inline void check_contiguous(const char* name, const Tensor& t) {
   if (!t.is_contiguous()) refuse(name, " must be contiguous; call .contiguous() on it first");
 }
 
-// Whether the contents of t are looked at: always by the CPU backend; on CUDA it costs a synchronisation,
-// which STATECORE_CHECK=1 asks for.
+// Whether to validate the contents of t: always on the CPU. On CUDA that would synchronise, so only with
+// STATECORE_CHECK=1.
 inline bool checks_contents([[maybe_unused]] const Tensor& t) {
 #if !defined(STATECORE_EMULATED)
   if (t.is_cpu()) return true;
 #endif
-  static const char* const asked = std::getenv("STATECORE_CHECK");
-  return asked && std::string(asked) == "1";
+  static const char* const setting = std::getenv("STATECORE_CHECK");
+  return setting && std::string(setting) == "1";
 }
 
 inline Tensor on_cpu(const Tensor& t) {
   return t.is_cpu() ? t : torch::stable::to(t, torch::stable::Device(torch::headeronly::DeviceType::CPU));
 }
 
-// dtype of q, k, v: float32, bfloat16, float16, or float64 (CPU only), all the same.
+// The dtype that q, k and v share: float32, bfloat16, float16 or float64 (CPU only).
 inline DType element_dtype(const Tensor& q) {
   switch (q.scalar_type()) {
     case ScalarType::Float: return DType::kFloat32;
@@ -128,7 +128,7 @@ inline HeadsView heads_view(const Tensor& x) {
 
 inline const int32_t* int32_data(const Tensor& t) { return static_cast<const int32_t*>(t.const_data_ptr()); }
 
-// cu_seqlens [sequences + 1] of packed q (B = 1, T tokens); returns the number of sequences.
+// Checks cu_seqlens [N + 1] of packed q [1, T, ...] and returns N, the number of sequences.
 inline int64_t check_cu_seqlens(const Tensor& cu_seqlens, const Tensor& q) {
   check_dim("cu_seqlens", cu_seqlens, 1, "[sequences + 1]");
   check_dtype("cu_seqlens", cu_seqlens, ScalarType::Int);
@@ -150,8 +150,8 @@ inline int64_t check_cu_seqlens(const Tensor& cu_seqlens, const Tensor& q) {
   return sequences;
 }
 
-// step_ids [B, T] of the sequences that cu_seqlens (already checked) divides the tokens into: ids are -1
-// (nobody) or >= 0, and those >= 0 do not decrease inside a sequence.
+// Checks step_ids [B, T]: every id is >= 0, or -1 for padding, and ids other than -1 do not decrease within a
+// sequence. cu_seqlens must have been checked.
 inline void check_step_ids(const Tensor& step_ids, const std::optional<Tensor>& cu_seqlens, const Tensor& q,
                            int64_t batch, int64_t tokens) {
   check_shape("step_ids", step_ids, {batch, tokens});

@@ -1,7 +1,8 @@
-// The one implementation of tile_kernels.h, written on GCC / Clang vector extensions and compiled once
-// per instruction set by the tile_kernels_<isa>.cpp files, which define STATECORE_VECTOR_BYTES and
-// STATECORE_ISA before they include it. Everything lives in an unnamed namespace and calls nothing
-// inline from the standard library, so no code of a higher instruction set can be shared by the linker.
+// The implementation of tile_kernels.h, in GCC / Clang vector extensions, compiled once per instruction set
+// by the tile_kernels_<isa>.cpp files, which define STATECORE_VECTOR_BYTES and STATECORE_ISA and include it.
+//
+// Everything is in an unnamed namespace and calls no inline function of the standard library: the linker
+// could otherwise pick the copy that was compiled for a higher instruction set.
 #include <cstdint>
 
 #if defined(__AVX2__)
@@ -54,8 +55,8 @@ constexpr float kInf = __builtin_inff();
 
 // ---- exponential -----------------------------------------------------------------------------------
 
-// exp(x) for x <= 88: 2^n * p(r), x = n ln 2 + r, |r| <= ln(2) / 2; relative error below 2e-7. Arguments
-// under -87 (-inf among them) give 0 exactly, so that an invisible key never leaks in.
+// exp(x) for x <= 88 as 2^n * p(r) with x = n ln 2 + r, |r| <= ln(2) / 2; relative error below 2e-7. Exactly
+// 0 for x < -87, so that masked keys (-inf) contribute nothing.
 Vec<float> exp_vec(Vec<float> x) {
   using V = Vec<float>;
   const V clamped = x < -87.f ? V{} - 87.f : x;
@@ -74,7 +75,7 @@ Vec<float> exp_vec(Vec<float> x) {
   return x < -87.f ? V{} : p * power;
 }
 
-// 2^x for x <= 127, relative error below 2e-7; arguments under -126 (-inf among them) give 0 exactly.
+// 2^x for x <= 127 with relative error below 2e-7; exactly 0 for x < -126, including -inf.
 Vec<float> exp2_vec(Vec<float> x) {
   using V = Vec<float>;
 #if defined(__AVX512F__)
@@ -100,7 +101,7 @@ Vec<float> exp2_vec(Vec<float> x) {
 #endif
 }
 
-// double is the type of gradient checks: right to the last bits, speed does not matter.
+// double is for gradient checks: accurate to the last bits, not fast.
 Vec<double> exp_vec(Vec<double> x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);
   return x;
@@ -130,14 +131,14 @@ uint16_t float_to_f16(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
 float f16_to_float(uint16_t x) {
   const uint32_t sign = uint32_t(x & 0x8000u) << 16, magnitude = x & 0x7fffu;
   if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
-  // Scaling by 2^112 puts the exponent right and normalises subnormal halves on the way.
+  // Scaling by 2^112 rebiases the exponent and normalises subnormal halves.
   return bits_to_float(sign | float_to_bits(bits_to_float(magnitude << 13) * bits_to_float(0x77800000u)));
 }
 
 uint16_t float_to_f16(float x) {
   const uint32_t bits = float_to_bits(x), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return uint16_t(sign | 0x7e00u);
-  if (magnitude >= 0x477ff000u) return uint16_t(sign | 0x7c00u);  // rounds to 65536 or more
+  if (magnitude >= 0x477ff000u) return uint16_t(sign | 0x7c00u);  // rounds to 65536 or more: infinity
   if (magnitude < 0x38800000u) {
     // Subnormal half: adding 0.5 makes the float adder round to multiples of 2^-24.
     return uint16_t(sign | (float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u));
@@ -146,8 +147,8 @@ uint16_t float_to_f16(float x) {
 }
 #endif
 
-// One type a storage format: `of` reads an element, `from` rounds to one; load and store do a vector of
-// float.
+// One type per storage format: of() reads an element, from() rounds to one, load() and store() convert
+// vectors of float.
 struct AsFloat32 {
   using Storage = float;
   static float of(float x) { return x; }
@@ -224,15 +225,15 @@ void with_format(DType dtype, F&& f) {
   }
 }
 
-// Rows of a tensor lie too far apart for the processor to guess the next one: it is asked for some rows
-// ahead, and so the first rows of the tile that follows.
+// The stride between rows of a tensor is too large for the hardware prefetcher, so loops over rows prefetch
+// this many rows ahead, which also covers the first rows of the next tile.
 constexpr int kRowsAhead = 8;
 
 inline void prefetch_row(const void* row, int64_t bytes) {
   for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(static_cast<const char*>(row) + line);
 }
 
-// Row by row in functions of their own: stores through vectors may alias anything that a lambda has captured.
+// Rows have functions of their own because vector stores may alias anything that a lambda captures.
 template <class Format, class Real>
 inline void load_row(const typename Format::Storage* src, int cols, Real* dst) {
   int j = 0;
@@ -273,7 +274,7 @@ void store(DType dtype, void* dst, int64_t dst_stride, int rows, int cols, const
 
 // ---- operands ----------------------------------------------------------------------------------------
 
-// A real number is an operand as it is.
+// Real operands are not packed.
 template <class Real>
 struct Packing {
   static void rows(DType dtype, const void* src, int64_t src_stride, int rows, int cols, Real* dst,
@@ -287,7 +288,7 @@ struct Packing {
 };
 
 #if defined(__AVX512BF16__)
-// The operands (even[j], odd[j]), rounded.
+// The pairs (even[j], odd[j]), rounded.
 Bits pair_up(Vec<float> even, Vec<float> odd) {
   const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
                                               23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
@@ -396,14 +397,14 @@ inline void transpose_quad(const Element* src, int64_t src_ld, Element* dst, int
 #undef STATECORE_SHUFFLE
 }
 
-// An operand moves as a whole, a pair as if it were a float.
+// Operands are moved whole: a BFloat16Pair as if it were a float.
 template <class Operand>
 void pack_transposed(DType dtype, const void* src, int64_t src_stride, int rows, int cols, Operand* dst,
                      int64_t ld) {
   using Element = RealOf<Operand>;
   static_assert(sizeof(Element) == sizeof(Operand));
   constexpr int kRows = kTilePad, kCols = 128, kLd = tile_ld(kCols);
-  Operand block[kRows * kLd];  // rows are read along and packed, and transposed from here
+  Operand block[kRows * kLd];  // rows are packed here, then transposed
   const Element* from = reinterpret_cast<const Element*>(block);
   for (int i0 = 0; i0 < rows; i0 += kRows)
     for (int j0 = 0; j0 < cols; j0 += kCols) {
@@ -430,20 +431,20 @@ void load_transposed(DType dtype, const void* src, int64_t src_stride, int rows,
 
 // ---- matrix product --------------------------------------------------------------------------------
 
-// Accumulators of one register block: kBlockRows x 2 vectors, or twice as many rows of one. 16 of AVX-512's
-// 32 registers hide the latency of two FMA units; AVX2 and SSE have 16 registers in all.
+// A register block has kBlockRows rows of two vectors, or twice as many rows of one vector. 16 accumulators
+// of AVX-512's 32 registers hide the latency of two FMA units; AVX2 and SSE have 16 registers in total.
 constexpr int kBlockRows = STATECORE_VECTOR_BYTES == 64 ? 8 : STATECORE_VECTOR_BYTES == 32 ? 6 : 4;
 
-// sum + (x, x, ...) * row, element by element.
+// sum + x * row, with x broadcast.
 template <class Real>
 inline Vec<Real> multiply_add(Vec<Real> sum, Real x, const Real* row) {
   return sum + x * load_vec(row);
 }
 #if defined(__AVX512BF16__)
 inline Vec<float> multiply_add(Vec<float> sum, BFloat16Pair x, const BFloat16Pair* row) {
-  const Bits pairs = *reinterpret_cast<const Bits*>(row), same = Bits{} + bit_cast<int32_t>(x);
-  // Not the intrinsic: around that GCC 12 moves every accumulator to another register and back, each time.
-  asm("vdpbf16ps %1, %2, %0" : "+v"(sum) : "v"(pairs), "v"(same));
+  const Bits pairs = *reinterpret_cast<const Bits*>(row), broadcast = Bits{} + bit_cast<int32_t>(x);
+  // Not the intrinsic: GCC 12 would copy every accumulator to another register and back around each use.
+  asm("vdpbf16ps %1, %2, %0" : "+v"(sum) : "v"(pairs), "v"(broadcast));
   return sum;
 }
 #endif
@@ -460,7 +461,7 @@ inline void matmul_block(int depth, RealOf<Operand> factor, const Operand* a, in
 #pragma GCC unroll 2
       for (int v = 0; v < Vectors; ++v)
         sum[i][v] = multiply_add(sum[i][v], a[i * a_row + p * a_col], b + p * ldb + v * kWidth);
-  // All loops are unrolled by hand, or the accumulators pass through the stack at the end.
+  // Without explicit unrolling the accumulators would go through the stack here.
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 2
@@ -550,63 +551,64 @@ void dot_rows(int rows, int cols, const Real* x, int64_t ldx, const Real* y, int
 }
 
 template <class Real>
-Vec<Real> larger(Vec<Real> x, Vec<Real> y) {
+Vec<Real> max_vec(Vec<Real> x, Vec<Real> y) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(Real) == sizeof(float)) return _mm512_max_ps(x, y);
 #endif
   return x > y ? x : y;
 }
 
-// Rows i and i + 1 (if `both`) of p, as operands summed down the rows.
+// Stores rows i and i + 1 (if `both`) of p, packed for contraction over rows.
 template <class Real>
-void store_weights(Real* p, int64_t ld, int i, Vec<Real> even, Vec<Real> odd, bool both) {
+void store_probabilities(Real* p, int64_t ld, int i, Vec<Real> even, Vec<Real> odd, bool both) {
   store_vec(p + i * ld, even);
   if (both) store_vec(p + (i + 1) * ld, odd);
 }
 #if defined(__AVX512BF16__)
-void store_weights(BFloat16Pair* p, int64_t ld, int i, Vec<float> even, Vec<float> odd, bool) {
+void store_probabilities(BFloat16Pair* p, int64_t ld, int i, Vec<float> even, Vec<float> odd, bool) {
   *reinterpret_cast<Bits*>(p + i / 2 * ld) = pair_up(even, odd);
 }
 #endif
 
-// Some columns of softmax_block.
+// softmax_block for Vectors vectors of queries.
 template <class Operand, int Vectors>
-inline void softmax_strip(int rows, const RealOf<Operand>* s, int64_t ld, Operand* p, int64_t ldp,
-                          RealOf<Operand>* col_max, RealOf<Operand>* col_sum, RealOf<Operand>* correction) {
+inline void softmax_strip(int keys, const RealOf<Operand>* s, int64_t ld, Operand* p, int64_t ldp,
+                          RealOf<Operand>* row_max, RealOf<Operand>* row_sum, RealOf<Operand>* rescale) {
   using Real = RealOf<Operand>;
   constexpr int kWidth = kLanes<Real>;
-  Vec<Real> top[Vectors], shift[Vectors], sum[Vectors] = {};
-  for (int v = 0; v < Vectors; ++v) top[v] = load_vec(col_max + v * kWidth);
-  for (int i = 0; i < rows; ++i)
-    for (int v = 0; v < Vectors; ++v) top[v] = larger<Real>(load_vec(s + i * ld + v * kWidth), top[v]);
-  for (int v = 0; v < Vectors; ++v) shift[v] = top[v] == Real(-kInf) ? Vec<Real>{} : top[v];
-  for (int i = 0; i < rows; i += 2) {
-    const bool both = i + 1 < rows;
+  Vec<Real> new_max[Vectors], shift[Vectors], sum[Vectors] = {};
+  for (int v = 0; v < Vectors; ++v) new_max[v] = load_vec(row_max + v * kWidth);
+  for (int i = 0; i < keys; ++i)
+    for (int v = 0; v < Vectors; ++v)
+      new_max[v] = max_vec<Real>(load_vec(s + i * ld + v * kWidth), new_max[v]);
+  for (int v = 0; v < Vectors; ++v) shift[v] = new_max[v] == Real(-kInf) ? Vec<Real>{} : new_max[v];
+  for (int i = 0; i < keys; i += 2) {
+    const bool both = i + 1 < keys;
     for (int v = 0; v < Vectors; ++v) {
       const Vec<Real> even = exp2_vec(load_vec(s + i * ld + v * kWidth) - shift[v]);
       const Vec<Real> odd = both ? exp2_vec(load_vec(s + (i + 1) * ld + v * kWidth) - shift[v]) : Vec<Real>{};
       sum[v] += even + odd;
-      store_weights(p + v * kWidth, ldp, i, even, odd, both);
+      store_probabilities(p + v * kWidth, ldp, i, even, odd, both);
     }
   }
   for (int v = 0; v < Vectors; ++v) {
     const int j = v * kWidth;
-    const Vec<Real> factor = exp2_vec(load_vec(col_max + j) - shift[v]);
-    store_vec(col_max + j, top[v]);
-    store_vec(correction + j, factor);
-    store_vec(col_sum + j, load_vec(col_sum + j) * factor + sum[v]);
+    const Vec<Real> factor = exp2_vec(load_vec(row_max + j) - shift[v]);
+    store_vec(row_max + j, new_max[v]);
+    store_vec(rescale + j, factor);
+    store_vec(row_sum + j, load_vec(row_sum + j) * factor + sum[v]);
   }
 }
 
 template <class Operand>
-void softmax_block(int rows, int cols, RealOf<Operand>* s, int64_t ld, Operand* p, int64_t ldp,
-                   RealOf<Operand>* col_max, RealOf<Operand>* col_sum, RealOf<Operand>* correction) {
+void softmax_block(int keys, int queries, RealOf<Operand>* s, int64_t ld, Operand* p, int64_t ldp,
+                   RealOf<Operand>* row_max, RealOf<Operand>* row_sum, RealOf<Operand>* rescale) {
   constexpr int kWidth = kLanes<RealOf<Operand>>;
   int j = 0;
-  for (; j + 4 * kWidth <= padded(cols); j += 4 * kWidth)
-    softmax_strip<Operand, 4>(rows, s + j, ld, p + j, ldp, col_max + j, col_sum + j, correction + j);
-  for (; j < padded(cols); j += kWidth)
-    softmax_strip<Operand, 1>(rows, s + j, ld, p + j, ldp, col_max + j, col_sum + j, correction + j);
+  for (; j + 4 * kWidth <= padded(queries); j += 4 * kWidth)
+    softmax_strip<Operand, 4>(keys, s + j, ld, p + j, ldp, row_max + j, row_sum + j, rescale + j);
+  for (; j < padded(queries); j += kWidth)
+    softmax_strip<Operand, 1>(keys, s + j, ld, p + j, ldp, row_max + j, row_sum + j, rescale + j);
 }
 
 template <class Real>
@@ -635,7 +637,7 @@ void gated_add(int rows, int cols, Real* out, const Real* base, const Real* gate
     for (int j = 0; j < padded(cols); j += kLanes<Real>) {
       const int64_t at = i * ld + j;
       const Vec<Real> x = load_vec(gate + at);
-      const Vec<Real> e = exp_vec(x > 0 ? -x : x);  // exp(-x) would leave the range of exp_vec
+      const Vec<Real> e = exp_vec(x > 0 ? -x : x);  // exp_vec would overflow for large positive arguments
       const Vec<Real> sigmoid = (x > 0 ? Vec<Real>{} + 1 : e) / (1 + e);
       store_vec(out + at, load_vec(base + at) + sigmoid * load_vec(out + at));
     }
@@ -643,16 +645,16 @@ void gated_add(int rows, int cols, Real* out, const Real* base, const Real* gate
 
 // ---- decoding --------------------------------------------------------------------------------------
 
-constexpr int kStateAhead = 32;  // rows of a state that are asked for ahead: the next one lies behind it
+constexpr int kStateAhead = 32;  // prefetch distance in rows; past the end it reaches into the next state
 
-// out[g, 0 .. Vectors) (+)= q[g] state over some rows of the state, for some queries that share what is read.
-// With `Update` these columns of the rows become decay * state + k^T v first.
+// out[g] (+)= q[g] state for some rows and Vectors vectors of columns of the state, read once for all Queries
+// queries. With `Update`, state <- decay * state + k^T v first.
 template <class Real, bool Update, int Queries, int Vectors>
 inline void read_block(int rows, int cols, Real decay, const Real* k, const Real* v, const Real* q, int q_ld,
                        Real* state, Real* out, bool accumulate) {
   constexpr int kWidth = kLanes<Real>;
-  Vec<Real> sum[Queries][Vectors] = {}, added[Vectors];
-  for (int x = 0; x < Vectors; ++x) added[x] = Update ? load_vec(v + x * kWidth) : Vec<Real>{};
+  Vec<Real> sum[Queries][Vectors] = {}, value[Vectors];
+  for (int x = 0; x < Vectors; ++x) value[x] = Update ? load_vec(v + x * kWidth) : Vec<Real>{};
   for (int i = 0; i < rows; ++i) {
     Real* row = state + int64_t(i) * cols;
     Vec<Real> s[Vectors];
@@ -661,7 +663,7 @@ inline void read_block(int rows, int cols, Real decay, const Real* k, const Real
       s[x] = load_vec(row + x * kWidth);
       if constexpr (Update) {
         __builtin_prefetch(row + x * kWidth + kStateAhead * cols, 1);
-        s[x] = decay * s[x] + k[i] * added[x];
+        s[x] = decay * s[x] + k[i] * value[x];
         store_vec(row + x * kWidth, s[x]);
       }
     }
@@ -707,8 +709,8 @@ inline void read_rows(int rows, int cols, Real decay, const Real* k, const Real*
 template <class Real>
 void update_read(int rows, int cols, Real decay, const Real* k, const Real* v, Real* state, int queries,
                  const Real* q, Real* out) {
-  constexpr int kRows = 16,
-                kQueries = 3;  // rows that are read again for more queries while the L1 cache holds them
+  constexpr int kRows = 16;    // few enough to stay in the L1 cache for all queries
+  constexpr int kQueries = 3;  // per pass over these rows
   for (int i0 = 0; i0 < rows; i0 += kRows) {
     const int block = i0 + kRows < rows ? kRows : rows - i0;
     Real* s = state + int64_t(i0) * cols;

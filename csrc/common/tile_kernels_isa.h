@@ -1,4 +1,4 @@
-// The instruction sets that tile_kernels.cpp chooses from; one source file each.
+// The instruction sets that tile_kernels.cpp selects from, one source file each.
 #pragma once
 
 #include "common/tile_kernels.h"
@@ -10,7 +10,7 @@ struct IsaKernels {
   const TileKernels<double>* double_tiles;
   const ProductKernels<float>* float_products;
   const ProductKernels<double>* double_products;
-  const ProductKernels<BFloat16Pair>* bfloat16_products = nullptr;  // not everywhere
+  const ProductKernels<BFloat16Pair>* bfloat16_products = nullptr;  // null without AVX-512-BF16
 };
 
 extern const IsaKernels portable_kernels, avx2_kernels, avx512_kernels, avx512_bf16_kernels;

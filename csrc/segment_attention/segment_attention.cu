@@ -5,9 +5,9 @@
 //   the left operand of O += P V without leaving registers, rounded to the element type (float: split into
 //   two tf32 numbers, see mma.cuh).
 //
-// Shared memory holds Q, whose place the rounded O takes in the epilogue, and two stages of K and V: while
-// one is used, cp.async fills the other. One barrier per mainloop iteration tells both that a stage has
-// landed and that the other may be overwritten. 16-bit operands of Q stay in registers throughout.
+// Shared memory holds Q, in the epilogue the rounded O, and two stages of K and V: while one is used,
+// cp.async fills the other. One barrier per mainloop iteration tells both that a stage has landed and that
+// the other may be overwritten. 16-bit operands of Q stay in registers throughout.
 //
 // Rows of K and V that no query of the m_block sees are zeroed: probability 0 times NaN would be NaN. Only
 // k_blocks with such rows read visible_end while loading, and only those that are not fully visible read it
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<T, kWidth>)
     if (!k_iter.done())
       load_stage(stages + (stage ^ 1) * Tile::bytes(2 * kKeys), k_iter.keys, k_iter.first_key());
 
-    // S = scale Q K^T, in units of ln 2
+    // S = scale Q K^T, in log2 units
     float scores[kKeys / 8][4] = {};
     q_operands.template multiply<kKeys>(scores, k_tile);
 #pragma unroll

@@ -33,7 +33,7 @@ struct SegmentAttentionInputs {
 struct SegmentAttentionParams : SegmentAttentionInputs {
   // Results, contiguous, every element written. Padding gets out = 0 and lse = -inf.
   void* out = nullptr;                // [B, Tq, Hq, Dv] in out_dtype
-  DType out_dtype = DType::kFloat32;  // or dtype
+  DType out_dtype = DType::kFloat32;  // or dtype; kFloat32 spares 16-bit inputs a rounding
   void* lse = nullptr;                // Real [B, Hq, Tq], natural logarithm
 };
 
@@ -54,14 +54,14 @@ struct SegmentAttentionBackwardParams : SegmentAttentionInputs {
 // Extra memory: 8 bytes per token of k, and about 6 (Dk + Dv) KiB per thread.
 void segment_attention_cpu(const SegmentAttentionParams& params);
 
-// Extra memory: 8 bytes per token of k and about 12 (Dk + Dv) KiB per thread, and accumulators Real
-// [Tk, Dk + Dv] of grad_k and grad_v for one key head of the longest sequence: one set per thread where
-// sequences and heads are many, about 16 in all where they are few.
+// Extra memory: 8 bytes per token of k, about 12 (Dk + Dv) KiB per thread, and accumulators of grad_k and
+// grad_v, Real [Tk, Dk + Dv] for one key head of the longest sequence: one set per thread where sequences and
+// heads are many, about 16 in all where they are few.
 void segment_attention_backward_cpu(const SegmentAttentionBackwardParams& params);
 
 // dtype float32, bfloat16 or float16; widths a multiple of 16 up to 128; q, k, v and grad_out start at a
-// multiple of 16 bytes and have such strides. `scratch` has as many bytes as the other function says, which
-// looks at shapes only, and belongs to the call until the stream has passed it; `stream` is a cudaStream_t.
+// multiple of 16 bytes and have such strides. `scratch` has the number of bytes that the _scratch function
+// computes from shapes alone, and must stay valid until `stream`, a cudaStream_t, has passed the call.
 int64_t segment_attention_cuda_scratch(const SegmentAttentionParams& params);
 void segment_attention_cuda(const SegmentAttentionParams& params, void* scratch, void* stream);
 int64_t segment_attention_backward_cuda_scratch(const SegmentAttentionBackwardParams& params);

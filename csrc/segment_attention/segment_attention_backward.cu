@@ -11,8 +11,7 @@
 // costs 2 products of 10, but no result is accumulated by two blocks: no atomics, bitwise reproducible.
 //
 // P and dS are not rounded to 16 bits, which takes a second product for the remainder of each (10 instead of
-// 7): rounding them would add as much error as rounding the results does, and the rounded out in delta adds
-// some already.
+// 7): rounding them would add as much error as rounding the results, on top of the rounded out in delta.
 //
 // A block keeps two tiles of 64 rows in shared memory (Q and grad_out, or K and V), and two stages of 32 rows
 // (16 of float) of the other two, which cp.async fills one mainloop iteration ahead, with one barrier per
@@ -48,12 +47,11 @@ constexpr int kTileBytes = Tile<T, kWidth>::bytes(2 * kTileTokens + 4 * kStageRo
 
 // Of a query and a head. Padding has lse_log2 +infinity, so that its probabilities are 0.
 struct alignas(8) RowStatistics {
-  float lse_log2;  // lse in units of ln 2
+  float lse_log2;  // lse in log2 units
   float delta;     // rowsum(grad_out * out) - grad_lse
 };
 
-// Columns of both gradients that a block of segment_backward_keys_kernel accumulates: all, if registers hold
-// them.
+// Columns of grad_k and grad_v that a block accumulates: all, if they fit into registers.
 template <class T, int kWidth>
 constexpr int kGradColumns = sizeof(T) == 4 ? 64 : kWidth;
 

@@ -1,4 +1,4 @@
-// Backward: P is recomputed from lse, one tile of queries after the other,
+// Backward: P is recomputed from lse, one tile of queries at a time:
 //
 //   dV += P^T dO,  dS = P (dO V^T - delta),  dQ = scale dS K,  dK += scale dS^T Q,
 //   delta = rowsum(dO O) - dlse.
@@ -8,6 +8,7 @@
 // splits their sums are then added in order. How sequences are split depends on shapes and ids only, so no
 // result depends on the number of threads.
 
+#include "common/ceil_div.h"
 #include "common/huge_pages.h"
 #include "segment_attention/segment_tiles.h"
 
@@ -17,8 +18,7 @@ namespace {
 // Sequences are split until there are about this many work tiles for threads to share.
 constexpr int64_t kMinWorkTiles = 16;
 
-// Consecutive tiles of a sequence and the keys they see. Its accumulators hold the prompt's keys, then the
-// others.
+// Consecutive tiles of a sequence and the keys they see. Its accumulators hold the prompt's keys first.
 struct Split {
   Range tiles;
   Range prompt{}, own{};
@@ -61,8 +61,7 @@ SplitPlan plan_splits(const SegmentPlan& plan, int64_t kv_heads) {
     int64_t sequence_work = 0, done = 0;
     for (int64_t t = sequence.tiles.begin; t < sequence.tiles.end; ++t)
       sequence_work += plan.keys_of(plan.tiles[t]);
-    const int64_t splits =
-        std::max<int64_t>((sequence_work * kMinWorkTiles + total_work - 1) / total_work, 1);
+    const int64_t splits = std::max<int64_t>(ceil_div(sequence_work * kMinWorkTiles, total_work), 1);
     const int64_t first_split = result.splits.size();
     result.splits.push_back({.tiles = {sequence.tiles.begin, sequence.tiles.begin}});
     for (int64_t t = sequence.tiles.begin; t < sequence.tiles.end; ++t) {
@@ -127,8 +126,7 @@ class KeyGradientWriter {
         k_(make_scratch<Real>(int64_t(kBlockKeys) * call.ldk)),
         v_(make_scratch<Real>(int64_t(kBlockKeys) * call.ldv)) {}
 
-  // Stores the gradients of some keys of a sequence, at most a block: the sum of gradients_of(split) over its
-  // splits.
+  // Stores the gradients of up to a block of keys: the sum of gradients_of(split) over the splits.
   template <class GradientsOf>
   void write(const SplitSequence& sequence, Range keys, int64_t kv_head, const GradientsOf& gradients_of) {
     std::fill_n(k_.get(), kBlockKeys * call_.ldk, Real(0));
@@ -167,7 +165,7 @@ Range key_block(const Sequence& sequence, int64_t block) {
   return {begin, std::min(begin + kBlockKeys, sequence.keys.end)};
 }
 
-int64_t key_blocks(const Sequence& sequence) { return (sequence.keys.size() + kBlockKeys - 1) / kBlockKeys; }
+int64_t key_blocks(const Sequence& sequence) { return ceil_div<int64_t>(sequence.keys.size(), kBlockKeys); }
 
 template <class Operand>
 class BackwardWorker {
@@ -179,7 +177,7 @@ class BackwardWorker {
 
   // A work tile: a split and a key head.
   void operator()(int64_t work) {
-    // As in the forward, what comes last costs most and is begun first.
+    // As in the forward, the last tiles cost most and come first.
     const int64_t s = call_.splits.splits.size() - 1 - work / call_.p.kv_heads;
     const int64_t kv_head = work % call_.p.kv_heads;
     const Split& split = call_.splits.splits[s];

@@ -1,10 +1,8 @@
 // Forward: for each tile of queries an online softmax over the blocks of keys that the plan names. Scores are
-// computed transposed, S^T = K Q^T, so that K is read as it lies and only the queries are transposed, once
-// per tile.
+// transposed, S^T = K Q^T: K keeps its layout, and only the queries are transposed, once per tile.
 //
-// Room for improvement: a decoding step has one work tile per key head and sequence. Where those are fewer
-// than the threads, the keys of a tile could be split into fixed ranges whose (out, row_max, row_sum) are
-// merged in order.
+// Room for improvement: a decoding step has one work tile per key head and sequence. Where threads outnumber
+// them, the keys of a tile could be split into ranges whose (out, row_max, row_sum) are merged in order.
 
 #include <cmath>
 
@@ -14,8 +12,7 @@
 namespace statecore {
 namespace {
 
-// Up to this many rows (a decoding step), scores are dot products: a product of whole vectors of rows would
-// be mostly padding.
+// Up to this many rows (a decoding step), scores are dot products: vectors of rows would be mostly padding.
 constexpr int kFewRows = 2;
 
 template <class Operand>
@@ -49,7 +46,7 @@ class ForwardWorker {
     const int first = block.row_begin, columns = block.row_end - first;
     const int rows = std::min(block.row_end, plan_.rows(tile)) - first;
 
-    // S^T = scale K Q^T, in units of ln 2
+    // S^T = scale K Q^T, in log2 units
     Real* scores = scores_.get() + first;
     const Packed<Operand> k = tiles_.key_rows({p_.k, p_.dtype}, tile, block, kv_head, key_width_, k_);
     const Real scale_log2 = Real(p_.scale * kLog2e);

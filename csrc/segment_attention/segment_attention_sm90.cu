@@ -1,22 +1,21 @@
 // The forward for GPUs with the instructions of sm_90a: TMA loads, wgmma products, specialised warps.
 //
 // A work tile is 64 queries of one head. A block of 384 threads computes two of them at a time, which share
-// the k_blocks of 64 keys and values; segment_work_sm90.cuh says which, and why in this order. Blocks are
-// persistent, one per SM: the next queries and keys are in flight during an epilogue.
+// the k_blocks of 64 keys and values (segment_work_sm90.cuh). Blocks are persistent, one per SM: the next
+// queries and keys are in flight during an epilogue.
 //
 // Roles:
 //   warps 0-3, 4-7  consumer warpgroups, 224 registers per thread
-//   warp 8          producer: walks the plan, issues all loads and tells the consumers what they are for; 56
-//                   registers per thread, like the following
-//   warp 9          zeroes V rows that no query of the pair sees, which may hold anything, between their
-//                   landing and their use: 0 * NaN would poison O
+//   warp 8          producer: walks the plan, issues all loads, tells the consumers what they are for; 56
+//                   registers per thread, like warps 9-11
+//   warp 9          zeroes V rows that no query of the pair sees, after they have landed and before they are
+//                   used: they may hold anything, and 0 * NaN would poison O
 //   warps 10, 11    exit
 //
-// Shared memory for widths padded to 128 (64): 192 (96) KB, and 2 KB of messages. A buffer may be refilled
-//   2 x 16 (8) KB  Q      when all consumer warps have loaded it into registers, at the start of a work tile
-//   2 x 16 (8) KB  O      per warp: 16 rows, on their way to whole lines of global memory
-//   4 x 32 (16) KB stages K and V of a k_block; when both warpgroups have finished P V, or skipped the
-//   k_block
+// Shared memory for widths padded to 128 (64): 192 (96) KB of tiles, and 2 KB of messages.
+//   2 x 16 (8) KB   Q; may be refilled once all consumer warps have it in registers, early in a work tile
+//   2 x 16 (8) KB   O: 16 rows per warp, on their way to whole lines of global memory
+//   4 x 32 (16) KB  stages of K and V; empty once both warpgroups have finished P V, or skipped the k_block
 //
 // A consumer warpgroup keeps two products in flight:
 //   S = Q K_0^T; softmax
@@ -30,8 +29,9 @@
 //
 // Cost of a work tile and a k_block, width 128: 2.1 MFLOP in 8 + 4 wgmma, which take the tensor cores 512
 // clocks, and 4096 exponentials, which take 256 at the same time. So both warpgroups finish the 32 KB of a
-// k_block in 1024 clocks: 32 bytes per clock and SM from L2. What a warpgroup does not overlap itself is the
-// first softmax of a work tile and most of its epilogue; the other warpgroup does, as far as they are apart.
+// k_block in 1024 clocks: 32 bytes per clock and SM from L2. A warpgroup does not overlap the first softmax
+// of a work tile and most of its epilogue with products of its own; the other warpgroup's products fill these
+// gaps as far as the two are staggered.
 //
 // Calculated for an H200 from 790 TFLOP/s and 4.3 TB/s (nothing here has run on a GPU), bfloat16, widths of
 // 128, 32768 tokens, a prompt of 256, steps of 384; tiles cost 7 % on top of what is visible:
@@ -51,6 +51,7 @@ namespace {
 constexpr int kBlockThreads = 128 * (kConsumerWarpgroups + 1);  // the last warpgroup is the producer's
 constexpr int kConsumerRegisters = 224, kProducerRegisters = 56;
 
+using WorkState = PipelineState<1>;  // of `work` and Q
 using KvState = PipelineState<kKvStages>;
 
 // ---- producer warp: issues all loads
@@ -61,7 +62,7 @@ __device__ __forceinline__ void produce(const SharedMemory<kWidth>& shared, cons
   constexpr int kTileBytes = SharedMemory<kWidth>::kTileBytes;
   const int lane = lane_index(), kv_heads = int(p.kv_heads), group = int(p.query_heads) / kv_heads;
   KvState kv;
-  unsigned work_phase = 1;
+  WorkState work_state;
   for (int pair = int(blockIdx.x); pair < pairs; pair += int(gridDim.x)) {
     const WorkPair work(plan, pair, kv_heads, group);
     if (work.empty()) continue;
@@ -69,8 +70,8 @@ __device__ __forceinline__ void produce(const SharedMemory<kWidth>& shared, cons
     // ---- work tiles and Q
     int k_block = work.first_k_block;
     TokenTile keys = plan.tile[min(k_block, plan.tiles - 1)];
-    mbarrier_wait(shared.work_empty(), work_phase);
-    work_phase ^= 1;
+    mbarrier_wait(shared.work_empty(), work_state.phase ^ 1);
+    work_state.advance();
     __syncwarp();
     if (lane == 0) {
       shared.work->done = false;
@@ -88,7 +89,7 @@ __device__ __forceinline__ void produce(const SharedMemory<kWidth>& shared, cons
     // ---- k_blocks
     while (k_block != kNoKBlock) {
       int first_query;
-      uint32_t flags = work.visitors(k_block, keys, &first_query);
+      uint32_t flags = work.flags_of(k_block, keys, &first_query);
       k_block = work.k_block_from(k_block + 1);
       if (k_block != kNoKBlock) flags |= kMore;
       const TokenTile next_keys = plan.tile[min(k_block, plan.tiles - 1)];
@@ -127,7 +128,7 @@ __device__ __forceinline__ void produce(const SharedMemory<kWidth>& shared, cons
       kv.advance();
     }
   }
-  mbarrier_wait(shared.work_empty(), work_phase);
+  mbarrier_wait(shared.work_empty(), work_state.phase ^ 1);
   if (lane == 0) {
     shared.work->done = true;
     mbarrier_arrive(shared.work_full());
@@ -140,8 +141,8 @@ __device__ __forceinline__ void mask_values(const SharedMemory<kWidth>& shared) 
   constexpr int kPieces = kWidth / 8;  // of 16 bytes, per row
   const int lane = lane_index();
   KvState kv;
-  for (unsigned work_phase = 0;; work_phase ^= 1) {
-    mbarrier_wait(shared.work_full(), work_phase);
+  for (WorkState work_state;; work_state.advance()) {
+    mbarrier_wait(shared.work_full(), work_state.phase);
     const bool done = shared.work->done;
     warp_arrive(shared.work_empty());
     if (done) return;
@@ -261,8 +262,8 @@ __device__ __forceinline__ void consume(const SharedMemory<kWidth>& shared, cons
     for (int d = 0; d < kTileTokens / 16; ++d) from_accumulators<T>(probabilities[d], &scores[2 * d]);
   };
 
-  for (unsigned work_phase = 0;; work_phase ^= 1) {
-    mbarrier_wait(shared.work_full(), work_phase);
+  for (WorkState work_state;; work_state.advance()) {
+    mbarrier_wait(shared.work_full(), work_state.phase);
     if (shared.work->done) break;
 
     // ---- prologue: Q to registers, S of the first k_block
@@ -303,8 +304,8 @@ __device__ __forceinline__ void consume(const SharedMemory<kWidth>& shared, cons
       issue_pv(v_state);
       wgmma_wait<1>();
       mask_and_softmax(rescale);
-      // The wait must follow a branch: the compiler moves it up over anything else, and P V would no longer
-      // overlap the exponentials.
+      // The wait must follow a branch: the compiler moves it up over anything else, and the exponentials
+      // would no longer overlap P V.
       if (__ballot_sync(0xffffffffu, rescale[0] != 1 || rescale[1] != 1)) {
         wait_pv(v_state);
         Softmax::rescale_o(out, rescale);
@@ -319,7 +320,7 @@ __device__ __forceinline__ void consume(const SharedMemory<kWidth>& shared, cons
     // ---- epilogue; the results are stored during the next prologue
     issue_pv(v_state);
     wait_pv(v_state);
-    // Here, because accumulators can only be read while no product is in flight.
+    // Not in store_results(): accumulators can only be read while no product is in flight.
 #pragma unroll
     for (int i = 0; i < 2; ++i) lse[i] = softmax.finalize(i, valid[i], out);
   }

@@ -5,8 +5,7 @@
 
 namespace statecore {
 
-// Whether the current GPU and the kernel can run it: 16-bit elements, a positive scale, and tensors that TMA
-// can address.
+// Needs sm_90a, 16-bit elements, a positive scale, and tensors that TMA can address.
 bool segment_attention_sm90_supports(const SegmentAttentionParams& params);
 
 // After make_plan() on the same stream.

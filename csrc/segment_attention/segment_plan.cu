@@ -2,10 +2,11 @@
 // the summaries of its neighbours. A search ends at the first tile with another id, so it costs a warp one
 // load of 16 bytes per 64 tokens of its step and prompt, negligible next to attending to them.
 //
-// Padding may lie anywhere: only valid tokens are asked, and tiles of padding are skipped.
+// Padding may be anywhere: only valid tokens are considered, and tiles of padding are skipped.
 #include <algorithm>
 #include <stdexcept>
 
+#include "common/ceil_div.h"
 #include "segment_attention/segment_plan.cuh"
 
 namespace statecore {
@@ -38,7 +39,7 @@ __device__ __forceinline__ TilePosition position_of(const DevicePlan& plan, int 
   const int sequence_end = min(max(plan.cu_seqlens[sequence + 1], sequence_begin), plan.keys);
   const int tiles_begin = min(sequence_begin / kTileTokens + sequence, tile);
   const int length = sequence_end - sequence_begin;
-  const int used = (length + kTileTokens - 1) / kTileTokens, index = tile - tiles_begin;
+  const int used = ceil_div(length, kTileTokens), index = tile - tiles_begin;
   if (index >= used) return {0, 0, 0, 0, tile, tile};
   const int begin = sequence_begin + index * kTileTokens;
   return {0,
@@ -186,7 +187,7 @@ __global__ void __launch_bounds__(32 * kWarps) plan_tiles_kernel(DevicePlan plan
 
 DevicePlan device_plan(const SegmentAttentionInputs& p, ScratchAllocator& scratch) {
   DevicePlan plan{};
-  const int64_t tiles_per_row = (p.keys + kTileTokens - 1) / kTileTokens;
+  const int64_t tiles_per_row = ceil_div<int64_t>(p.keys, kTileTokens);
   const int64_t tiles = p.cu_seqlens ? p.keys / kTileTokens + p.sequences : p.batch * tiles_per_row;
   if (p.keys > INT32_MAX - kTileTokens || tiles > INT32_MAX / 2)
     throw std::runtime_error("statecore: segment_attention takes less than 2^31 tokens on CUDA");
@@ -203,7 +204,7 @@ DevicePlan device_plan(const SegmentAttentionInputs& p, ScratchAllocator& scratc
 
 void make_plan(const DevicePlan& plan, void* stream) {
   if (plan.tiles == 0) return;
-  const LaunchConfig config{dim3(unsigned((plan.tiles + kWarps - 1) / kWarps)), dim3(32 * kWarps)};
+  const LaunchConfig config{dim3(unsigned(ceil_div(plan.tiles, kWarps))), dim3(32 * kWarps)};
   launch("segment_plan_ids", summarize_tiles_kernel, config, stream, plan);
   launch("segment_plan_tiles", plan_tiles_kernel, config, stream, plan);
 }

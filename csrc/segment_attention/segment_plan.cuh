@@ -7,8 +7,8 @@
 // m_block visits two runs of k_blocks: those that contain prompt tokens, and those from the start of its
 // first step up to itself. Whatever else these contain is masked: j <= i < visible_end[j].
 //
-// Tile indices follow from shapes alone: packed sequence n, which starts at token c, owns the tiles from
-// c / 64 + n on. That leaves a few tiles unused (begin == end), for which blocks return at once.
+// Tile indices follow from shapes alone: packed sequence n, which starts at token c, owns the tiles from c /
+// 64 + n on. That leaves a few tiles unused (begin == end), for which blocks return at once.
 //
 // Decreasing ids or an invalid cu_seqlens give wrong results, but no access out of bounds.
 #pragma once
@@ -29,11 +29,11 @@ struct alignas(16) TokenTile {
   int32_t own_begin;                 // first k_block of its own steps; the last is the tile itself
 };
 
-// What other tiles of the sequence ask about the ids >= 0 of a tile.
+// The ids of a tile's valid tokens, as far as other tiles of the sequence need them.
 struct alignas(16) TileIds {
-  int32_t first,
-      first_end;  // smallest id (INT32_MAX if all is padding), and the position after its last token
-  int32_t last;   // largest id (-1 if all is padding)
+  int32_t first;      // smallest id; INT32_MAX if all tokens are padding
+  int32_t first_end;  // position after the last token with that id
+  int32_t last;       // largest id; -1 if all tokens are padding
   int32_t unused;
 };
 

@@ -17,7 +17,7 @@
 namespace statecore {
 
 constexpr int kBlockKeys = 64;
-constexpr double kLog2e = 1.4426950408889634;  // scores are in units of ln 2
+constexpr double kLog2e = 1.4426950408889634;  // scores are in log2 units
 
 // Consecutive queries of one sequence. All positions are indices of keys in a row of the batch.
 struct QueryTile {
@@ -41,8 +41,7 @@ struct SegmentPlan {
   std::vector<Sequence> sequences;
   std::vector<int64_t> visible_end;  // [B, Tk]
 
-  // A tile's rows are its tokens times the query heads of a group, heads innermost: they share keys and
-  // values.
+  // A tile's rows are its tokens times the query heads of a group (innermost), which share keys and values.
   int rows(const QueryTile& tile) const { return int(tile.tokens.size()) * group; }
   int max_rows() const { return tile_tokens * group; }
   int64_t keys_of(const QueryTile& tile) const { return tile.prompt.size() + tile.own.size(); }

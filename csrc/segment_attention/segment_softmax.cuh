@@ -32,8 +32,8 @@ __device__ __forceinline__ void mask_scores(float (&scores)[kTiles][4], int firs
 
 class Softmax {
  public:
-  // scale_log2 takes scores to units of ln 2. It is positive: the maximum is taken of unscaled scores, and
-  // the scale is part of the exponent's multiply-add.
+  // scale_log2 takes scores to log2 units. It is positive: the maximum is taken of unscaled scores, and the
+  // scale is part of the exponent's multiply-add.
   __device__ __forceinline__ explicit Softmax(float scale_log2) : scale_log2_(scale_log2) {}
 
   // Turns the scores of a k_block into probabilities relative to row_max, which may grow: rescale[i] corrects

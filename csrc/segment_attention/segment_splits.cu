@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "common/ceil_div.h"
 #include "segment_attention/segment_splits.cuh"
 
 namespace statecore {
@@ -29,19 +30,19 @@ __device__ __forceinline__ int64_t exclusive_sum(int64_t x, int64_t* shared, int
 // One block, whose threads have some consecutive tiles each: a million tokens are only 64 tiles per thread.
 __global__ void __launch_bounds__(kScanThreads) split_keys_kernel(DevicePlan plan, DeviceSplits splits) {
   STATECORE_SHARED(int64_t, shared, kScanThreads);
-  const int share = (plan.tiles + kScanThreads - 1) / kScanThreads;
+  const int share = ceil_div(plan.tiles, kScanThreads);
   const int begin = min(int(threadIdx.x) * share, plan.tiles), end = min(begin + share, plan.tiles);
   const auto work_of = [&](int k_block) {
     const int2 m_blocks = m_blocks_of(plan, k_block, plan.tile[k_block]);
     return (m_blocks.y - m_blocks.x) * splits.group;
   };
-  const auto splits_of = [&](int work, int64_t length) { return int((work + length - 1) / length); };
+  const auto splits_of = [&](int work, int64_t length) { return int(ceil_div<int64_t>(work, length)); };
 
   // ---- length of a split
   int64_t work = 0, total_work;
   for (int k_block = begin; k_block < end; ++k_block) work += work_of(k_block);
   exclusive_sum(work, shared, &total_work);
-  const int64_t length = max(kMinSplitWork, (total_work + splits.target - 1) / splits.target);
+  const int64_t length = max(kMinSplitWork, ceil_div<int64_t>(total_work, splits.target));
 
   // ---- counts, of used tiles only
   int64_t unsplit = 0, split = 0, partials = 0;
@@ -81,7 +82,7 @@ DeviceSplits device_splits(const SegmentAttentionInputs& p, const DevicePlan& pl
                            ScratchAllocator& scratch) {
   DeviceSplits splits{};
   splits.group = int32_t(p.query_heads / p.kv_heads);
-  const int64_t target = (kTargetBlocks + p.kv_heads - 1) / p.kv_heads;
+  const int64_t target = ceil_div(kTargetBlocks, p.kv_heads);
   // A k_block is split where it has more work than the length of a split, so there are fewer than 2 * target
   // partial sums, and few where there is little work at all.
   const int64_t tiles_per_row = p.cu_seqlens ? plan.tiles : plan.tiles_per_row;

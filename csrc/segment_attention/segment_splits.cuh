@@ -1,8 +1,7 @@
 // How the gradients of keys are divided among blocks. A k_block is visible to few queries if it belongs to a
 // step, and to all later ones if it contains prompt tokens. k_blocks with much work are therefore split into
 // parts of equal length, and their partial sums are added afterwards, in order: bitwise reproducible, and no
-// block waits for another. How many splits there are is decided on the device; how many there can be follows
-// from shapes alone.
+// block waits for another. The device decides how many splits there are; their bound follows from shapes.
 #pragma once
 
 #include "segment_attention/segment_plan.cuh"

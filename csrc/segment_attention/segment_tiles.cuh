@@ -96,8 +96,7 @@ __device__ __forceinline__ void store_rows(T* first_row, int64_t stride, int wid
 }
 
 // ---- products
-// The left operand of x = rows other^T: 16 rows of a tile, over its whole width. In registers, or read again
-// for every product.
+// The left operand of x = rows other^T: 16 rows of a tile. In registers, or read again for every product.
 template <class T, int kWidth, bool kInRegisters>
 class RowOperands {
  public:
@@ -157,7 +156,7 @@ __device__ __forceinline__ void accumulate_product(float (&sums)[kColumns][4], c
   }
 }
 
-// ---- which rows count
+// ---- which rows are valid or visible
 // Predicate: token first + i is a query of the tile and not padding.
 __device__ __forceinline__ auto valid_queries(const DevicePlan& plan, const TokenTile& tile, int first,
                                               const int32_t* visible_end) {
@@ -181,8 +180,7 @@ __device__ __forceinline__ bool fully_visible(const TokenTile& queries, const To
   return keys.end - keys.begin == kTileTokens && keys.end <= queries.begin + 1 && keys.min_end >= queries.end;
 }
 
-// The keys that an m_block visits, kKeys at a time: the k_blocks of the prompt, then those of its own steps
-// up to itself.
+// The keys that an m_block visits, kKeys at a time: k_blocks of the prompt, then from its first step on.
 template <int kKeys>
 class KeyIterator {
  public:

@@ -1,5 +1,4 @@
-// Tiles of queries and keys between tensors and scratch memory: shared by the forward and backward on the
-// CPU.
+// Tiles of queries and keys between tensors and scratch memory, for the CPU's forward and backward.
 #pragma once
 
 #include <algorithm>
@@ -125,9 +124,8 @@ class SegmentTiles {
   int64_t first_query_;
 };
 
-// Runs make_worker() once per thread, and its result on every work tile of [0, n), each taken by whichever
-// thread is free: their costs differ too much for equal shares. Results do not depend on which thread that
-// is.
+// Runs make_worker() once per thread, and its result on every work tile of [0, n). Threads take the next one
+// when they are free: costs differ too much for equal shares. Results do not depend on who computes them.
 template <class MakeWorker>
 void parallel_work_tiles(int64_t n, int64_t multiply_adds, const MakeWorker& make_worker) {
   const int64_t threads = std::min(n, 1 + multiply_adds / kWorthSharing);

@@ -1,17 +1,18 @@
-// Work tiles, their scheduling and the shared memory of kernels for sm_90a whose consumer warpgroups own
-// queries: what the forward uses and a backward for grad_q would.
+// Work tiles, their schedule and the shared memory of kernels for sm_90a whose consumer warpgroups own
+// queries: the forward, and a place for a backward of the queries.
 //
 // A work tile is an m_block and one head: what a consumer warpgroup computes at a time. The two consumer
-// warpgroups of a block share the k_blocks that the producer loads, so work is scheduled in pairs: the work
-// tiles of two neighbouring m_blocks and of the heads that read the same keys are counted, heads first, and
-// taken two at a time. With an even number of such heads both have the same m_block and visit the same
-// k_blocks. With an odd number this holds for all but one pair per two m_blocks, in which a warpgroup skips
+// warpgroups of a block share the k_blocks that the producer loads, so work is scheduled in pairs. The work
+// tiles of two neighbouring m_blocks and of all heads that read the same keys are numbered, heads first, and
+// paired in this order. If the number of these heads is even, both work tiles of a pair have the same m_block
+// and visit the same k_blocks. If it is odd, one of these pairs has two m_blocks, and a warpgroup skips the
 // k_blocks that only the other one visits.
 //
-// The scheduler is static and persistent: there are as many blocks as SMs, and block b computes the pairs b,
-// b + blocks, ... No pair depends on another, so results are bitwise reproducible.
+// Scheduling is static and persistent: there are as many blocks as SMs, and block b computes the pairs b, b +
+// blocks, ... No pair depends on another, so results are bitwise reproducible.
 #pragma once
 
+#include "common/ceil_div.h"
 #include "common/pipeline_sm90.cuh"
 #include "segment_attention/segment_tiles.cuh"
 
@@ -33,9 +34,11 @@ struct WorkMessage {
   bool done;  // no work is left
 };
 
-// Shifted by the index of the warpgroup: visits the k_block; some of it is masked. Then: the pair has
-// another.
-enum KBlockFlags : uint32_t { kVisited = 1, kMasked = 4, kMore = 16 };
+enum KBlockFlags : uint32_t {
+  kVisited = 1,  // shifted by the warpgroup's index: it visits the k_block
+  kMasked = 4,   // shifted likewise: it needs the mask
+  kMore = 16,    // the pair has another k_block
+};
 struct alignas(16) KBlockMessage {
   int32_t begin;  // position of its first key
   uint32_t flags;
@@ -47,7 +50,7 @@ struct alignas(16) KBlockMessage {
 struct KBlockRange {
   int prompt_begin, prompt_end, own_begin, last;
 
-  // The first one from k_block on.
+  // The first one from k_block on; kNoKBlock if there is none.
   __device__ __forceinline__ int from(int k_block) const {
     if (k_block < prompt_end && prompt_begin < prompt_end) return max(k_block, prompt_begin);
     k_block = max(k_block, own_begin);
@@ -67,7 +70,7 @@ __device__ __forceinline__ int m_block_of_pair(const DevicePlan& plan, int pair,
 // Number of pairs of work tiles.
 inline int64_t work_pairs(const SegmentAttentionInputs& p, const DevicePlan& plan) {
   const int64_t m_block_pairs =
-      p.cu_seqlens ? (plan.tiles + 1) / 2 : p.batch * ((plan.query_tiles_per_row + 1) / 2);
+      p.cu_seqlens ? ceil_div(plan.tiles, 2) : p.batch * ceil_div(plan.query_tiles_per_row, 2);
   return m_block_pairs * p.query_heads;
 }
 
@@ -98,15 +101,14 @@ struct WorkPair {
     return queries[0].begin == queries[0].end && queries[1].begin == queries[1].end;
   }
 
-  // The first k_block from this one on that one of the work tiles visits.
+  // The first k_block from this one on that either work tile visits; kNoKBlock if there is none.
   __device__ __forceinline__ int k_block_from(int k_block) const {
     return min(k_blocks[0].from(k_block), k_blocks[1].from(k_block));
   }
 
-  // Who visits k_block, and for whom it is masked; *first_query: of those who visit. A work tile without
-  // k_blocks, which has no queries or only padding, joins the first one of the pair, so that every consumer
-  // has one.
-  __device__ __forceinline__ uint32_t visitors(int k_block, const TokenTile& keys, int* first_query) const {
+  // kVisited and kMasked of both warpgroups, and the first query of those that visit. A work tile without
+  // k_blocks (no queries, or only padding) visits the pair's first one, so that every consumer has one.
+  __device__ __forceinline__ uint32_t flags_of(int k_block, const TokenTile& keys, int* first_query) const {
     uint32_t flags = 0;
     *first_query = INT32_MAX;
 #pragma unroll
@@ -147,16 +149,16 @@ struct SharedMemory {
   }
   __device__ __forceinline__ unsigned char* v(int stage) const { return k(stage) + kTileBytes; }
 
-  // work and q of both warpgroups
+  // `work` and Q of both warpgroups
   __device__ __forceinline__ uint32_t work_full() const { return barriers; }
   __device__ __forceinline__ uint32_t work_empty() const { return barriers + 8; }
-  // k_blocks, visible_end and k; v as loaded; v with masked rows zeroed; all of the stage
+  // Per stage: K with k_blocks and visible_end; V as loaded; V with masked rows zeroed; all of them read
   __device__ __forceinline__ uint32_t k_full(int stage) const { return barriers + 16 + 32 * stage; }
   __device__ __forceinline__ uint32_t v_full(int stage) const { return k_full(stage) + 8; }
   __device__ __forceinline__ uint32_t v_masked(int stage) const { return k_full(stage) + 16; }
   __device__ __forceinline__ uint32_t kv_empty(int stage) const { return k_full(stage) + 24; }
 
-  // By one thread. Messages are read by the consumers' warps and the one that masks V.
+  // By one thread, before a __syncthreads(). `work` is read by the consumer warps and the one that masks V.
   __device__ __forceinline__ void init_barriers() const {
     constexpr int kConsumerWarps = 4 * kConsumerWarpgroups;
     mbarrier_init(work_full(), 1);

@@ -12,8 +12,8 @@ namespace simt {
 
 #if defined(__x86_64__)
 
-// A handful of nanoseconds where swapcontext() takes two system calls. Saves what the System V ABI says a
-// call preserves (the floating-point control words are the same in all fibers).
+// Takes nanoseconds, whereas swapcontext() makes two system calls. Saves the callee-saved registers of the
+// System V ABI, except the floating-point control words, which are the same in all fibers.
 extern "C" void simt_switch_stack(void** save, void* load);
 asm(R"(
 .text
@@ -42,9 +42,9 @@ simt_switch_stack:
 
 void start(Fiber& fiber, char* stack, size_t bytes, void (*entry)()) {
   auto* top = reinterpret_cast<uint64_t*>((reinterpret_cast<uintptr_t>(stack) + bytes) & ~uintptr_t(15));
-  *--top = 0;  // entry() finds the stack aligned as after a call
+  *--top = 0;  // aligns the stack as after a call
   *--top = reinterpret_cast<uint64_t>(entry);
-  for (int saved = 0; saved < 6; ++saved) *--top = 0;
+  for (int i = 0; i < 6; ++i) *--top = 0;  // the saved registers
   fiber.suspended = top;
 }
 

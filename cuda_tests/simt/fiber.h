@@ -1,4 +1,4 @@
-// Stacks that one CPU thread changes between.
+// Fibers: stacks that one CPU thread switches between.
 #pragma once
 
 #include <cstddef>
@@ -6,13 +6,13 @@
 namespace simt {
 
 struct Fiber {
-  void* suspended = nullptr;  // where it goes on
+  void* suspended = nullptr;  // the saved context
 };
 
-// Makes `fiber` begin with entry() on `stack`. entry() must never return.
+// Makes `fiber` start in entry() on `stack` when it is first switched to. entry() must never return.
 void start(Fiber& fiber, char* stack, size_t bytes, void (*entry)());
 
-// Goes on with `to`, and returns when something switches back to `from`.
+// Resumes `to`. Returns when `from` is resumed.
 void switch_fiber(Fiber& from, const Fiber& to);
 
 }  // namespace simt

@@ -1,5 +1,5 @@
-// Instructions that CUDA C++ has no words for, as the host bodies of csrc/common/ptx.cuh call them. Shared
-// memory is given by its 32-bit address, as the instructions take it.
+// PTX instructions, as called by the emulated bodies of csrc/common/ptx.cuh and hopper.cuh. Shared memory is
+// passed as 32-bit shared-space addresses.
 #pragma once
 
 #include <cstdint>
@@ -8,24 +8,27 @@
 
 namespace simt {
 
-uint32_t address_of(const void* shared, const Where&);
+uint32_t shared_address(const void* pointer, const Where&);
 
-// ---- tensor cores: d += a b for a warp, sums in float32
-enum class Half { kBFloat16, kFloat16 };
-void mma_m16n8k16(Half, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const Where&);
+// ---- mma.sync: d += a b by one warp, accumulated in float32
+enum class HalfType { kBFloat16, kFloat16 };
+void mma_m16n8k16(HalfType, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const Where&);
 void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const Where&);
 
-// `matrices` of 8x8 16-bit elements, a row of 16 bytes at the address of each of the first 8 * matrices
-// lanes.
+// `matrices` 8x8 matrices of 16-bit elements. The first 8 * matrices lanes pass the addresses of their rows.
 void ldmatrix(int matrices, bool transposed, uint32_t* registers, uint32_t row_address, const Where&);
 void stmatrix(int matrices, bool transposed, const uint32_t* registers, uint32_t row_address, const Where&);
 
-// ---- copies to shared memory in the background: 16 bytes, of which the last 16 - source_bytes are zeros
+// ---- cp.async of 16 bytes; those beyond source_bytes are zero-filled
 void cp_async(uint32_t to, const void* from, int source_bytes, const Where&);
 void cp_async_commit();
 void cp_async_wait(int pending, const Where&);
 
-// ---- sm_90: see csrc/common/hopper.cuh
+// ---- named barriers: bar.sync and bar.arrive
+void named_barrier_sync(unsigned id, unsigned threads, const Where&);
+void named_barrier_arrive(unsigned id, unsigned threads, const Where&);
+
+// ---- sm_90a: see csrc/common/hopper.cuh
 void mbarrier_init(uint32_t barrier, unsigned arrivals, const Where&);
 void fence_mbarrier_init();
 void mbarrier_arrive(uint32_t barrier, const Where&);
@@ -35,7 +38,7 @@ void mbarrier_wait(uint32_t barrier, unsigned parity, const Where&);
 struct alignas(64) TensorMap {
   const unsigned char* data;
   int rank;
-  uint32_t element_bytes, swizzle;   // 0 or 128 bytes
+  uint32_t element_bytes, swizzle;   // swizzle: 0 or 128 bytes
   int64_t size[5], stride_bytes[5];  // innermost first
   uint32_t box[5];
 };
@@ -52,15 +55,16 @@ void fence_proxy_async();
 
 bool elect_one(const Where&);
 
-// `a_registers` or, where it is null, `a`.
-void wgmma(Half, int n, float* d, const uint32_t* a_registers, uint64_t a, bool a_mn_major, uint64_t b,
-           bool b_mn_major, bool accumulate, const Where&);
+struct WgmmaOperands {
+  HalfType type;
+  const uint32_t* a_registers;  // null: a is in shared memory
+  uint64_t a, b;                // matrix descriptors
+  bool a_mn_major, b_mn_major;
+};
+void wgmma(int n, float* d, const WgmmaOperands&, bool accumulate, const Where&);
 void wgmma_fence();
 void wgmma_commit(const Where&);
 void wgmma_wait(int pending, const Where&);
 void wgmma_fence_operand(const float* d, int count, const Where&);
-
-// ---- barriers of some warps; without `waits` the thread only arrives
-void named_barrier(unsigned id, unsigned threads, bool waits, const Where&);
 
 }  // namespace simt

@@ -1,5 +1,5 @@
-// The CUDA C++ that the kernels use, for a host compiler: keywords, built-in variables and functions, 16-bit
-// floats. Functions in which threads meet carry the line they are called from, for messages.
+// The subset of CUDA C++ that kernels use, for a host compiler: keywords, built-in variables and functions,
+// 16-bit floats. Functions that synchronise threads take the location of the call, for error messages.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 #include <source_location>
 #include <type_traits>
 
-// The standard headers come first: some of their attributes are spelled like CUDA's keywords.
+// Must follow the standard headers, whose attributes include some of the same names.
 #define __device__
 #define __host__
 #define __global__
@@ -60,12 +60,12 @@ struct Thread {
   dim3 block_size, grid_size;
   unsigned index, lane, warp;  // in the block
 };
-extern const Thread* this_thread;  // that runs
+extern const Thread* this_thread;  // the running one
 
-void block_barrier(const Where&);
-void warp_barrier(uint32_t mask, const Where&);
-uint32_t exchange(uint32_t mask, uint32_t value, int from_lane, const Where&);
-uint32_t vote(uint32_t mask, bool yes, const Where&);
+void syncthreads(const Where&);
+void syncwarp(uint32_t mask, const Where&);
+uint32_t shuffle(uint32_t mask, uint32_t value, int from_lane, const Where&);
+uint32_t ballot(uint32_t mask, bool predicate, const Where&);
 void check_aligned(const void* address, size_t bytes, const Where&);
 
 }  // namespace simt
@@ -78,15 +78,15 @@ void check_aligned(const void* address, size_t bytes, const Where&);
 using std::max;
 using std::min;
 
-// ---- threads that meet
-inline void __syncthreads(simt::Where where = simt::Where::current()) { simt::block_barrier(where); }
+// ---- synchronisation and warp-level collectives
+inline void __syncthreads(simt::Where where = simt::Where::current()) { simt::syncthreads(where); }
 inline void __syncwarp(uint32_t mask = 0xffffffffu, simt::Where where = simt::Where::current()) {
-  simt::warp_barrier(mask, where);
+  simt::syncwarp(mask, where);
 }
 template <class T>
 T __shfl_sync(uint32_t mask, T value, int lane, simt::Where where = simt::Where::current()) {
   static_assert(sizeof(T) == 4);
-  return std::bit_cast<T>(simt::exchange(mask, std::bit_cast<uint32_t>(value), lane % 32, where));
+  return std::bit_cast<T>(simt::shuffle(mask, std::bit_cast<uint32_t>(value), lane % 32, where));
 }
 template <class T>
 T __shfl_xor_sync(uint32_t mask, T value, int bits, simt::Where where = simt::Where::current()) {
@@ -97,8 +97,8 @@ T __shfl_up_sync(uint32_t mask, T value, unsigned distance, simt::Where where = 
   const int lane = int(simt::this_thread->lane);
   return __shfl_sync(mask, value, lane < int(distance) ? lane : lane - int(distance), where);
 }
-inline uint32_t __ballot_sync(uint32_t mask, int yes, simt::Where where = simt::Where::current()) {
-  return simt::vote(mask, yes != 0, where);
+inline uint32_t __ballot_sync(uint32_t mask, int predicate, simt::Where where = simt::Where::current()) {
+  return simt::ballot(mask, predicate != 0, where);
 }
 
 // ---- streaming loads and stores
@@ -113,7 +113,7 @@ void __stcs(T* to, T value, simt::Where where = simt::Where::current()) {
   *to = value;
 }
 
-// ---- approximations, to about 2 units in the last place
+// ---- approximate functions; here exact
 inline float __fdividef(float x, float y) { return x / y; }
 
 // ---- bits
@@ -132,7 +132,7 @@ struct __nv_bfloat16 {
 inline float __bfloat162float(__nv_bfloat16 x) { return std::bit_cast<float>(uint32_t(x.bits) << 16); }
 inline __nv_bfloat16 __float2bfloat16_rn(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return {0x7fff};  // the GPU's NaN
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return {0x7fff};  // NaN as on the GPU
   return {uint16_t((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
 }
 struct __half {

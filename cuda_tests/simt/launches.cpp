@@ -1,6 +1,6 @@
-// What kernels were launched with, for the table of kernels: the file that $SIMT_LAUNCHES names gets a line
-// for every kernel, size of block and of dynamic shared memory: object file, offset of the kernel in it,
-// threads, bytes.
+// Records launch configurations for kernel_table.py. For every distinct combination of kernel, block size and
+// dynamic shared memory, a line is appended to the file $SIMT_LAUNCHES: object file, offset of the kernel in
+// it, threads, bytes of dynamic shared memory.
 
 #include <dlfcn.h>
 
@@ -13,12 +13,12 @@
 
 namespace simt {
 
-void note_launch(const void* kernel, dim3 block, size_t dynamic_shared_bytes) {
+void record_launch(const void* kernel, dim3 block, size_t dynamic_shared_bytes) {
   static const char* file = std::getenv("SIMT_LAUNCHES");
-  static std::set<std::tuple<const void*, unsigned, size_t>> noted;
+  static std::set<std::tuple<const void*, unsigned, size_t>> recorded;
   const unsigned threads = block.x * block.y * block.z;
   Dl_info object{};
-  if (!file || !noted.insert({kernel, threads, dynamic_shared_bytes}).second || !dladdr(kernel, &object))
+  if (!file || !recorded.insert({kernel, threads, dynamic_shared_bytes}).second || !dladdr(kernel, &object))
     return;
   std::ofstream(file, std::ios::app) << object.dli_fname << '\t'
                                      << static_cast<const char*>(kernel) -

@@ -1,4 +1,4 @@
-// Shared memory of the running block, and global memory that ends where it ends.
+// The shared memory of the running block, and global memory between guard pages.
 
 #include <sys/mman.h>
 
@@ -14,7 +14,7 @@
 
 namespace simt {
 
-// ---- shared: one arena, in which the arrays of a block lie apart from each other
+// ---- shared memory: one arena, with gaps between the arrays of a block
 unsigned char arena_bytes[kArenaBytes];
 
 namespace {
@@ -27,7 +27,7 @@ uint32_t new_array(Block& block, const void* key, size_t bytes, uint32_t alignme
   for (const SharedArray& array : block.shared) total += array.end - array.begin;
   if (total > kSharedBytes || begin + bytes > kArenaBytes)
     throw Error(std::string(block.kernel) + ": " + std::to_string(total) +
-                " bytes of shared memory are too many");
+                " bytes of shared memory exceed the limit");
   block.shared.push_back({key, begin, uint32_t(begin + bytes)});
   std::memset(arena() + begin, 0xff, bytes);
   return begin;
@@ -48,13 +48,13 @@ void make_dynamic_shared(Block& block, size_t bytes) {
   if (bytes > 0) block.dynamic_begin = new_array(block, nullptr, bytes, 1024);
 }
 
-uint32_t address_of(const void* shared, const Where& where) {
-  const ptrdiff_t offset = static_cast<const unsigned char*>(shared) - arena();
-  if (offset < 0 || offset > ptrdiff_t(kArenaBytes)) fail(where, "this is no address of shared memory");
+uint32_t shared_address(const void* pointer, const Where& where) {
+  const ptrdiff_t offset = static_cast<const unsigned char*>(pointer) - arena();
+  if (offset < 0 || offset > ptrdiff_t(kArenaBytes)) fail(where, "not a pointer to shared memory");
   return uint32_t(offset);
 }
 
-unsigned char* at_address(uint32_t address, size_t bytes, size_t alignment, const Where& where) {
+unsigned char* shared_pointer(uint32_t address, size_t bytes, size_t alignment, const Where& where) {
   if (address % alignment)
     fail(where, "shared address " + std::to_string(address) + " is not aligned to " +
                     std::to_string(alignment) + " bytes");
@@ -62,19 +62,19 @@ unsigned char* at_address(uint32_t address, size_t bytes, size_t alignment, cons
   const auto inside = [&](const SharedArray& array) {
     return address >= array.begin && address + bytes <= array.end;
   };
-  if (block.last_used < block.shared.size() && inside(block.shared[block.last_used]))
+  if (block.last_accessed < block.shared.size() && inside(block.shared[block.last_accessed]))
     return arena() + address;
-  for (block.last_used = 0; block.last_used < block.shared.size(); ++block.last_used)
-    if (inside(block.shared[block.last_used])) return arena() + address;
+  for (block.last_accessed = 0; block.last_accessed < block.shared.size(); ++block.last_accessed)
+    if (inside(block.shared[block.last_accessed])) return arena() + address;
   fail(where, "shared access out of bounds");
 }
 
 void check_aligned(const void* address, size_t bytes, const Where& where) {
   if (reinterpret_cast<uintptr_t>(address) % bytes)
-    fail(where, "an access of " + std::to_string(bytes) + " bytes is not aligned to them");
+    fail(where, "an access of " + std::to_string(bytes) + " bytes is not aligned to its size");
 }
 
-// ---- global: guard pages on both sides
+// ---- global memory, with guard pages on both sides
 namespace {
 
 constexpr size_t kPage = 4096, kGuard = 16 * kPage;
@@ -87,26 +87,26 @@ struct Buffer {
 std::map<void*, Buffer> buffers;
 
 #if defined(__x86_64__)
-const char* touched;
+const char* fault_address;
 
-void report_touched() {
+void report_fault() {
   for (const auto& [data, buffer] : buffers)
-    if (touched >= buffer.mapping && touched < buffer.mapping + buffer.mapped)
+    if (fault_address >= buffer.mapping && fault_address < buffer.mapping + buffer.mapped)
       fail("access outside global buffer " + buffer.name + ", at byte " +
-           std::to_string(touched - buffer.data));
-  fail("access to memory of no buffer");
+           std::to_string(fault_address - buffer.data));
+  fail("access outside of all global buffers");
 }
 
-// Makes the thread that faulted go on in report_touched(): an error of that thread, not of the process.
+// Makes the faulting thread continue in report_fault(), so that the launch fails instead of the process.
 void on_fault(int signal, siginfo_t* info, void* context) {
   if (!running_thread()) {
     std::signal(signal, SIG_DFL);
     return;
   }
-  touched = static_cast<char*>(info->si_addr);
+  fault_address = static_cast<char*>(info->si_addr);
   auto& registers = static_cast<ucontext_t*>(context)->uc_mcontext.gregs;
   registers[REG_RSP] = ((registers[REG_RSP] - 256) & ~15LL) - 8;  // below the red zone, as after a call
-  registers[REG_RIP] = reinterpret_cast<greg_t>(&report_touched);
+  registers[REG_RIP] = reinterpret_cast<greg_t>(&report_fault);
 }
 
 void catch_faults() {
@@ -119,7 +119,7 @@ void catch_faults() {
   sigaction(SIGSEGV, &action, nullptr);
 }
 #else
-void catch_faults() {}  // the process ends with the fault
+void catch_faults() {}  // a fault terminates the process
 #endif
 
 }  // namespace
@@ -129,7 +129,7 @@ void* alloc_global(size_t bytes, const char* name) {
   const size_t size = (bytes + 15) / 16 * 16, body = (size + kPage - 1) / kPage * kPage;
   void* memory =
       mmap(nullptr, body + 2 * kGuard, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (memory == MAP_FAILED) throw Error("no memory for a global buffer");
+  if (memory == MAP_FAILED) throw Error("out of memory for a global buffer");
   char* mapping = static_cast<char*>(memory);
   mprotect(mapping + kGuard, body, PROT_READ | PROT_WRITE);
   char* data = mapping + kGuard + body - size;

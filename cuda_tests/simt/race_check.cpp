@@ -1,9 +1,9 @@
-// The checked build: every memory access of a kernel is looked at.
+// Race detection for the checked build, which instruments every memory access of a kernel.
 //
-// Kernels are compiled with -fsanitize=thread and linked without its run-time library: the functions that the
-// compiler inserts before each access are the ones at the end of this file. An access to shared memory must
-// lie inside an array, find set bytes, and be ordered after whatever it conflicts with by barriers and waits
-// alone, whichever order the threads happen to run in. Blocks are not ordered at all.
+// Kernels are compiled with -fsanitize=thread but linked without its runtime: the callbacks that the compiler
+// inserts before each access are defined at the end of this file. An access to shared memory must lie within
+// an array, must not read uninitialised bytes, and must happen after all conflicting accesses by virtue of
+// barriers and waits, whatever order the threads ran in. Between blocks nothing is ordered.
 
 #include <dlfcn.h>
 
@@ -16,24 +16,25 @@
 namespace simt {
 namespace {
 
-struct Site {  // of an access: an address of code, or the line of an instruction
+// The origin of an access: a return address for ordinary accesses, a source line for instructions.
+struct Site {
   const void* code = nullptr;
   const Where* where = nullptr;
 };
 struct Access {
-  uint32_t thread = 0, time = 0;  // time 0: none
-  const void* code = nullptr;
-  Where where{};  // of an instruction; code is null
+  uint32_t thread = 0, time = 0;  // or an agent; time 0: no access
+  const void* code = nullptr;     // null for instructions
+  Where where{};
 };
 struct Shadow {  // of two bytes
   Access write{};
-  std::vector<Access> reads;   // since then, none of them ordered before another
-  bool being_written = false;  // by an asynchronous copy, which `write` has issued
-  bool stored = false;         // by a thread, so that TMA and wgmma see it after a fence only
+  std::vector<Access> reads;         // since the write, none of them ordered before another
+  bool async_write_pending = false;  // issued by `write`
+  bool generic_write = false;        // by a thread: invisible to the async proxy without a proxy fence
 };
 std::vector<Shadow> shadow;
 
-// file:line, innermost inlined function first, of the instruction before `code`.
+// file:line of the instruction before `code`, innermost inlined function first.
 std::string code_text(const void* code) {
   Dl_info module{};
   if (!dladdr(code, &module)) return "an unknown line";
@@ -66,16 +67,17 @@ std::string site_text(const Site& site) { return site.where ? line_text(*site.wh
          site);
 }
 
-uint32_t index_of(Agent& agent) {
-  if (agent.index == 0) agent.index = uint32_t(running_block()->threads.size()) + running_block()->agents++;
+uint32_t index_of(AsyncAgent& agent) {
+  if (agent.index == 0)
+    agent.index = uint32_t(running_block()->threads.size()) + running_block()->async_agents++;
   return agent.index;
 }
 
-bool before(const Access& access, const Clock& clock) {
+bool happens_before(const Access& access, const Clock& clock) {
   return access.time == 0 || (access.thread < clock.size() && access.time <= clock[access.thread]);
 }
 
-// An access, by whom `now` says, that is ordered after all that `clock` has seen.
+// Checks and records access `now`, which happens after everything in `clock`.
 void check_shared(const Access& now, const Clock& clock, uint32_t begin, uint32_t end, bool write,
                   const Site& site) {
   bool inside = false;
@@ -83,22 +85,25 @@ void check_shared(const Access& now, const Clock& clock, uint32_t begin, uint32_
   if (!inside) report(write ? "shared write out of bounds" : "shared read out of bounds", site);
   if (shadow.size() <= (end - 1) / 2) shadow.resize((end - 1) / 2 + 1);
   for (uint32_t i = begin / 2; i <= (end - 1) / 2; ++i) {
-    auto& [last_write, reads, being_written, stored] = shadow[i];
-    if (being_written) report_race("an asynchronous copy is still writing this, issued", site, last_write);
+    auto& [last_write, reads, async_write_pending, generic_write] = shadow[i];
+    if (async_write_pending)
+      report_race("an asynchronous copy is still writing this, issued", site, last_write);
     if (!write && last_write.time == 0) report("read of uninitialised shared memory", site);
-    if (!before(last_write, clock))
+    if (!happens_before(last_write, clock))
       report_race(write ? "write not ordered after a write" : "read not ordered after a write", site,
                   last_write);
     if (write) {
       for (const Access& read : reads)
-        if (!before(read, clock)) report_race("write not ordered after a read", site, read);
+        if (!happens_before(read, clock)) report_race("write not ordered after a read", site, read);
       last_write = now;
-      stored = true;
+      generic_write = true;
       reads.clear();
     } else {
-      // What is ordered after this read is ordered after all reads that are before it.
-      std::erase_if(reads,
-                    [&](const Access& read) { return read.thread == now.thread || before(read, clock); });
+      // Earlier reads that happen before this one need not be kept: whatever is ordered after this read is
+      // ordered after them too.
+      std::erase_if(reads, [&](const Access& read) {
+        return read.thread == now.thread || happens_before(read, clock);
+      });
       reads.push_back(now);
     }
   }
@@ -114,13 +119,13 @@ void join(Clock& clock, const Clock& other) {
   for (size_t i = 0; i < other.size(); ++i) clock[i] = std::max(clock[i], other[i]);
 }
 
-struct Watched {
+struct WatchedBuffer {
   uintptr_t end;
   std::string name;
-  std::vector<uint32_t> reader, writer;  // block + 1 of each 16-bit element; 0: nobody
+  std::vector<uint32_t> reader, writer;  // index of the block + 1 for each 16-bit element; 0: none
 };
-std::map<uintptr_t, Watched> watched;
-uintptr_t watched_begin = UINTPTR_MAX, watched_end = 0;  // most accesses are to the stack
+std::map<uintptr_t, WatchedBuffer> watched;
+uintptr_t watched_begin = UINTPTR_MAX, watched_end = 0;  // a fast path: most accesses are to the stack
 
 void check_blocks(uintptr_t begin, uintptr_t end, bool write, const Site& site) {
   if (begin < watched_begin || begin >= watched_end) return;
@@ -152,7 +157,7 @@ void check(const void* address, size_t bytes, bool write, const void* code) {
 
 }  // namespace
 
-void start_checks() {
+void begin_block_checks() {
   shadow.clear();
   for (ThreadState& thread : running_block()->threads) {
     thread.clock.assign(running_block()->threads.size(), 0);
@@ -160,12 +165,18 @@ void start_checks() {
   }
 }
 
-void publish(ThreadState& thread, Clock& clock) {
+void release(ThreadState& thread, Clock& clock) {
   join(clock, thread.clock);
   ++thread.clock[thread.id.index];
 }
 
-void observe(ThreadState& thread, const Clock& clock) { join(thread.clock, clock); }
+void acquire(ThreadState& thread, const Clock& clock) { join(thread.clock, clock); }
+
+void acquire(Clock& clock, const AsyncAgent& agent, uint32_t time) {
+  if (agent.index == 0) return;
+  if (clock.size() <= agent.index) clock.resize(agent.index + 1);
+  clock[agent.index] = std::max(clock[agent.index], time);
+}
 
 void check_read(const ThreadState& thread, uint32_t address, uint32_t bytes, const Where& where) {
   check_shared(thread, address, address + bytes, false, {nullptr, &where});
@@ -175,57 +186,52 @@ void check_write(const ThreadState& thread, uint32_t address, uint32_t bytes, co
   check_shared(thread, address, address + bytes, true, {nullptr, &where});
 }
 
-void start_writing(uint32_t address, uint32_t bytes, const Where& where) {
+void begin_async_write(uint32_t address, uint32_t bytes, const Where& where) {
   check_write(*running_thread(), address, bytes, where);
-  for (uint32_t i = address / 2; i < (address + bytes) / 2; ++i) shadow[i].being_written = true;
+  for (uint32_t i = address / 2; i < (address + bytes) / 2; ++i) shadow[i].async_write_pending = true;
 }
 
-// From here on it is a write of the thread that has waited.
-void finish_writing(uint32_t address, uint32_t bytes) {
+void end_async_write(uint32_t address, uint32_t bytes) {
   const ThreadState& self = *running_thread();
   for (uint32_t i = address / 2; i < (address + bytes) / 2; ++i) {
-    shadow[i].being_written = false;
+    shadow[i].async_write_pending = false;
     shadow[i].write.time = self.clock[self.id.index];
   }
 }
 
-void finish_writing(Agent& agent, uint32_t address, uint32_t bytes) {
+void end_async_write(AsyncAgent& agent, uint32_t address, uint32_t bytes) {
   const uint32_t index = index_of(agent);
   ++agent.time;
   for (uint32_t i = address / 2; i < (address + bytes) / 2; ++i) {
-    shadow[i].being_written = shadow[i].stored = false;
+    shadow[i].async_write_pending = shadow[i].generic_write = false;
     shadow[i].write.thread = index;
     shadow[i].write.time = agent.time;
   }
 }
 
-void start_reading(Agent& agent, uint32_t time, const Clock& clock, uint32_t address, uint32_t bytes,
-                   const Where& where) {
+void begin_async_read(AsyncAgent& agent, uint32_t time, const Clock& clock, uint32_t address, uint32_t bytes,
+                      const Where& where) {
   check_shared({index_of(agent), time, nullptr, where}, clock, address, address + bytes, false,
                {nullptr, &where});
 }
 
-void learn(Clock& clock, const Agent& agent, uint32_t time) {
-  if (agent.index == 0) return;
-  if (clock.size() <= agent.index) clock.resize(agent.index + 1);
-  clock[agent.index] = std::max(clock[agent.index], time);
+void record_proxy_fence(ThreadState& thread) {
+  thread.proxy_fences.push_back(thread.clock[thread.id.index]++);
 }
 
-void fence_stores(ThreadState& thread) { thread.proxy_fences.push_back(thread.clock[thread.id.index]++); }
-
-void check_fenced(const Clock& clock, uint32_t address, uint32_t bytes, const Where& where) {
+void check_proxy_fence(const Clock& clock, uint32_t address, uint32_t bytes, const Where& where) {
   for (uint32_t i = address / 2; i < (address + bytes) / 2 && i < shadow.size(); ++i) {
     const Access& write = shadow[i].write;
-    if (write.time == 0 || !shadow[i].stored) continue;
+    if (write.time == 0 || !shadow[i].generic_write) continue;
     const std::vector<uint32_t>& fences = running_block()->threads[write.thread].proxy_fences;
     const auto fence = std::lower_bound(fences.begin(), fences.end(), write.time);
-    if (fence == fences.end() || !before({write.thread, *fence}, clock))
+    if (fence == fences.end() || !happens_before({write.thread, *fence}, clock))
       report_race("no fence_proxy_async between an asynchronous instruction and a store", {nullptr, &where},
                   write);
   }
 }
 
-void check_global(const void* begin, size_t bytes, bool write, const Where& where) {
+void check_global_access(const void* begin, size_t bytes, bool write, const Where& where) {
   const auto address = reinterpret_cast<uintptr_t>(begin);
   check_blocks(address, address + bytes, write, {nullptr, &where});
 }
@@ -246,7 +252,7 @@ bool checks_races() { return true; }
 
 }  // namespace simt
 
-// ---- what the compiler calls
+// ---- the callbacks of -fsanitize=thread
 #define SIMT_ACCESS(bytes)                                                                                   \
   extern "C" void __tsan_read##bytes(void* p) { simt::check(p, bytes, false, __builtin_return_address(0)); } \
   extern "C" void __tsan_write##bytes(void* p) { simt::check(p, bytes, true, __builtin_return_address(0)); } \

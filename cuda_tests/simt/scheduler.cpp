@@ -1,4 +1,4 @@
-// Which thread of a block runs next, and how a launch ends.
+// The scheduler: which thread of a block runs next, and how launches end.
 
 #include <sys/mman.h>
 
@@ -16,19 +16,19 @@ namespace {
 
 constexpr size_t kStackBytes = 256 * 1024, kPage = 4096;
 
-// One launch at a time: its state is global.
-Schedule chosen;
-Counters counted;
-Device emulated;
+// There is only one launch at a time, so its state is global.
+Schedule current_schedule;
+Counters current_counters;
+Device current_device;
 std::mt19937_64 generator;
 const std::function<void()>* thread_body;
 std::string error;
 Fiber scheduler;
 std::vector<char*> stacks;  // kept for later launches
 
-// Threads that could run. Those that become ready together go to the front, so that a warp that waits for
-// nobody else goes on: in either order the first one gets as far as it can before the next begins.
-class Queue {
+// Runnable threads. Threads that become runnable together go to the end that is popped first, so that their
+// warp continues: in forward and reverse order, a warp runs as far as it can before the next one starts.
+class ReadyQueue {
  public:
   bool empty() const { return begin_ == end_; }
   size_t size() const { return end_ - begin_; }
@@ -43,7 +43,7 @@ class Queue {
   }
 
  private:
-  static constexpr size_t kSize = 1024;  // threads of a block
+  static constexpr size_t kSize = 1024;  // maximum threads per block
   ThreadState*& at(size_t i) { return threads_[i % kSize]; }
   ThreadState* threads_[kSize];
   size_t begin_ = kSize, end_ = kSize;
@@ -53,8 +53,8 @@ char* stack(size_t i) {
   while (stacks.size() <= i) {
     void* memory = mmap(nullptr, kPage + kStackBytes, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) throw Error("no memory for the stacks of a block");
-    mprotect(memory, kPage, PROT_NONE);  // below: an overflow must not reach the next stack
+    if (memory == MAP_FAILED) throw Error("out of memory for the stacks of a block");
+    mprotect(memory, kPage, PROT_NONE);  // guard page: an overflow must not reach the next stack
     stacks.push_back(static_cast<char*>(memory) + kPage);
   }
   return stacks[i];
@@ -68,13 +68,14 @@ void switch_to(ThreadState* next) {  // null: the scheduler
 }
 
 ThreadState* next_ready() {
-  constexpr uint64_t kLandings = 8;  // one in so many steps of a random schedule
-  if (chosen.order == Order::kRandom && !running.block->bulk_loads.empty() && generator() % kLandings == 0)
-    land_bulk_load();
-  while (ready.empty() && land_bulk_load()) {
+  constexpr uint64_t kSwitchesPerLoad = 8;  // on average, in a random schedule
+  if (current_schedule.order == Order::kRandom && !running.block->pending_bulk_loads.empty() &&
+      generator() % kSwitchesPerLoad == 0)
+    complete_bulk_load();
+  while (ready.empty() && complete_bulk_load()) {
   }
-  if (ready.empty()) return nullptr;  // all done, or a deadlock
-  switch (chosen.order) {
+  if (ready.empty()) return nullptr;  // all threads have exited, or a deadlock
+  switch (current_schedule.order) {
     case Order::kForward: return ready.pop_front();
     case Order::kReverse: return ready.pop_back();
     case Order::kRandom: return ready.pop(generator() % ready.size());
@@ -89,25 +90,25 @@ void run_thread() {
     fail(std::string("exception: ") + exception.what());
   }
   finish_stores(*running.thread);
-  finish_products(*running.thread);
-  running.thread->done = true;
-  leave_block(*running.thread);
+  check_no_wgmma_in_flight(*running.thread);
+  running.thread->exited = true;
+  thread_exited(*running.thread);
   switch_to(next_ready());
-  std::abort();  // a thread that is done is not resumed
+  std::abort();  // exited threads are not resumed
 }
 
 std::string waiting_threads() {
   std::ostringstream text;
-  text << running.block->kernel << ": deadlock, " << running.block->alive << " threads wait:";
-  std::vector<const ThreadState*> shown;  // one for each line
+  text << running.block->kernel << ": deadlock, " << running.block->live_threads << " threads wait:";
+  std::vector<const ThreadState*> shown;  // one per source line
   for (const ThreadState& t : running.block->threads) {
     const auto same = [&](const ThreadState* other) {
-      return other->where.line() == t.where.line() && other->waits_for == t.waits_for;
+      return other->where.line() == t.where.line() && other->waiting_for == t.waiting_for;
     };
-    if (t.done || shown.size() == 4 || std::any_of(shown.begin(), shown.end(), same)) continue;
+    if (t.exited || shown.size() == 4 || std::any_of(shown.begin(), shown.end(), same)) continue;
     shown.push_back(&t);
-    text << " [thread " << t.id.index << " in " << t.waits_in << ", " << line_text(t.where)
-         << (t.waits_for ? ": " + missing_text(*t.waits_for) : "") << "]";
+    text << " [thread " << t.id.index << " in " << t.waiting_in << ", " << line_text(t.where)
+         << (t.waiting_for ? ": " + pending_text(*t.waiting_for) : "") << "]";
   }
   return text.str();
 }
@@ -116,15 +117,15 @@ void run_block(const char* kernel, dim3 grid, dim3 size, size_t dynamic_shared_b
   Block b{};
   b.kernel = kernel;
   b.index = index;
-  b.alive = size.x * size.y * size.z;
+  b.live_threads = size.x * size.y * size.z;
   make_dynamic_shared(b, dynamic_shared_bytes);
-  b.threads.resize(b.alive);
-  b.warps.resize((b.alive + 31) / 32);
+  b.threads.resize(b.live_threads);
+  b.warps.resize((b.live_threads + 31) / 32);
   running.block = &b;
   running.thread = nullptr;
   ready.clear();
   error.clear();
-  for (uint32_t t = 0; t < b.alive; ++t) {
+  for (uint32_t t = 0; t < b.live_threads; ++t) {
     ThreadState& thread = b.threads[t];
     thread.id = {.thread = {t % size.x, t / size.x % size.y, t / size.x / size.y},
                  .block = {index % grid.x, index / grid.x % grid.y, index / grid.x / grid.y},
@@ -134,21 +135,21 @@ void run_block(const char* kernel, dim3 grid, dim3 size, size_t dynamic_shared_b
                  .lane = t % 32,
                  .warp = t / 32};
     b.warps[t / 32].lanes |= 1u << t % 32;
-    // Tops are staggered, or the hot lines of all stacks would share a few sets of the cache.
+    // Stack tops are staggered: otherwise the hot lines of all stacks would share a few cache sets.
     start(thread, stack(t), kStackBytes - t * 320 % kPage, run_thread);
     ready.push_back(&thread);
   }
-  start_checks();
+  begin_block_checks();
   switch_to(next_ready());
-  if (error.empty() && b.alive > 0) error = waiting_threads();
+  if (error.empty() && b.live_threads > 0) error = waiting_threads();
   running.block = nullptr;
   if (!error.empty()) throw Error(error);
 }
 
 }  // namespace
 
-Schedule& schedule() { return chosen; }
-Device& device() { return emulated; }
+Schedule& schedule() { return current_schedule; }
+Device& device() { return current_device; }
 Running running;
 const Thread* this_thread;
 
@@ -158,24 +159,25 @@ void launch(const char* kernel, dim3 grid, dim3 size, size_t dynamic_shared_byte
   if (threads == 0 || threads > 1024) throw Error(std::string(kernel) + ": a block has 1 to 1024 threads");
   if (blocks == 0 || grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535)
     throw Error(std::string(kernel) + ": the grid is empty or too large");
-  generator.seed(chosen.seed);
-  counted.launches.emplace_back(kernel);
+  generator.seed(current_schedule.seed);
+  current_counters.launches.emplace_back(kernel);
   thread_body = &thread;
-  const Watchdog watchdog(chosen.patience);
+  const Watchdog watchdog(current_schedule.timeout);
   for (uint64_t i = 0; i < blocks; ++i) run_block(kernel, grid, size, dynamic_shared_bytes, uint32_t(i));
 }
 
-uint64_t toss() { return generator(); }
+uint64_t random_bits() { return generator(); }
 
-bool takes_effect_at_once() {
-  return chosen.async == Async::kEarly || (chosen.async == Async::kRandom && generator() % 2);
+bool completes_immediately() {
+  return current_schedule.async == Async::kEarly ||
+         (current_schedule.async == Async::kRandom && generator() % 2);
 }
 
-Counters& counters() { return counted; }
-Counters take_counters() { return std::exchange(counted, {}); }
+Counters& counters() { return current_counters; }
+Counters take_counters() { return std::exchange(current_counters, {}); }
 
-void make_ready(std::span<ThreadState* const> threads) {
-  if (chosen.order == Order::kForward) {
+void make_runnable(std::span<ThreadState* const> threads) {
+  if (current_schedule.order == Order::kForward) {
     for (size_t i = threads.size(); i-- > 0;)
       if (threads[i]) ready.push_front(threads[i]);
   } else {
@@ -184,14 +186,14 @@ void make_ready(std::span<ThreadState* const> threads) {
   }
 }
 
-void wait_here(const char* what, const Where& where) {
-  running.thread->waits_in = what;
+void suspend(const char* name, const Where& where) {
+  running.thread->waiting_in = name;
   running.thread->where = where;
   ThreadState* next = next_ready();
   if (next != running.thread) switch_to(next);
 }
 
-// ---- errors: the launch ends, threads are abandoned where they stand
+// ---- errors end the launch; threads are abandoned where they are
 void fail(const std::string& message) {
   const uint3 b = running.thread->id.block, t = running.thread->id.thread;
   std::ostringstream text;

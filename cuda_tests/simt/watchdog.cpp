@@ -1,5 +1,5 @@
-// A thread that spins until another one has done something never lets it run: only waits of the emulator
-// change threads. A timer ends such a launch, naming the thread.
+// Livelock detection. A thread that spins on memory never lets the thread it waits for run, because fibers
+// switch only in the emulator's own waits. A timer ends such a launch and names the thread.
 
 #include "simt/block.h"
 
@@ -16,7 +16,7 @@ namespace simt {
 #if defined(__x86_64__)
 namespace {
 
-constexpr int kTicks = 4;  // in the time of patience
+constexpr int kTicks = 4;  // per timeout
 
 pthread_t launching;
 uint64_t last_progress;
@@ -24,12 +24,12 @@ int ticks;
 struct sigaction previous;
 
 [[noreturn]] void report() {
-  fail("livelock: it runs, or its warp does, for ever, waiting for what no other thread can do meanwhile");
+  fail("livelock: the thread or its warp spins on something that no other thread can do in the meantime");
 }
 
-// Makes the thread go on in report().
+// Makes the running thread continue in report().
 void on_tick(int signal, siginfo_t*, void* context) {
-  if (!pthread_equal(pthread_self(), launching)) {  // whichever thread of the process the system has chosen
+  if (!pthread_equal(pthread_self(), launching)) {  // delivered to another thread of the process
     pthread_kill(launching, signal);
     return;
   }
@@ -50,14 +50,14 @@ void set_timer(double seconds) {
 
 }  // namespace
 
-Watchdog::Watchdog(double seconds) {
+Watchdog::Watchdog(double timeout) {
   launching = pthread_self();
   ticks = 0;
   struct sigaction action{};
   action.sa_sigaction = on_tick;
   action.sa_flags = SA_SIGINFO | SA_RESTART;
   sigaction(SIGVTALRM, &action, &previous);
-  set_timer(seconds / kTicks);
+  set_timer(timeout / kTicks);
 }
 
 Watchdog::~Watchdog() {

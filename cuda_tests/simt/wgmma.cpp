@@ -1,6 +1,6 @@
-// Matrix products of a warpgroup. Its threads issue them one by one, each for itself; a product is computed
-// when all 128 have issued it, or as late as when they wait for it, and reads its operands in shared memory
-// then. Until the wait the accumulators are kept here, and the threads' registers are NaN.
+// wgmma. The threads of a warpgroup issue a wgmma individually; it is executed when all 128 have issued it,
+// at the latest when they wait for it, and reads its operands from shared memory at that time. Until the
+// wait, the accumulators are kept here and the threads' registers are poisoned with NaN.
 
 #include <cstring>
 
@@ -12,103 +12,113 @@ namespace {
 
 constexpr char kWait[] = "wgmma_wait";
 constexpr unsigned kThreads = 128;
-constexpr int kRows = 64, kDepth = 16;
+constexpr int kM = 64, kK = 16;
+
+unsigned index_in_warpgroup() { return running_thread()->id.index % kThreads; }
 
 Warpgroup& own_warpgroup(const Where& where) {
   Block& block = *running_block();
   block.warpgroups.resize(block.threads.size() / kThreads);
   const unsigned group = running_thread()->id.index / kThreads;
-  if (group >= block.warpgroups.size()) fail(where, "wgmma: the thread is in no whole warpgroup");
+  if (group >= block.warpgroups.size()) fail(where, "wgmma: the thread is not part of a whole warpgroup");
   return block.warpgroups[group];
 }
 
-// f(register, its accumulator), for a thread of the group.
+// f(register, the accumulator that it holds) for a thread of the warpgroup.
 template <class F>
-void for_each_register(Accumulators& sums, unsigned thread, const F& f) {
+void for_each_register(WgmmaAccumulators& accumulators, unsigned thread, const F& f) {
   const unsigned lane = thread % 32, row = thread / 32 * 16 + lane / 4;
-  for (int i = 0; i < sums.n / 2; ++i) {
+  for (int i = 0; i < accumulators.n / 2; ++i) {
     const unsigned column = unsigned(i) / 4 * 8 + lane % 4 * 2 + i % 2;
-    f(sums.registers[thread][i], sums.sums[(row + i / 2 % 2 * 8) * unsigned(sums.n) + column]);
+    f(accumulators.registers[thread][i],
+      accumulators.values[(row + i / 2 % 2 * 8) * unsigned(accumulators.n) + column]);
   }
 }
 
 // ---- operands in shared memory
+
+// A matrix descriptor. Offsets are in bytes.
 struct Descriptor {
-  uint32_t begin, leading, stride, span;  // span: of the swizzle, in bytes
+  uint32_t start, leading_offset, stride_offset;
+  uint32_t swizzle;  // width of the swizzle in bytes; 16: none
   bool mn_major;
 
   Descriptor(uint64_t bits, bool mn_major) : mn_major(mn_major) {
-    constexpr uint32_t kSpans[] = {16, 128, 64, 32};
-    begin = uint32_t(bits & 0x3fff) << 4;
-    leading = uint32_t(bits >> 16 & 0x3fff) << 4;
-    stride = uint32_t(bits >> 32 & 0x3fff) << 4;
-    span = kSpans[bits >> 62];
+    constexpr uint32_t kSwizzles[] = {16, 128, 64, 32};
+    start = uint32_t(bits & 0x3fff) << 4;
+    leading_offset = uint32_t(bits >> 16 & 0x3fff) << 4;
+    stride_offset = uint32_t(bits >> 32 & 0x3fff) << 4;
+    swizzle = kSwizzles[bits >> 62];
   }
 
-  // Eight elements lie together: depths of one row of a, or rows of a at one depth. (b: columns for rows.)
+  // The address of the 16-byte vector that starts at element (mn, k), where mn is a row of a or a column of
+  // b. It holds eight elements along k (K-major) or along mn (MN-major).
   uint32_t address(uint32_t mn, uint32_t k) const {
-    uint32_t at = begin;
+    uint32_t at = start;
     if (!mn_major)
-      at += mn % 8 * span + mn / 8 * stride + k / 8 * (span > 16 ? 16 : leading);
-    else if (span > 16)
-      at += k % 8 * span + k / 8 * stride + mn / 8 % (span / 16) * 16 + mn / 8 / (span / 16) * leading;
+      at += mn % 8 * swizzle + mn / 8 * stride_offset + k / 8 * (swizzle > 16 ? 16 : leading_offset);
+    else if (swizzle > 16)
+      at += k % 8 * swizzle + k / 8 * stride_offset + mn / 8 % (swizzle / 16) * 16 +
+            mn / 8 / (swizzle / 16) * leading_offset;
     else
-      at += k % 8 * span + k / 8 * leading + mn / 8 * stride;
-    return at ^ (at >> 7 & (span / 16 - 1)) << 4;
+      at += k % 8 * swizzle + k / 8 * leading_offset + mn / 8 * stride_offset;
+    return at ^ (at >> 7 & (swizzle / 16 - 1)) << 4;
   }
 };
 
-// f(address of eight elements, the first of them: row of a or column of b, depth)
+// f(address of a 16-byte vector, mn and k of its first element) for an operand of `size` rows or columns.
 template <class F>
-void for_each_piece(const Descriptor& descriptor, int rows, const F& f) {
-  const int row_step = descriptor.mn_major ? 8 : 1, depth_step = descriptor.mn_major ? 1 : 8;
-  for (int row = 0; row < rows; row += row_step)
-    for (int k = 0; k < kDepth; k += depth_step) f(descriptor.address(uint32_t(row), uint32_t(k)), row, k);
+void for_each_vector(const Descriptor& descriptor, int size, const F& f) {
+  const int mn_increment = descriptor.mn_major ? 8 : 1, k_increment = descriptor.mn_major ? 1 : 8;
+  for (int mn = 0; mn < size; mn += mn_increment)
+    for (int k = 0; k < kK; k += k_increment) f(descriptor.address(uint32_t(mn), uint32_t(k)), mn, k);
 }
 
-// to[row * row_stride + k * depth_stride]
-void load_operand(const Product& product, const Descriptor& descriptor, int rows, float* to, int row_stride,
-                  int depth_stride) {
-  for_each_piece(descriptor, rows, [&](uint32_t address, int row, int k) {
-    const auto* pairs = reinterpret_cast<const uint32_t*>(at_address(address, 16, 16, product.where));
-    const int distance = descriptor.mn_major ? row_stride : depth_stride;
-    float* first = to + row * row_stride + k * depth_stride;
-    for (int i = 0; i < 4; ++i) widen(product.half, pairs[i], first + 2 * i * distance, distance);
+// to[mn * mn_stride + k * k_stride]
+void load_operand(HalfType type, const Descriptor& descriptor, int size, const Where& where, float* to,
+                  int mn_stride, int k_stride) {
+  for_each_vector(descriptor, size, [&](uint32_t address, int mn, int k) {
+    const auto* pairs = reinterpret_cast<const uint32_t*>(shared_pointer(address, 16, 16, where));
+    const int distance = descriptor.mn_major ? mn_stride : k_stride;
+    float* first = to + mn * mn_stride + k * k_stride;
+    for (int i = 0; i < 4; ++i) unpack_pair(type, pairs[i], first + 2 * i * distance, distance);
   });
 }
 
-void compute(const Product& product) {
+void execute(const Wgmma& wgmma) {
   ++counters().wgmma;
-  const int n = product.sums->n;
-  float a[kRows][kDepth], b[kDepth][256];
-  load_operand(product, {product.b, product.b_mn_major}, n, b[0], 1, 256);
-  if (!product.a_in_registers)
-    load_operand(product, {product.a, product.a_mn_major}, kRows, a[0], kDepth, 1);
+  const WgmmaOperands& operands = wgmma.operands;
+  const int n = wgmma.accumulators->n;
+  float a[kM][kK], b[kK][256];
+  load_operand(operands.type, {operands.b, operands.b_mn_major}, n, wgmma.where, b[0], 1, 256);
+  if (!operands.a_registers)
+    load_operand(operands.type, {operands.a, operands.a_mn_major}, kM, wgmma.where, a[0], kK, 1);
   else
     for (unsigned thread = 0; thread < kThreads; ++thread)
       for (unsigned i = 0; i < 4; ++i)
-        widen(product.half, product.a_registers[thread][i],
-              &a[thread / 32 * 16 + thread % 32 / 4 + i % 2 * 8][thread % 4 * 2 + i / 2 * 8], 1);
-  for (int row = 0; row < kRows; ++row) {
+        unpack_pair(operands.type, wgmma.a_registers[thread][i],
+                    &a[thread / 32 * 16 + thread % 32 / 4 + i % 2 * 8][thread % 4 * 2 + i / 2 * 8], 1);
+  for (int row = 0; row < kM; ++row) {
     float sum[256] = {};
-    for (int k = 0; k < kDepth; ++k)
+    for (int k = 0; k < kK; ++k)
       for (int column = 0; column < n; ++column) sum[column] += a[row][k] * b[k][column];
-    float* d = product.sums->sums.data() + row * n;
-    for (int column = 0; column < n; ++column) d[column] = (product.accumulate ? d[column] : 0) + sum[column];
+    float* d = wgmma.accumulators->values.data() + row * n;
+    for (int column = 0; column < n; ++column) d[column] = (wgmma.accumulate ? d[column] : 0) + sum[column];
   }
-  --product.sums->open_products;
+  --wgmma.accumulators->pending_wgmmas;
 }
 
-// Products before number `end`.
-void compute_until(Warpgroup& group, unsigned end) {
-  for (; group.first < end; ++group.first) {
-    compute(group.products.front());
-    group.products.pop_front();
+// Executes all wgmmas before number `end`.
+void execute_until(Warpgroup& group, unsigned end) {
+  for (; group.first_pending < end; ++group.first_pending) {
+    execute(group.pending.front());
+    group.pending.pop_front();
   }
 }
 
-// One lane speaks for each warp: what is ordered before a product is what all four have seen.
-void check_operands(Warpgroup& group, const Product& product) {
+// Race detection for the operands in shared memory. Lane 0 stands for each warp, and a wgmma happens after
+// what all four warps have acquired.
+void check_operands(Warpgroup& group, const Wgmma& wgmma) {
   if (!checks_races()) return;
   const Block& block = *running_block();
   const unsigned first = running_thread()->id.index / kThreads * kThreads;
@@ -118,128 +128,144 @@ void check_operands(Warpgroup& group, const Product& product) {
     clock.resize(std::min(clock.size(), other.size()));
     for (size_t i = 0; i < clock.size(); ++i) clock[i] = std::min(clock[i], other[i]);
   }
-  const uint32_t time = running_thread()->product_groups + 1;
+  const uint32_t time = running_thread()->wgmma_groups_committed + 1;
   const auto check = [&](uint32_t address, int, int) {
-    at_address(address, 16, 16, product.where);
-    start_reading(group.agent, time, clock, address, 16, product.where);
-    check_fenced(clock, address, 16, product.where);
+    shared_pointer(address, 16, 16, wgmma.where);
+    begin_async_read(group.agent, time, clock, address, 16, wgmma.where);
+    check_proxy_fence(clock, address, 16, wgmma.where);
   };
-  for_each_piece({product.b, product.b_mn_major}, product.sums->n, check);
-  if (!product.a_in_registers) for_each_piece({product.a, product.a_mn_major}, kRows, check);
+  const WgmmaOperands& operands = wgmma.operands;
+  for_each_vector({operands.b, operands.b_mn_major}, wgmma.accumulators->n, check);
+  if (!operands.a_registers) for_each_vector({operands.a, operands.a_mn_major}, kM, check);
 }
 
-std::shared_ptr<Accumulators> find_sums(const Warpgroup& group, const float* d, int count,
-                                        const Where& where) {
-  const unsigned self = running_thread()->id.index % kThreads;
-  for (const auto& sums : group.in_flight) {
-    const float* begin = sums->registers[self];
-    if (!begin || d >= begin + sums->n / 2 || d + count <= begin) continue;
-    if (d != begin || count != sums->n / 2) fail(where, "wgmma: accumulators overlap others in flight");
-    return sums;
+// ---- accumulators in flight
+
+// Those that the registers [d, d + count) of the running thread belong to, or null.
+std::shared_ptr<WgmmaAccumulators> find_accumulators(const Warpgroup& group, const float* d, int count,
+                                                     const Where& where) {
+  for (const auto& accumulators : group.in_flight) {
+    const float* begin = accumulators->registers[index_in_warpgroup()];
+    if (!begin || d >= begin + accumulators->n / 2 || d + count <= begin) continue;
+    if (d != begin || count != accumulators->n / 2)
+      fail(where, "wgmma: accumulators overlap others in flight");
+    return accumulators;
   }
   return nullptr;
 }
 
-}  // namespace
-
-void wgmma(Half half, int n, float* d, const uint32_t* a_registers, uint64_t a, bool a_mn_major, uint64_t b,
-           bool b_mn_major, bool accumulate, const Where& where) {
-  Warpgroup& group = own_warpgroup(where);
-  ThreadState& self = *running_thread();
-  const unsigned thread = self.id.index % kThreads, number = self.products++;
-  std::shared_ptr<Accumulators> sums = find_sums(group, d, n / 2, where);
-  if (!self.products_fenced && (a_registers || !sums))
-    fail(where, "wgmma: no wgmma_fence since the threads could touch its registers");
-
-  if (number == group.first + group.products.size()) {  // the first thread to come
-    group.products.push_back({.half = half,
-                              .a_mn_major = a_mn_major,
-                              .b_mn_major = b_mn_major,
-                              .a_in_registers = a_registers != nullptr,
-                              .accumulate = accumulate,
-                              .a = a,
-                              .b = b,
-                              .where = where,
-                              .at_once = takes_effect_at_once(),
-                              .a_registers = {},
-                              .sums = sums});
-    if (!sums) {
-      group.products.back().sums = std::make_shared<Accumulators>(Accumulators{n, 0, {}, {}});
-      group.products.back().sums->sums.resize(size_t(kRows * n));
-      group.in_flight.push_back(group.products.back().sums);
-    }
-    ++group.products.back().sums->open_products;
-  }
-  Product& product = group.products[number - group.first];
-  if (product.where.line() != where.line() || product.a != a || product.b != b ||
-      product.accumulate != accumulate || (sums && sums != product.sums))
-    fail(where, "wgmma: threads of a warpgroup issue different products, others that of " +
-                    line_text(product.where));
-  if (a_registers) std::copy(a_registers, a_registers + 4, product.a_registers[thread]);
-  if (!sums) {
-    product.sums->registers[thread] = d;
-    for_each_register(*product.sums, thread, [](float& own, float& sum) { sum = own; });
-    std::memset(d, 0xff, size_t(n) / 2 * sizeof(float));
-  }
-  if (++product.issued < kThreads) return;
-  check_operands(group, product);
-  if (product.at_once) compute_until(group, number + 1);
+void take_registers(WgmmaAccumulators& accumulators, float* d) {
+  const unsigned thread = index_in_warpgroup();
+  accumulators.registers[thread] = d;
+  for_each_register(accumulators, thread, [](float& own, float& value) { value = own; });
+  std::memset(d, 0xff, size_t(accumulators.n) / 2 * sizeof(float));
 }
 
-void wgmma_fence() { running_thread()->products_fenced = true; }
+// Writes the accumulators back that no pending wgmma uses.
+void return_registers(Warpgroup& group) {
+  std::erase_if(group.in_flight, [](const std::shared_ptr<WgmmaAccumulators>& accumulators) {
+    if (accumulators->pending_wgmmas > 0) return false;
+    for (unsigned thread = 0; thread < kThreads; ++thread)
+      for_each_register(*accumulators, thread, [](float& own, float& value) { own = value; });
+    return true;
+  });
+}
+
+// The first thread to issue a wgmma creates it.
+void add_pending(Warpgroup& group, int n, const WgmmaOperands& operands, bool accumulate,
+                 std::shared_ptr<WgmmaAccumulators> accumulators, const Where& where) {
+  if (!accumulators) {
+    accumulators = std::make_shared<WgmmaAccumulators>(WgmmaAccumulators{n, 0, {}, {}});
+    accumulators->values.resize(size_t(kM * n));
+    group.in_flight.push_back(accumulators);
+  }
+  ++accumulators->pending_wgmmas;
+  group.pending.push_back({.operands = operands,
+                           .accumulate = accumulate,
+                           .where = where,
+                           .immediate = completes_immediately(),
+                           .a_registers = {},
+                           .accumulators = std::move(accumulators)});
+}
+
+}  // namespace
+
+void wgmma(int n, float* d, const WgmmaOperands& operands, bool accumulate, const Where& where) {
+  Warpgroup& group = own_warpgroup(where);
+  ThreadState& self = *running_thread();
+  const unsigned number = self.wgmmas_issued++;
+  const std::shared_ptr<WgmmaAccumulators> accumulators = find_accumulators(group, d, n / 2, where);
+  if (!self.wgmma_fenced && (operands.a_registers || !accumulators))
+    fail(where, "wgmma: no wgmma_fence since its registers were last accessible");
+
+  if (number == group.first_pending + group.pending.size())
+    add_pending(group, n, operands, accumulate, accumulators, where);
+  Wgmma& wgmma = group.pending[number - group.first_pending];
+  if (wgmma.where.line() != where.line() || wgmma.operands.a != operands.a ||
+      wgmma.operands.b != operands.b || wgmma.accumulate != accumulate ||
+      (accumulators && accumulators != wgmma.accumulators))
+    fail(where,
+         "wgmma: threads of a warpgroup issue different wgmmas, others that of " + line_text(wgmma.where));
+  if (operands.a_registers)
+    std::copy(operands.a_registers, operands.a_registers + 4, wgmma.a_registers[index_in_warpgroup()]);
+  if (!accumulators) take_registers(*wgmma.accumulators, d);
+  if (++wgmma.issued < kThreads) return;
+  check_operands(group, wgmma);
+  if (wgmma.immediate) execute_until(group, number + 1);
+}
+
+void wgmma_fence() { running_thread()->wgmma_fenced = true; }
 
 void wgmma_commit(const Where& where) {
   Warpgroup& group = own_warpgroup(where);
   ThreadState& self = *running_thread();
-  if (self.product_groups == group.group_ends.size()) group.group_ends.push_back(self.products);
-  if (group.group_ends[self.product_groups++] != self.products)
-    fail(where, "wgmma_commit: threads of a warpgroup have issued different numbers of products");
+  if (self.wgmma_groups_committed == group.group_ends.size()) group.group_ends.push_back(self.wgmmas_issued);
+  if (group.group_ends[self.wgmma_groups_committed++] != self.wgmmas_issued)
+    fail(where, "wgmma_commit: threads of a warpgroup have issued different numbers of wgmmas");
 }
 
-// The group's threads wait for each other here: a product needs them all.
+// Unlike on a GPU, the threads of the warpgroup wait for each other: a wgmma can only be executed when all
+// have issued it.
 void wgmma_wait(int pending, const Where& where) {
   Warpgroup& group = own_warpgroup(where);
   ThreadState& self = *running_thread();
-  if (!group.waiting.empty() && (group.waiting[0]->where.line() != where.line() || group.pending != pending))
+  if (!group.waiting.empty() &&
+      (group.waiting[0]->where.line() != where.line() || group.allowed_pending != pending))
     fail(where, "divergent warpgroup: others wait at " + line_text(group.waiting[0]->where));
-  group.pending = pending;
+  group.allowed_pending = pending;
   group.waiting.push_back(&self);
-  self.products_fenced = false;
+  self.wgmma_fenced = false;
   if (group.waiting.size() == kThreads) {
     const size_t complete = group.group_ends.size() - std::min(group.group_ends.size(), size_t(pending));
-    if (complete > 0) compute_until(group, group.group_ends[complete - 1]);
-    std::erase_if(group.in_flight, [](const std::shared_ptr<Accumulators>& sums) {
-      if (sums->open_products > 0) return false;
-      for (unsigned thread = 0; thread < kThreads; ++thread)
-        for_each_register(*sums, thread, [](float& own, float& sum) { own = sum; });
-      return true;
-    });
+    if (complete > 0) execute_until(group, group.group_ends[complete - 1]);
+    return_registers(group);
     for (ThreadState* thread : group.waiting) {
-      if (thread->product_groups != group.group_ends.size() || thread->products != self.products)
-        fail(where, "wgmma_wait: threads of a warpgroup have issued different numbers of products");
-      learn(thread->clock, group.agent, uint32_t(complete));
+      if (thread->wgmma_groups_committed != group.group_ends.size() ||
+          thread->wgmmas_issued != self.wgmmas_issued)
+        fail(where, "wgmma_wait: threads of a warpgroup have issued different numbers of wgmmas");
+      acquire(thread->clock, group.agent, uint32_t(complete));
     }
-    make_ready(group.waiting);
+    make_runnable(group.waiting);
     ++running.progress;
     group.waiting.clear();
   }
-  wait_here(kWait, where);
+  suspend(kWait, where);
 }
 
 void wgmma_fence_operand(const float* d, int count, const Where& where) {
-  const unsigned self = running_thread()->id.index % kThreads;
-  for (const auto& sums : own_warpgroup(where).in_flight)
-    if (const float* begin = sums->registers[self]; begin && d < begin + sums->n / 2 && d + count > begin)
-      fail(where, "wgmma_fence_operand: a wgmma that has not been waited for writes these registers");
+  for (const auto& accumulators : own_warpgroup(where).in_flight)
+    if (const float* begin = accumulators->registers[index_in_warpgroup()];
+        begin && d < begin + accumulators->n / 2 && d + count > begin)
+      fail(where, "wgmma_fence_operand: a wgmma in flight owns these registers");
 }
 
-void finish_products(ThreadState& thread) {
+void check_no_wgmma_in_flight(ThreadState& thread) {
   const auto& groups = running_block()->warpgroups;
   const size_t group = thread.id.index / kThreads;
   if (group >= groups.size()) return;
-  for (const auto& sums : groups[group].in_flight)
-    if (sums->registers[thread.id.index % kThreads])
-      fail("a thread returned before its wgmma had been waited for");
+  for (const auto& accumulators : groups[group].in_flight)
+    if (accumulators->registers[thread.id.index % kThreads])
+      fail("a thread returned before its wgmmas had been waited for");
 }
 
 }  // namespace simt

@@ -1,4 +1,4 @@
-"""The teacher into a state-transition model: the same training as `statecore train`, on problems of the demo's task."""
+"""Distils the teacher into a state-transition model: `statecore train` on problems of the demo's task."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +16,7 @@ LONGEST_TRAINED = 12  # steps
 
 
 def write_training_set(folder: Path, rows: int, seed: int) -> Path:
-    """Problems of 2 to LONGEST_TRAINED steps, equally many of each, as a prepared training set."""
+    """Problems of 2 to LONGEST_TRAINED steps, the same number of each, as a prepared training set."""
     _, starts, ends = task.tokenizer_with_steps()
     generator = torch.Generator().manual_seed(seed)
     lengths = range(2, LONGEST_TRAINED + 1)
@@ -28,10 +28,11 @@ def write_training_set(folder: Path, rows: int, seed: int) -> Path:
     return task.write_training_set(folder, {"train": generate()})
 
 
-def distil(teacher: Path, output: Path, *, updates: int | None, seed: int) -> PreTrainedModel:
-    """Trains as recipe.yaml says, into output/model, on a training set that it writes to output/training-set."""
-    options = ["--base", str(teacher), "--data", str(output / "training-set"), "--output_dir", str(output / "model")]
+def distil(teacher: Path, output_dir: Path, *, updates: int | None, seed: int) -> PreTrainedModel:
+    """Trains with recipe.yaml into output_dir/model, on a training set that it writes to output_dir/training-set."""
+    training_set = output_dir / "training-set"
+    options = ["--base", str(teacher), "--data", str(training_set), "--output_dir", str(output_dir / "model")]
     options += ["--seed", str(seed)] + ([] if updates is None else ["--max_steps", str(updates)])
     arguments = train.parse(["--config", str(RECIPE), *options])
-    write_training_set(output / "training-set", arguments.max_steps * arguments.per_device_train_batch_size, seed)
+    write_training_set(training_set, arguments.max_steps * arguments.per_device_train_batch_size, seed)
     return load_adapter(teacher, train.train(arguments), dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""What the demo measures: exact answers, bytes and time a token of the teacher and of the student's variants."""
+"""What the demo measures: exact answers, bytes, and time per token of the teacher and of the student's variants."""
 
 import statistics
 import time
@@ -16,12 +16,12 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, LogitsProcessor, PreTrainedModel
 
 from ..cache import cache_bytes
-from ..generate import StepGrammar
+from ..decoding import StepGrammar
 from ..modeling import StateCoreForCausalLM
 from . import task
 
-LONGEST_STEP = task.STEP_TOKENS + 3  # both markers, and the word that ends the last step; closed by force behind it
-SLACK = 8  # tokens that a solution may be longer than the right one before it is cut off
+LONGEST_STEP = task.STEP_TOKENS + 3  # both markers, and the word that ends the last step; longer ones are closed
+SLACK = 8  # tokens by which a solution may exceed the right one before it is cut off
 TEACHER, STUDENT, NO_MOMENTUM, NO_STATE = (
     "teacher, full attention",
     "state-transition model",
@@ -45,7 +45,7 @@ def variant(student: StateCoreForCausalLM, name: str) -> Iterator[StateCoreForCa
 def compare(
     teacher: PreTrainedModel, student: StateCoreForCausalLM, lengths: tuple[int, ...], problems: int, seed: int
 ) -> list[dict[str, Any]]:
-    """One row for each model and number of steps; all models get the same held-out problems."""
+    """One row per model and number of steps; all models get the same held-out problems."""
     rows = []
     names = (TEACHER, STUDENT, NO_MOMENTUM, NO_STATE)
     with tqdm(total=len(lengths) * len(names), desc="decode", unit="run") as progress:
@@ -65,13 +65,13 @@ def compare(
 
 @dataclass(frozen=True)
 class Decoded:
-    """Greedy solutions of B problems. tokens: int64 [B, generated]; bytes are of one sequence, at their peak."""
+    """Greedy solutions of B problems. Bytes are those of one sequence at their peak."""
 
-    tokens: Tensor
+    tokens: Tensor  # int64 [B, generated]
     correct: Tensor  # bool [B]
     kv_bytes: int
     state_bytes: int
-    ms_per_token: float  # of a pass that decodes one token for each of the B problems
+    ms_per_token: float  # per pass, which decodes one token for each of the B problems
 
     def figures(self) -> dict[str, Any]:
         return {
@@ -83,7 +83,7 @@ class Decoded:
 
 
 class _Clock(LogitsProcessor):
-    """Notes the time at which each decoding pass has its logits."""
+    """Records when each decoding pass has its logits."""
 
     def __init__(self):
         self.ticks: list[float] = []
@@ -94,10 +94,10 @@ class _Clock(LogitsProcessor):
 
 
 class _InSteps(LogitsProcessor):
-    """A step opens behind the prompt and behind every step that does not say it is the last.
+    """Opens a step after the prompt and after every step that does not say that it is the last.
 
-    The trained model does so by itself. Without its state it would rather write the whole chain in front of the first
-    step or into one step, where softmax attention sees everything: the teacher's way of working, not segments.
+    The trained model does so by itself. Without its state it prefers to write the whole chain before the first step or
+    into one step, where softmax attention covers everything, as the teacher's does.
     """
 
     def __init__(self, model: StateCoreForCausalLM):
@@ -113,7 +113,7 @@ class _InSteps(LogitsProcessor):
 
 @torch.no_grad()
 def decode(model: PreTrainedModel, problems: task.Problems) -> Decoded:
-    """Solves problems with transformers' own generate(). A solution is correct when its answer segment is."""
+    """Solves problems with transformers' own generate(). A solution is correct if its answer is."""
     clock = _Clock()
     processors: list[LogitsProcessor] = [clock]
     per_step = task.STEP_TOKENS
@@ -140,7 +140,7 @@ def decode(model: PreTrainedModel, problems: task.Problems) -> Decoded:
 
 
 def _answer(tokens: list[int]) -> list[int] | None:
-    """The last tokens up to the end of sequence; None where it never ended."""
+    """The last tokens up to the end of sequence; None if it never ended."""
     end = task.TOKEN_ID[task.EOS]
     if end not in tokens:
         return None
@@ -149,7 +149,7 @@ def _answer(tokens: list[int]) -> list[int] | None:
 
 
 def _peak_bytes(cache: DynamicCache) -> tuple[int, int]:
-    """Bytes of keys and values at their peak, and of states."""
+    """Peak bytes of keys and values, and bytes of states."""
     if hasattr(cache.layers[0], "states"):
         held = cache_bytes(cache)
         return held.peak_kv, held.state
@@ -160,10 +160,10 @@ def _peak_bytes(cache: DynamicCache) -> tuple[int, int]:
 def cost_curves(
     teacher: PreTrainedModel, student: StateCoreForCausalLM, lengths: tuple[int, ...], batch: int
 ) -> list[dict[str, Any]]:
-    """Bytes and milliseconds of decoding one more token behind `length` tokens.
+    """Bytes and milliseconds of decoding one more token after `length` tokens.
 
-    The tokens before are steps of random problems one after the other, far longer than anything the models were
-    trained on: this is about cost alone.
+    The tokens before it are the steps of a random problem over and over, far longer than anything the models were
+    trained on: only the cost matters here.
     """
     rows = []
     for name, model in tqdm([(TEACHER, teacher), (STUDENT, student)], desc="cost", unit="model"):
@@ -172,9 +172,9 @@ def cost_curves(
             cache = DynamicCache(config=model.config)
             model(tokens[:, :length], past_key_values=cache, logits_to_keep=1)
             times, most = [], 0
-            for at in range(length, length + DECODED):
+            for position in range(length, length + DECODED):
                 began = time.perf_counter()
-                model(tokens[:, at : at + 1], past_key_values=cache)
+                model(tokens[:, position : position + 1], past_key_values=cache)
                 times.append(1e3 * (time.perf_counter() - began))
                 most = max(most, _bytes_now(cache))
             figures = {"bytes": most // batch, "ms_per_token": statistics.median(times)}
@@ -190,7 +190,7 @@ def _long_chain(model: PreTrainedModel, length: int, batch: int) -> Tensor:
     tokens = problems.input_ids
     if isinstance(model, StateCoreForCausalLM):
         tokens = task.with_step_tokens(problems, model.config.step_start_token_ids, model.config.step_end_token_ids)
-    last_step = task.STEP_TOKENS + 3  # the longest: left out, so that all steps are alike
+    last_step = task.STEP_TOKENS + 3  # left out, because it is longer than the others
     chain = tokens[:, task.PROMPT_TOKENS : -task.ANSWER_TOKENS - last_step]
     return torch.cat([problems.prompts, chain.repeat(1, -(-length // chain.shape[1]))], 1)[:, :length]
 
@@ -204,9 +204,10 @@ def _bytes_now(cache: DynamicCache) -> int:
 
 @torch.no_grad()
 def state_trajectories(student: StateCoreForCausalLM, problems: task.Problems) -> tuple[Tensor, list[float]]:
-    """Where states at step ends move: [layers, B, steps + 1, 2] from S_0 on, and the share of variance in the plane.
+    """States at step ends in the plane of each layer's two principal components: [layers, B, steps + 1, 2], the state
+    after the prompt first, and the share of the variance that lies in each plane.
 
-    All heads of a layer are one vector; the plane is that of its two principal components over all problems and steps.
+    The states of all heads of a layer count as one vector; components are over all problems and steps.
     """
     config = student.config
     tokens = task.with_step_tokens(problems, config.step_start_token_ids, config.step_end_token_ids)
@@ -216,7 +217,7 @@ def state_trajectories(student: StateCoreForCausalLM, problems: task.Problems) -
     for part in tokens.split(lengths, dim=1):
         student(part, past_key_values=cache, logits_to_keep=1)
         for states, layer in zip(per_layer, cache.layers, strict=True):
-            states.append(layer.states[1].flatten(1))  # the state that the part just fed started from
+            states.append(layer.states[1].flatten(1))  # the state at the start of this part
     places, shares = [], []
     for states in per_layer:
         stacked = torch.stack(states[1:], 1)

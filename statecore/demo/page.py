@@ -1,4 +1,4 @@
-"""The demo's results as pictures and as one HTML page that needs nothing else."""
+"""The demo's results as pictures and as one self-contained HTML page."""
 
 import base64
 import html
@@ -32,7 +32,7 @@ pre {{ background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: 13px }}
 {tables}
 <p class="note">{note}</p>
 <h2>Accuracy by number of steps</h2><img alt="accuracy by number of steps" src="{accuracy}">
-<h2>What one more token costs</h2><img alt="memory and time a token against length" src="{cost}">
+<h2>What one more token costs</h2><img alt="memory and time per token against length" src="{cost}">
 <p class="note">{cost_note}</p>
 <h2>Where the state goes</h2><img alt="states at step ends" src="{states}">
 <p class="note">The states at the ends of the steps of a few problems, each layer in the plane of its two principal
@@ -46,7 +46,7 @@ components; the circle is the state after the prompt.</p>
 
 def format_table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     """Header and cells of the comparison at one number of steps."""
-    table = [["", "exact answer", "KV + state", "ms a token"]]
+    table = [["", "exact answer", "KV + state", "ms per token"]]
     for row in rows:
         held = kilobytes(row["kv_bytes"] + row["state_bytes"])
         table.append([row["model"], f"{100 * row['accuracy']:.1f} %", held, f"{row['ms_per_token']:.2f}"])
@@ -75,7 +75,7 @@ def draw_cost(rows: Sequence[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     memory, time = figure.subplots(1, 2)
     memory.set(xlabel="tokens so far", ylabel="keys, values and states of a sequence", xscale="log", yscale="log")
-    time.set(xlabel="tokens so far", ylabel="ms a token", xscale="log")
+    time.set(xlabel="tokens so far", ylabel="ms per token", xscale="log")
     lengths = sorted({row["length"] for row in rows})
     for name in (TEACHER, STUDENT):
         own = [row for row in rows if row["model"] == name]

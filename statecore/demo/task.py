@@ -1,12 +1,12 @@
-"""The demo's reasoning task: terms of a sequence, each worked out from two earlier ones.
+"""The demo's reasoning task: terms of a sequence, each computed from two earlier ones.
 
-To find x_t, take a = x_{t-p} and b = x_{t-q} and go on ten times with the last two numbers: their sum modulo 10 where
-x_{t-1} is even ("plus"), their difference where it is odd ("minus"). The tenth number is x_t.
+To find x_t, start from x_{t-p} and x_{t-q} and append ten numbers, each computed from the two before it: their sum
+modulo 10 if x_{t-1} is even ("plus"), their difference if it is odd ("minus"). The tenth number is x_t.
 
-The prompt gives the lags p and q, the number of a term to name at the end (one of the last four), the number of the
-last term and the first four terms. A solution works out one term a step: it says which, recalls the two earlier terms,
-writes down the numbers and the result. So every step needs results of earlier steps, which the prompt does not hold,
-and a mistake anywhere in the chain spoils the answer:
+The prompt gives the lags p and q, the number of the term to name at the end (one of the last four), the number of the
+last term, and the first four terms. A solution computes one term per step: it names the term, recalls the two earlier
+ones, writes down the ten numbers and the result. So every step needs results of earlier steps that are not in the
+prompt, and a mistake anywhere in the chain spoils the answer:
 
     <bos> p1 q3 ?x12 ..x14 x7= 7 x8= 1 x9= 4 x10= 3             prompt
     -x11 x10= 3 x8= 1 2 9 3 6 7 9 8 1 7 4 x11= 4                step 1: minus, since x10 is odd
@@ -15,8 +15,8 @@ and a mistake anywhere in the chain spoils the answer:
     -x14 x13= 7 x11= 4 3 1 2 9 3 6 7 9 8 1 x14= 1 done          step 4, the last
     x12= 6 <eos>                                                answer
 
-Terms are numbered modulo 24 from a random start, so no problem holds a token that a shorter one could not hold. Steps
-with a plus and steps with a minus are the two thinking patterns.
+Terms are numbered modulo 24 from a random start, so long problems have no tokens that short ones lack. Steps with a
+plus and steps with a minus are the two thinking patterns.
 """
 
 import json
@@ -39,11 +39,11 @@ from ..patterns import add_pattern_tokens
 NAMES = 24  # term numbers, cyclic
 GIVEN = 4  # terms in the prompt, and the largest lag
 VALUES = 10
-WORKED = 10  # numbers written down on the way to a term
-STEP_TOKENS = 7 + WORKED  # and one more in the last step
+WORKED = 10  # numbers written down for a term
+STEP_TOKENS = 7 + WORKED  # the last step has one more
 ANSWER_TOKENS = 3
 PROMPT_TOKENS = 5 + 2 * GIVEN
-LONGEST = NAMES - GIVEN  # steps; then the numbers would come round again
+LONGEST = NAMES - GIVEN  # steps, before term numbers repeat
 
 PAD, BOS, EOS, DONE = "<pad>", "<bos>", "<eos>", "done"
 PATTERNS = ("plus", "minus")  # thinking patterns 0 and 1
@@ -78,7 +78,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tokenizer_with_steps() -> tuple[PreTrainedTokenizerFast, list[int], list[int]]:
-    """The tokenizer with the step tokens of both patterns; ids of the opening and of the closing tokens."""
+    """The tokenizer with the step tokens of both patterns, and the ids of the start and of the end tokens."""
     tokenizer = make_tokenizer()
     starts, ends = add_pattern_tokens(tokenizer, len(PATTERNS))
     return tokenizer, starts, ends
@@ -86,7 +86,7 @@ def tokenizer_with_steps() -> tuple[PreTrainedTokenizerFast, list[int], list[int
 
 @dataclass(frozen=True)
 class Problems:
-    """B problems of equally many steps with their solutions, as the teacher reads them (without step tokens).
+    """B problems with the same number of steps and their solutions, as the teacher reads them (without step tokens).
 
     input_ids: int64 [B, PROMPT_TOKENS + STEP_TOKENS * steps + 1 + ANSWER_TOKENS]. patterns: int64 [B, steps].
     """
@@ -101,7 +101,7 @@ class Problems:
 
     @property
     def answers(self) -> Tensor:
-        """The answer segments, int64 [B, ANSWER_TOKENS]; the last but one token of each is the value asked for."""
+        """The answers, int64 [B, ANSWER_TOKENS]; the last but one token of each is the value asked for."""
         return self.input_ids[:, -ANSWER_TOKENS:]
 
 
@@ -119,7 +119,7 @@ def draw(count: int, steps: int, generator: torch.Generator) -> Problems:
     row = torch.arange(count)
     number = (random(0, NAMES)[:, None] + torch.arange(GIVEN + steps)) % NAMES
     p = random(1, GIVEN + 1)
-    q = (p - 1 + random(1, GIVEN)) % GIVEN + 1  # another one than p
+    q = (p - 1 + random(1, GIVEN)) % GIVEN + 1  # different from p
     term = torch.cat([random(0, VALUES, GIVEN), torch.zeros(count, steps, dtype=torch.long)], 1)
     asked = random(steps, GIVEN + steps)  # one of the last four
 

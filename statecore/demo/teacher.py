@@ -1,8 +1,8 @@
-"""The demo's teacher: a stock Qwen2 of 0.7 M parameters that solves the task with full attention.
+"""The demo's teacher: a stock Qwen2 with 0.7 M parameters that solves the task with full attention.
 
-`teacher/` beside this file holds one, made by an earlier form of `train_teacher` whose problems asked for any term and
-not only for one of the last four. Its weights are rounded to float16, which keeps them at 1.4 MB; they are read as
-float32, and every figure of the demo is measured after the rounding.
+`teacher/` beside this file holds a trained one. Its training differed from `train_teacher` in that problems asked for
+any term, not only for one of the last four. Its weights are rounded to float16 to take 1.4 MB; they are loaded as
+float32, and every figure of the demo is measured after rounding.
 """
 
 import math
@@ -21,7 +21,7 @@ from ..train import MuonAndAdamW
 from . import task
 
 SHIPPED = Path(__file__).parent / "teacher"
-TRAINED_STEPS = 10  # the longest problem it learns from
+TRAINED_STEPS = 10  # of the longest problem that it is trained on
 LARGEST_GAP = 4
 WIDEST_GAP = 200
 
@@ -31,7 +31,7 @@ def load_teacher(folder: str | Path = SHIPPED) -> Qwen2ForCausalLM:
 
 
 def new_teacher() -> Qwen2ForCausalLM:
-    """Random weights. The large rope_theta leaves half of each head nearly unrotated, for recall over any distance."""
+    """A teacher with random weights. The large rope_theta barely rotates half of each head: recall at any distance."""
     return Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=len(task.TOKEN_ID),
@@ -54,8 +54,8 @@ def new_teacher() -> Qwen2ForCausalLM:
 def train_teacher(folder: str | Path, *, updates: int = 500, seed: int = 0) -> Path:
     """Trains a teacher from scratch and writes it, rounded to float16, and its tokenizer to `folder`.
 
-    Muon on the layers' matrices and AdamW on the rest: recall of earlier terms appears several times sooner than with
-    AdamW alone. The first 100 updates see short problems only.
+    With Muon on the layers' matrices and AdamW on the rest, recall of earlier terms appears several times sooner than
+    with AdamW alone. The first 100 updates use short problems only.
     """
     torch.manual_seed(seed)
     model = new_teacher().train()
@@ -87,34 +87,35 @@ def train_teacher(folder: str | Path, *, updates: int = 500, seed: int = 0) -> P
 
 
 def _loss(model: Qwen2ForCausalLM, problems: task.Problems, positions: Tensor) -> Tensor:
-    """Cross-entropy of everything behind the prompt, which is random and teaches nothing."""
+    """Cross-entropy of everything after the prompt, which is random."""
     hidden = model.model(problems.input_ids, position_ids=positions).last_hidden_state
     logits = model.lm_head(hidden[:, task.PROMPT_TOKENS - 1 : -1])
     return F.cross_entropy(logits.flatten(0, 1), problems.input_ids[:, task.PROMPT_TOKENS :].flatten())
 
 
 def _gapped_positions(problems: task.Problems, widest: int, generator: torch.Generator) -> Tensor:
-    """Positions int64 [B, T] with jumps of up to LARGEST_GAP between steps: distances across steps cannot be learned.
+    """Positions int64 [B, T] with random gaps of up to LARGEST_GAP between steps, so that the model cannot rely on
+    distances across steps.
 
-    Every other problem has one jump of up to `widest` more, before its first step or any later one: what lies before it
-    is as far away as in a longer problem.
+    Half of the problems have one more gap of up to `widest`, before the first step or a later one, which puts what
+    comes before it as far away as in a longer problem.
     """
     count, tokens = problems.input_ids.shape
 
     def upto(high: int, *more: int) -> Tensor:
         return torch.randint(0, high + 1, (count, *more), generator=generator)
 
-    stride = torch.ones(count, tokens, dtype=torch.long)
+    increment = torch.ones(count, tokens, dtype=torch.long)
     borders = task.PROMPT_TOKENS + task.STEP_TOKENS * torch.arange(problems.steps + 1)
-    stride[:, borders] += upto(LARGEST_GAP, problems.steps + 1)
+    increment[:, borders] += upto(LARGEST_GAP, problems.steps + 1)
     if widest:
         wide = borders[upto(problems.steps) * upto(1)]
-        stride[torch.arange(count), wide] += upto(widest) * upto(1)
-    return stride.cumsum(1) - 1
+        increment[torch.arange(count), wide] += upto(widest) * upto(1)
+    return increment.cumsum(1) - 1
 
 
 def _warm_cosine(update: int, updates: int) -> float:
-    """Share of the learning rate: up over 40 updates, then a cosine down to 3 %."""
+    """Factor of the learning rate: linear warm-up over 40 updates, cosine decay to 3 %."""
     return min(1.0, (update + 1) / 40) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * min(1.0, update / updates))))
 
 
@@ -129,7 +130,7 @@ def _write(model: Qwen2ForCausalLM, folder: Path) -> Path:
 
 
 def copy_teacher(folder: Path) -> Path:
-    """Puts the teacher that comes with the package into `folder`."""
+    """Copies the teacher that comes with the package to `folder`."""
     if not (SHIPPED / "config.json").is_file():
         raise FileNotFoundError(f"the package came without its teacher ({SHIPPED}): use --train-teacher")
     shutil.copytree(SHIPPED, folder, dirs_exist_ok=True)

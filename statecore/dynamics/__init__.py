@@ -1,5 +1,6 @@
 """Ranks and norms of linear-attention states while a model reads, and smaller states by them.  (arXiv 2602.02195)"""
 
+from .comparison import compare, decoding_cost, held_out, side_of_the_asymmetry
 from .pruning import (
     Directions,
     Order,
@@ -7,46 +8,32 @@ from .pruning import (
     branches,
     choose_bases,
     choose_heads,
-    compare,
-    decoding_cost,
     head_scores,
-    held_out,
     joint_scores,
     key_covariances,
     lower_ranks,
     prune_heads,
-    side_of_the_asymmetry,
 )
 from .recording import (
-    EARLY,
     EPSILON,
-    LATE,
     MEASURES,
-    NEAR,
     POSITIONS,
     Head,
     Trajectory,
-    bimodality,
     cached_states,
-    cosine,
     cosine_bound,
     effective_rank,
-    head_means,
     measure,
     read_pieces,
     record,
     singular_values,
-    spearman,
     step_tokens,
-    summarise,
 )
+from .summary import bimodality, head_means, summarise
 
 __all__ = [
-    "EARLY",
     "EPSILON",
-    "LATE",
     "MEASURES",
-    "NEAR",
     "POSITIONS",
     "Directions",
     "Head",
@@ -59,7 +46,6 @@ __all__ = [
     "choose_bases",
     "choose_heads",
     "compare",
-    "cosine",
     "cosine_bound",
     "decoding_cost",
     "effective_rank",
@@ -75,7 +61,6 @@ __all__ = [
     "record",
     "side_of_the_asymmetry",
     "singular_values",
-    "spearman",
     "step_tokens",
     "summarise",
 ]

@@ -1,47 +1,45 @@
-"""Smaller states: heads that are really gone, and states of lower rank.  (Joint Rank-Norm Pruning, arXiv 2602.02195)
+"""Smaller states: removed heads, and states of lower rank.  (Joint Rank-Norm Pruning, arXiv 2602.02195)
 
     S_h = alpha * mean rank_h / d + (1 - alpha) * mean nuclear norm_h / max_j mean nuclear norm_j        (eq. 14)
 
 The paper prunes the heads with the highest S_h, without any training. Its evidence is one pair of models without a
-random baseline, and a model on which the order turned around is known; so `compare` always puts random and reverse
-pruning of the same budget beside it, with a held-out loss.
+random baseline, and there is a model for which the order is reversed. The command therefore always compares with random
+and reverse pruning to the same budget, on held-out text (comparison.py).
 
-`prune_heads` and `lower_ranks` return a new model of the same class, whose configuration says what is left
-(`state_heads`, `state_ranks`), so that `save_pretrained`, `from_pretrained`, adapters and `generate()` work as before:
+`prune_heads` and `lower_ranks` return a new model of the same class. Its configuration records what is left
+(`state_heads`, `state_ranks`), so `save_pretrained`, `from_pretrained`, adapters and `generate()` work as before:
 
-- A pruned head of an SSD layer takes its channels, its convolution, its decay and its part of the projections with
-  it; a pruned key/value head of a linear branch those of its query heads (softmax attention keeps all of its own).
-- A lowered state is kept in the coordinates of `r` directions: q and k of its head are multiplied with a basis [Dk, r],
-  the state is [r, Dv]. That is exact where the state has these directions alone.
+- A pruned head of an SSD layer takes its channels, convolution, decay and part of the projections with it; a pruned
+  key/value head of a linear branch takes those of its query heads (softmax attention keeps all of its own).
+- A lowered state is stored in the coordinates of `r` directions: q and k of its head are multiplied by a basis [Dk, r],
+  and the state is [r, Dv]. This is exact if the state lies in the span of these directions.
 
-What the paper leaves open, with our default:
+What the paper leaves open, and our default:
 
-- alpha: 0.5. Scope of max_j: the whole model ("model"); "layer" compares heads with their layer only.
+- alpha: 0.5. Scope of max_j: the whole model ("model"); "layer" compares heads within their layer only.
 - How many heads: `keep`, a share of all heads of the model. At least one stays in each layer.
-- What takes the place of a pruned head's output: zero, as if the rest of the model had been there; the gated norm of an
-  SSD layer goes on dividing by the width of all heads.
-- Which directions a lower rank keeps: those in which the calibration states are largest, every place counting the same.
-  Each layer keeps the same share of its width.
+- What replaces a pruned head's output: zero, with the rest of the model unchanged; the gated norm of an SSD layer still
+  divides by the width of all heads.
+- Which directions a lower rank keeps: those in which the calibration states are largest, every position counting the
+  same. Each layer keeps the same share of its width.
 """
 
 from __future__ import annotations
 
 import copy
-import math
-import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from ..cache import cache_bytes
 from ..modeling import LinearBranch, StateCoreForCausalLM
 from ..ssd.model import SSDForCausalLM, SSDMixer
-from .recording import POSITIONS, Head, Trajectory, cached_states, head_means, read_pieces
+from .recording import POSITIONS, Head, Trajectory, cached_states, read_pieces
+from .summary import head_means
 
 Order = Literal["joint", "reverse", "random"]
 Directions = Literal["leading", "trailing", "random"]
@@ -51,11 +49,33 @@ Scope = Literal["model", "layer"]
 # Which heads
 
 
+@dataclass(frozen=True)
+class PruneOptions:
+    """Which heads go.
+
+    Args:
+        keep: share of all heads of the model that stays, in (0, 1]; one stays in each layer.
+        by: which heads of the saved model go first: those with the highest score ("joint"), the lowest ("reverse"), or
+            any ("random"). All three are compared.
+        alpha: weight of the rank in the score; 1 - alpha is that of the norm. The paper's is unknown.
+        scope: norms count as a share of the largest in the "model", or in each "layer".
+        draws: how many random prunings there are to compare with.
+        seed: of the random prunings.
+    """
+
+    keep: float = 0.5
+    by: Order = "joint"
+    alpha: float = 0.5
+    scope: Scope = "model"
+    draws: int = 3
+    seed: int = 0
+
+
 def joint_scores(
     rank_fraction: np.ndarray, nuclear: np.ndarray, alpha: float = 0.5, groups: np.ndarray | None = None
 ) -> np.ndarray:
-    """Eq. 14 for every head, in [0, 1]. groups: numbers of heads that the largest norm is sought among, such as their
-    layers; None: all.
+    """Eq. 14 for every head, in [0, 1]. groups: a number per head, such as its layer; the largest norm is taken within
+    each group. None: over all heads.
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie in 0 .. 1 (1: rank alone, 0: norm alone), got {alpha}")
@@ -67,7 +87,7 @@ def joint_scores(
 def head_scores(
     trajectories: Sequence[Trajectory], alpha: float = 0.5, scope: Scope = "model"
 ) -> tuple[list[Head], np.ndarray]:
-    """The heads of recorded texts, and the score of each."""
+    """The heads of recorded texts and their scores."""
     heads = trajectories[0].heads
     fraction = head_means(trajectories, "rank") / np.array([head.bound for head in heads])
     layers = np.array([head.layer for head in heads]) if scope == "layer" else None
@@ -77,8 +97,10 @@ def head_scores(
 def choose_heads(
     heads: Sequence[Head], scores: np.ndarray, keep: float, by: Order = "joint", seed: int = 0
 ) -> dict[int, list[int]]:
-    """By layer the heads that stay when those with the highest score ("joint"), the lowest ("reverse") or any
-    ("random", ignoring the score) are pruned until a share `keep` is left; one stays in each layer.
+    """For each layer, the heads that stay when a share `keep` of all heads is kept, at least one in each layer.
+
+    Pruned are the heads with the highest scores ("joint"), with the lowest ("reverse"), or regardless of the score
+    ("random").
     """
     if not 0 < keep <= 1:
         raise ValueError(f"keep is the share of heads that stay: it must lie in (0, 1], got {keep}")
@@ -114,7 +136,7 @@ def choose_heads(
 
 
 def branches(model: PreTrainedModel) -> dict[int, SSDMixer | LinearBranch]:
-    """The part of each layer that has a state."""
+    """The module of each layer that has a state."""
     if isinstance(model, SSDForCausalLM):
         mixers = {index: getattr(block.mixer, "la", block.mixer) for index, block in enumerate(model.backbone.layers)}
         return {index: mixer for index, mixer in mixers.items() if isinstance(mixer, (SSDMixer, LinearBranch))}
@@ -127,8 +149,9 @@ def branches(model: PreTrainedModel) -> dict[int, SSDMixer | LinearBranch]:
 
 
 def prune_heads(model: PreTrainedModel, keep: Mapping[int, Sequence[int]]) -> PreTrainedModel:
-    """A copy of the model with the heads `keep` of each layer (numbered as they are now); layers that `keep` does not
-    name stay whole.
+    """A copy of the model with only the heads `keep` of each layer, numbered as in `model`.
+
+    Layers that `keep` does not name keep all heads.
     """
     found = branches(model)
     unknown = sorted(keep.keys() - found.keys())
@@ -157,35 +180,51 @@ def prune_heads(model: PreTrainedModel, keep: Mapping[int, Sequence[int]]) -> Pr
 
 
 def _rows_of_heads(branch: SSDMixer | LinearBranch, kept: Sequence[int]) -> dict[str, Tensor]:
-    """For each weight that has a part for every head, which rows stay."""
+    """The rows that stay, for every weight with a part for each head."""
     heads = torch.tensor(list(kept))
+    return _branch_rows(branch, heads) if isinstance(branch, LinearBranch) else _mixer_rows(branch, heads)
 
-    def channels(which: Tensor, width: int) -> Tensor:
-        return (which[:, None] * width + torch.arange(width)).flatten()
 
-    if isinstance(branch, LinearBranch):
-        queries = channels(heads, branch.group)
-        rows = {"k.B": channels(heads, branch.k.heads[1]), "v.B": channels(heads, branch.v.heads[1])}
-        rows["q.B"] = channels(queries, branch.q.heads[1])
-        if branch.gate is not None:
-            rows["gate.B"] = rows["gate.bias"] = rows["q.B"]
-        return rows if branch.basis is None else rows | {"basis": heads}
-    inner, shared = branch.inner, torch.arange(2 * branch.bc)
-    own = channels(heads, branch.config.head_dim)
-    projected = torch.cat([own, inner + own, 2 * inner + shared, 2 * inner + len(shared) + heads])
-    convolved = torch.cat([own, inner + shared])
+def _branch_rows(branch: LinearBranch, heads: Tensor) -> dict[str, Tensor]:
+    query_rows = _channels(_channels(heads, branch.group), branch.q.heads[1])
+    rows = {
+        "q.B": query_rows,
+        "k.B": _channels(heads, branch.k.heads[1]),
+        "v.B": _channels(heads, branch.v.heads[1]),
+    }
+    if branch.gate is not None:
+        rows["gate.B"] = rows["gate.bias"] = query_rows
+    if branch.basis is not None:
+        rows["basis"] = heads
+    return rows
+
+
+def _mixer_rows(mixer: SSDMixer, heads: Tensor) -> dict[str, Tensor]:
+    own = _channels(heads, mixer.config.head_dim)
+    shared = torch.arange(2 * mixer.bc)  # B and C, which the heads of a group share
+    inner = mixer.inner
+    convolved = torch.cat([own, inner + shared])  # x, B, C
+    projected = torch.cat([own, inner + convolved, 2 * inner + len(shared) + heads])  # z, x, B, C, dt
     rows = {"in_proj.weight": projected, "conv1d.weight": convolved, "norm.weight": own, "out_proj.weight": own}
     rows |= dict.fromkeys(("dt_bias", "A_log", "D"), heads)
-    if branch.in_proj.bias is not None:
+    if mixer.in_proj.bias is not None:
         rows["in_proj.bias"] = projected
-    if branch.conv1d.bias is not None:
+    if mixer.conv1d.bias is not None:
         rows["conv1d.bias"] = convolved
     return rows
 
 
+def _channels(which: Tensor, width: int) -> Tensor:
+    """The channels of heads that are `width` channels wide."""
+    return (which[:, None] * width + torch.arange(width)).flatten()
+
+
 def _rebuilt(model: PreTrainedModel, config: Any, weights: Mapping[str, Tensor]) -> PreTrainedModel:
-    """A model with another configuration, these weights, and all else of the old one."""
-    config.validate_ssd() if isinstance(model, SSDForCausalLM) else config.validate_statecore()
+    """A model with a new configuration and weights, and everything else as in the old one."""
+    if isinstance(model, SSDForCausalLM):
+        config.validate_ssd()
+    else:
+        config.validate_statecore()
     new = type(model)(config).to(dtype=model.dtype, device=model.device)
     parameters, old = dict(new.named_parameters()), dict(model.named_parameters())
     with torch.no_grad():
@@ -204,31 +243,55 @@ def _rebuilt(model: PreTrainedModel, config: Any, weights: Mapping[str, Tensor])
 # Lower rank
 
 
+@dataclass(frozen=True)
+class LowerOptions:
+    """Which directions of the states stay.
+
+    Args:
+        keep: share of the width of the states' key side that stays, in (0, 1].
+        by: the saved model's directions: those in which calibration states are largest ("leading"), smallest
+            ("trailing"), or "random" ones. All three are compared.
+        seed: of the random directions.
+    """
+
+    keep: float = 0.5
+    by: Directions = "leading"
+    seed: int = 0
+
+
 def key_covariances(
     model: PreTrainedModel, texts: Sequence[Sequence[int] | Tensor], positions: Sequence[int] = POSITIONS
 ) -> dict[int, Tensor]:
-    """By layer the mean of S S^T / |S|^2 over places of calibration texts, float64 [bases, Dk, Dk]: one for each head
-    of a linear branch, one for each group of heads of an SSD layer, which share their keys.
+    """For each layer the mean of S S^T / |S|^2 over positions of calibration texts, float64 [bases, Dk, Dk].
+
+    Heads of a linear branch have a basis each; the heads of a group in an SSD layer share theirs, as they share keys.
     """
     found = branches(model)
     total: dict[int, Tensor] = {}
     for text in texts:
         places = [p for p in positions if p < len(text)]
         wanted = {*places, len(text)}
-        for seen, cache, _ in read_pieces(model, text, places):
-            for layer, states in cached_states(cache).items() if seen in wanted else ():
-                state = states[0].double()
-                outer = torch.einsum("hkv,hlv->hkl", state, state)
-                outer = outer / outer.diagonal(dim1=1, dim2=2).sum(-1).clamp(min=1e-300)[:, None, None]
-                bases, of_head = _bases(found[layer])
-                one = outer.new_zeros(bases, *outer.shape[1:])
-                one = one.index_add(0, torch.tensor(of_head, device=outer.device), outer)
-                total[layer] = total[layer] + one if layer in total else one
+        for read, cache, _ in read_pieces(model, text, places):
+            if read not in wanted:
+                continue
+            for layer, states in cached_states(cache).items():
+                covariance = _normalised_covariance(states[0], found[layer])
+                total[layer] = total[layer] + covariance if layer in total else covariance
     return total
 
 
+def _normalised_covariance(state: Tensor, branch: SSDMixer | LinearBranch) -> Tensor:
+    """S S^T / |S|^2 of states [H, Dk, Dv], summed over the heads that share a basis: [bases, Dk, Dk]."""
+    state = state.double()
+    outer = torch.einsum("hkv,hlv->hkl", state, state)
+    outer = outer / outer.diagonal(dim1=1, dim2=2).sum(-1).clamp(min=1e-300)[:, None, None]
+    count, of_head = _bases(branch)
+    sums = outer.new_zeros(count, *outer.shape[1:])
+    return sums.index_add(0, torch.tensor(of_head, device=outer.device), outer)
+
+
 def _bases(branch: SSDMixer | LinearBranch) -> tuple[int, list[int]]:
-    """How many bases a layer has, and which one each of its heads is on."""
+    """The number of bases of a layer, and the number of each head's basis."""
     if isinstance(branch, LinearBranch):
         return len(branch.heads), list(range(len(branch.heads)))
     config = branch.config
@@ -238,8 +301,9 @@ def _bases(branch: SSDMixer | LinearBranch) -> tuple[int, list[int]]:
 def choose_bases(
     covariances: Mapping[int, Tensor], keep: float, by: Directions = "leading", seed: int = 0
 ) -> dict[int, Tensor]:
-    """By layer orthonormal bases [bases, Dk, r] with r a share `keep` of Dk: the directions in which the states are
-    largest, smallest ("trailing"), or random ones.
+    """Orthonormal bases [bases, Dk, r] for each layer, with r a share `keep` of Dk.
+
+    by: the directions in which the states are largest ("leading"), smallest ("trailing"), or "random" ones.
     """
     if not 0 < keep <= 1:
         raise ValueError(f"keep is the share of the states' width that stays: it must lie in (0, 1], got {keep}")
@@ -261,7 +325,7 @@ def choose_bases(
 
 
 def lower_ranks(model: PreTrainedModel, bases: Mapping[int, Tensor]) -> PreTrainedModel:
-    """A copy of the model whose states are kept in the coordinates of each layer's orthonormal bases [bases, Dk, r]."""
+    """A copy of the model that stores states in the coordinates of each layer's orthonormal bases [bases, Dk, r]."""
     found = branches(model)
     if bases.keys() != found.keys():
         raise ValueError(f"expected bases for the layers {sorted(found)}, got {sorted(bases)}")
@@ -273,96 +337,7 @@ def lower_ranks(model: PreTrainedModel, bases: Mapping[int, Tensor]) -> PreTrain
         basis = bases[layer]
         if len(basis) != _bases(branch)[0]:
             raise ValueError(f"layer {layer}: expected {_bases(branch)[0]} bases, got {len(basis)}")
-        if branch.basis is not None:  # states are in its coordinates already
+        if branch.basis is not None:  # `basis` is relative to the coordinates of an earlier lowering
             basis = branch.basis.detach().to(basis) @ basis
         weights[f"{prefixes[id(branch)]}.basis"] = basis.to(model.dtype)
     return _rebuilt(model, config, weights)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What it costs and saves
-
-
-def held_out(model: PreTrainedModel, texts: Sequence[Sequence[int] | Tensor]) -> dict[str, float]:
-    """Loss in nats a token, perplexity, and share of next tokens that are the likeliest, over all tokens but each
-    text's first.
-    """
-    loss, right, count = 0.0, 0, 0
-    for text in texts:
-        tokens = torch.as_tensor(text, dtype=torch.long, device=model.device)
-        begin = 0
-        for seen, _, logits in read_pieces(model, tokens, all_logits=True):
-            target = tokens[begin + 1 : seen + 1]
-            logits = logits[: len(target)].float()
-            loss += F.cross_entropy(logits, target, reduction="sum").item()
-            right += int((logits.argmax(-1) == target).sum())
-            count, begin = count + len(target), seen
-    if not count:
-        raise ValueError("held-out texts must have at least two tokens")
-    mean = loss / count
-    return {"loss": mean, "perplexity": math.exp(min(mean, 700)), "accuracy": right / count, "tokens": count}
-
-
-@torch.no_grad()
-def decoding_cost(
-    models: Mapping[str, PreTrainedModel], prompt: Sequence[int], tokens: int = 64, rounds: int = 5, *, batch: int = 1
-) -> dict[str, dict[str, float]]:
-    """Milliseconds (CPU time where models are on the CPU; fastest round) of a pass that decodes a token for each of
-    `batch` sequences, one model after the other in every round, bytes of state of a sequence, and parameters.
-    """
-    ids = torch.as_tensor(prompt, dtype=torch.long).expand(batch, -1)
-    fastest = dict.fromkeys(models, math.inf)
-    found: dict[str, dict[str, float]] = {}
-    for _ in range(rounds):
-        for name, model in models.items():
-            on_cpu = model.device.type == "cpu"
-            cache = DynamicCache(config=model.config)
-            logits = model(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True).logits
-            token = logits[:, -1:].argmax(-1)
-            clock = time.process_time if on_cpu else time.perf_counter
-            began = clock()
-            for _ in range(tokens):
-                token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-            int(token[0, 0])  # waits for a GPU
-            fastest[name] = min(fastest[name], clock() - began)
-            found[name] = {
-                "ms": 1e3 * fastest[name] / tokens, "state_bytes": cache_bytes(cache).state // batch,
-                "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            }  # fmt: skip
-    return found
-
-
-def compare(
-    model: PreTrainedModel, variants: Mapping[str, PreTrainedModel], texts: Sequence[Sequence[int] | Tensor],
-    prompt: Sequence[int],
-) -> list[dict[str, Any]]:  # fmt: skip
-    """A row for the model as it is and for each variant: held-out figures, bytes of state, milliseconds a token."""
-    every = {"as it is": model} | dict(variants)
-    cost = decoding_cost(every, prompt)
-    return [{"model": name} | held_out(one, texts) | cost[name] for name, one in every.items()]
-
-
-def side_of_the_asymmetry(rows: Sequence[Mapping[str, Any]], high: str = "joint", low: str = "reverse") -> str:
-    """In words which heads this model can spare, the paper's high ones or the low ones, and where random pruning lies;
-    from rows of `compare` named `high`, `low` and "random ...".
-    """
-    loss = {row["model"]: row["loss"] for row in rows}
-    at_random = [value for name, value in loss.items() if name.startswith("random")]
-    text = (
-        f"Pruning the heads with high scores costs {loss[high] - loss['as it is']:+.4f} nats a token, those with low "
-        f"scores {loss[low] - loss['as it is']:+.4f}: "
-    )
-    if math.isclose(loss[high], loss[low], rel_tol=1e-9):
-        text += "no difference."
-    elif loss[high] < loss[low]:
-        text += "high-scoring heads are easier to spare here, which is the side that the paper reports."
-    else:
-        text += "low-scoring heads are easier to spare here, the reverse of what the paper reports."
-    if at_random:
-        below = sum(value < loss[high] for value in at_random)
-        mean = math.fsum(at_random) / len(at_random) - loss["as it is"]
-        text += (
-            f" Random pruning costs {mean:+.4f} in the mean of {len(at_random)} draws and beats pruning of the high "
-            f"ones in {below} of them."
-        )
-    return text

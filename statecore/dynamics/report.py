@@ -1,4 +1,4 @@
-"""Recorded state dynamics and pruned models for people: pictures with their JSON beside them, reports."""
+"""Recorded state dynamics and pruned models for people: pictures with their data as JSON, and reports in Markdown."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from .recording import EPSILON, Trajectory
 
 
 def draw_heads(path: Path, summary: Mapping[str, Any]) -> None:
-    """Layer by head: mean effective rank as a share of what is possible, mean nuclear norm, and their histogram."""
+    """Mean effective rank (share of the largest possible) and mean nuclear norm by layer and head; a histogram of final
+    ranks.
+    """
     heads = summary["heads"]
     layers = sorted({head["layer"] for head in heads})
     grids = {
@@ -47,47 +49,44 @@ def draw_heads(path: Path, summary: Mapping[str, Any]) -> None:
     write_json(path.with_suffix(".json"), {"heads": heads, "stratification": summary["stratification"]})
 
 
-def draw_trajectories(path: Path, one: Trajectory) -> None:
-    """Rank and nuclear norm of every head over the tokens of one input; dotted lines stand at step ends."""
+def draw_trajectories(path: Path, trajectory: Trajectory) -> None:
+    """Rank and nuclear norm of every head over the tokens of one input; dotted lines mark step ends."""
     figure = new_figure((12, 4))
-    colours = _layer_colours(one)
-    for axes, (title, values) in zip(
-        figure.subplots(1, 2), {"effective rank / d": one.fractions, "nuclear norm": one.values["nuclear"]}.items(),
-        strict=True,
-    ):  # fmt: skip
-        for i, head in enumerate(one.heads):
-            axes.plot(one.positions, values[:, i], color=colours[head.layer], linewidth=0.8, alpha=0.8)
-        for position in one.positions[one.is_step_end]:
+    colours = _layer_colours(trajectory)
+    norms = trajectory.values["nuclear"]
+    panels = {"effective rank / d": trajectory.fractions, "nuclear norm": norms}
+    for axes, (title, values) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        for i, head in enumerate(trajectory.heads):
+            axes.plot(trajectory.positions, values[:, i], color=colours[head.layer], linewidth=0.8, alpha=0.8)
+        for position in trajectory.positions[trajectory.is_step_end]:
             axes.axvline(position, color="gray", linestyle=":", linewidth=0.5)
         axes.set(xscale="log", xlabel="tokens read", ylabel=title)
-    figure.axes[1].set_yscale("log" if (one.values["nuclear"] > 0).all() else "linear")
-    figure.suptitle(f"{one.name}: a line a head, coloured by layer (dark: first)", fontsize="medium")
+    figure.axes[1].set_yscale("log" if (norms > 0).all() else "linear")
+    figure.suptitle(f"{trajectory.name}: a line a head, coloured by layer (dark: first)", fontsize="medium")
     figure.savefig(path, dpi=120)
-    write_json(path.with_suffix(".json"), trajectory_record(one))
+    write_json(path.with_suffix(".json"), _trajectory_record(trajectory))
 
 
-def draw_spectra(path: Path, one: Trajectory, epsilon: float = EPSILON) -> None:
-    """Singular values of every head behind the last token, as a share of the largest."""
+def draw_spectra(path: Path, trajectory: Trajectory, epsilon: float = EPSILON) -> None:
+    """Singular values of every head after the last token, as a share of the largest."""
     figure = new_figure((6.5, 4.2))
     axes = figure.add_subplot(yscale="log", xlabel="number of the singular value", ylabel="singular value / largest")
-    colours = _layer_colours(one)
-    for head, sigma in zip(one.heads, one.spectra, strict=True):
+    colours = _layer_colours(trajectory)
+    heads = list(zip(trajectory.heads, trajectory.spectra, strict=True))
+    for head, sigma in heads:
         if sigma[0] > 0:
-            axes.plot(
-                range(1, len(sigma) + 1), np.maximum(sigma / sigma[0], 1e-9), color=colours[head.layer], linewidth=0.8
-            )
+            share = np.maximum(sigma / sigma[0], 1e-9)
+            axes.plot(range(1, len(sigma) + 1), share, color=colours[head.layer], linewidth=0.8)
     axes.axhline(epsilon, color="tab:red", linestyle="--", linewidth=1)
-    axes.set_title(f"{one.name}, {one.positions[-1]} tokens (dashed: counted as rank above)", fontsize="medium")
+    tokens = int(trajectory.positions[-1])
+    axes.set_title(f"{trajectory.name}, {tokens} tokens (dashed: counted as rank above)", fontsize="medium")
     figure.savefig(path, dpi=120)
-    record = [
-        {"layer": head.layer, "head": head.head, "singular_values": sigma.tolist()}
-        for head, sigma in zip(one.heads, one.spectra, strict=True)
-    ]
-    write_json(path.with_suffix(".json"), {"name": one.name, "tokens": int(one.positions[-1]), "heads": record})
+    rows = [{"layer": head.layer, "head": head.head, "singular_values": sigma.tolist()} for head, sigma in heads]
+    write_json(path.with_suffix(".json"), {"name": trajectory.name, "tokens": tokens, "heads": rows})
 
 
 def draw_variants(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Held-out loss, bytes of state and milliseconds a token of a model and its pruned variants."""
+    """Held-out loss, bytes of state and milliseconds per token of a model and its pruned variants."""
     figure = new_figure((12, 1.2 + 0.35 * len(rows)))
     names = [row["model"] for row in rows]
     units = {"loss": "held-out loss, nats a token", "state_bytes": "bytes of state", "ms": "ms a decoded token"}
@@ -100,20 +99,20 @@ def draw_variants(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     figure.savefig(path, dpi=120)
 
 
-def trajectory_record(one: Trajectory) -> dict[str, Any]:
+def _trajectory_record(trajectory: Trajectory) -> dict[str, Any]:
     return {
-        "name": one.name,
-        "heads": [{"layer": head.layer, "head": head.head, "bound": head.bound} for head in one.heads],
-        "positions": one.positions.tolist(),
-        "is_step_end": one.is_step_end.tolist(),
-        **{name: values.tolist() for name, values in one.values.items()},
+        "name": trajectory.name,
+        "heads": [{"layer": head.layer, "head": head.head, "bound": head.bound} for head in trajectory.heads],
+        "positions": trajectory.positions.tolist(),
+        "is_step_end": trajectory.is_step_end.tolist(),
+        **{name: values.tolist() for name, values in trajectory.values.items()},
     }
 
 
-def _layer_colours(one: Trajectory) -> dict[int, Any]:
+def _layer_colours(trajectory: Trajectory) -> dict[int, Any]:
     from matplotlib import colormaps
 
-    layers = sorted({head.layer for head in one.heads})
+    layers = sorted({head.layer for head in trajectory.heads})
     return {layer: colormaps["viridis"](0.9 * i / max(len(layers) - 1, 1)) for i, layer in enumerate(layers)}
 
 
@@ -122,7 +121,7 @@ def _layer_colours(one: Trajectory) -> dict[int, Any]:
 
 
 def dynamics_text(result: Mapping[str, Any]) -> str:
-    """What `statecore dynamics record` says, in Markdown."""
+    """The report of `statecore dynamics record`, in Markdown."""
     inputs, heads = result["inputs"], result["heads"]
     tokens = sum(entry["tokens"] for entry in inputs)
     steps = sum(entry["steps"] for entry in inputs)
@@ -156,7 +155,12 @@ def _early_to_late(result: Mapping[str, Any]) -> str:
     return "token {} to {}".format(*places.pop()) if len(places) == 1 else "early to late"
 
 
-def variants_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def variants_text(title: str, rows: Sequence[Mapping[str, Any]], remarks: Sequence[str]) -> str:
+    """The report of `statecore dynamics prune` and `lower`, in Markdown."""
+    return "\n".join([title, "", *_variants_table(rows), "", *remarks, ""])
+
+
+def _variants_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [
         "| model | loss, nats a token | perplexity | next token right | state, bytes | ms a token | parameters |",
         "|---|---|---|---|---|---|---|",

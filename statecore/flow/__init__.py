@@ -1,4 +1,4 @@
-"""What each step of a chain of thought tells about its answer.  (CoT-Flow, arXiv 2601.09260)"""
+"""How much each step of a chain of thought tells about its answer.  (CoT-Flow, arXiv 2601.09260)"""
 
 from .gains import (
     CandidateGains,

@@ -1,166 +1,27 @@
-"""Step information gains for people: what is kept of many traces, reports and pictures."""
+"""Gains for people: one trace on the terminal and as a picture, many traces as a Markdown report and a picture."""
 
 from __future__ import annotations
 
-import heapq
-import math
 import textwrap
 import warnings
-from array import array
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..figures import new_figure
 from .gains import StepGains
+from .readers import Chain
+from .summary import Summary, by_size
 
 RESULT_FILE = "flow.json"
-
-
-@dataclass(frozen=True)
-class Chain:
-    """One trace as tokens, with what a person needs to read the result.
-
-    texts: of the steps. spans: their character spans in the thinking, None where only tokens are known. kinds: for each
-    way of naming steps ("pattern", "category", "opening") the name of every step. correct: None where the row does not
-    say.
-    """
-
-    id: str
-    source: str
-    line: int
-    tokens: list[int]
-    step_ends: list[int]
-    closing: list[int]
-    answer: list[int]
-    answer_text: str
-    texts: list[str]
-    spans: list[tuple[int, int]] | None
-    kinds: dict[str, list[str]]
-    correct: bool | None = None
-    posterior_prompt: list[int] | None = None
-
-    def record(self, gains: StepGains) -> dict[str, Any]:
-        """For a line of the rewards file."""
-        rows = []
-        for i, (text, gain) in enumerate(zip(self.texts, gains.gains.tolist(), strict=True)):
-            begin, end = self.spans[i] if self.spans else (None, None)
-            tokens = self.step_ends[i + 1] - self.step_ends[i]
-            kinds = {name: names[i] for name, names in self.kinds.items()}
-            rows.append({"text": text, "begin": begin, "end": end, "tokens": tokens, "gain": gain, **kinds})
-        known = gains.log_likelihoods
-        return {
-            "id": self.id, "source": self.source, "line": self.line, "correct": self.correct,
-            "answer": self.answer_text, "answer_log_likelihoods": None if known is None else known.tolist(),
-            "steps": rows,
-        }  # fmt: skip
-
+MOST_KINDS = 24  # in a table; the rest are in RESULT_FILE
+MOST_PROBLEMS = 20
+MOST_BARS = 60
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Many traces
-
-
-class Summary:
-    """What is kept of many traces: a number a step and naming, four a trace, and the ten most losing steps."""
-
-    PARTS = 10  # of a trace, by its steps
-
-    def __init__(self) -> None:
-        self.traces = 0
-        self.uncached = 0
-        self.kinds: dict[str, dict[str, array]] = {}
-        self.parts = [array("d") for _ in range(self.PARTS)]
-        self.scores: dict[str, array] = {
-            name: array("d")
-            for name in ("total gain", "final log-likelihood", "share of steps that gain", "worst step")
-        }
-        self.correct = array("b")  # -1: the row does not say
-        self.worst: list[tuple[float, int, dict[str, Any]]] = []
-
-    def add(self, trace: Chain, gains: StepGains) -> None:
-        self.traces += 1
-        values = gains.gains.tolist()
-        self.uncached += not gains.cached
-        for naming, names in trace.kinds.items():
-            for name, gain in zip(names, values, strict=True):
-                self.kinds.setdefault(naming, {}).setdefault(name, array("d")).append(gain)
-        for i, gain in enumerate(values):
-            self.parts[i * self.PARTS // len(values)].append(gain)
-            if gain < 0:
-                step = {"id": trace.id, "step": i + 1, "gain": gain, "text": textwrap.shorten(trace.texts[i], 160)}
-                entry = (-gain, self.traces * 100_000 + i, step)
-                (heapq.heappush if len(self.worst) < 10 else heapq.heappushpop)(self.worst, entry)
-        final = math.nan if gains.log_likelihoods is None else gains.log_likelihoods[-1].item()
-        share = sum(gain > 0 for gain in values) / len(values)
-        for name, value in zip(self.scores, (sum(values), final, share, min(values)), strict=True):
-            self.scores[name].append(value)
-        self.correct.append(-1 if trace.correct is None else trace.correct)
-
-    def result(self) -> dict[str, Any]:
-        everything = array("d", chain.from_iterable(self.parts))
-        return {
-            "traces": self.traces,
-            "read_anew_at_every_step_end": self.uncached,
-            "steps": spread(everything),
-            "by_kind": {
-                naming: {name: spread(values) for name, values in _by_size(groups)}
-                for naming, groups in self.kinds.items()
-            },
-            "by_part_of_the_trace": [spread(part) for part in self.parts],
-            "most_losing_steps": [step for _, _, step in sorted(self.worst, reverse=True)],
-            "correctness": self.correctness(),
-        }
-
-    def correctness(self) -> dict[str, Any]:
-        """How the figures of a trace go with its answer being right, or why that cannot be said."""
-        correct = np.array(self.correct)
-        known = correct >= 0
-        right, wrong = int((correct == 1).sum()), int((correct == 0).sum())
-        found: dict[str, Any] = {"right": right, "wrong": wrong, "unknown": int((~known).sum())}
-        if not known.any():
-            return found | {"not_measured": "no row says whether its answer is right"}
-        if not right or not wrong:
-            return found | {"not_measured": f"all {right + wrong} answers are {'right' if right else 'wrong'}"}
-        from sklearn.metrics import roc_auc_score
-
-        for name, values in self.scores.items():
-            score, truth = np.array(values)[known], correct[known] == 1
-            if not np.isfinite(score).all() or np.ptp(score) == 0:
-                continue
-            found[name] = {
-                "mean_when_right": float(score[truth].mean()),
-                "mean_when_wrong": float(score[~truth].mean()),
-                "correlation": float(np.corrcoef(score, truth)[0, 1]),
-                "area_under_roc": float(roc_auc_score(truth, score)),
-            }
-        return found
-
-
-def _by_size(groups: Mapping[str, array]) -> list[tuple[str, array]]:
-    return sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
-
-
-def spread(gains: Iterable[float]) -> dict[str, Any]:
-    """Count, mean, quartiles, share above zero, and all that was gained and lost."""
-    values = np.array(gains, dtype=float)
-    if not len(values):
-        return {"steps": 0}
-    low, middle, high = np.percentile(values, [25, 50, 75]).tolist()
-    return {
-        "steps": len(values),
-        "mean": float(values.mean()),
-        "quartiles": [low, middle, high],
-        "share_above_zero": float((values > 0).mean()),
-        "gained": float(values[values > 0].sum()),
-        "lost": float(values[values < 0].sum()),
-    }
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# For people
+# Text
 
 
 def steps_text(trace: Chain, gains: StepGains) -> str:
@@ -181,52 +42,81 @@ def steps_text(trace: Chain, gains: StepGains) -> str:
     return "\n".join([*lines, total])
 
 
-def report(result: Mapping[str, Any]) -> str:
+def report_text(result: Mapping[str, Any]) -> str:
     """The report on many traces, in Markdown."""
-    every, left_out = result["steps"], result["left_out"]
+    lines = [
+        *_overview(result),
+        *_kinds(result["by_kind"]),
+        *_parts(result["by_part_of_the_trace"]),
+        *_worst_steps(result["most_losing_steps"]),
+        *_correctness(result["correctness"]),
+        *_left_out(result["left_out"]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _overview(result: Mapping[str, Any]) -> list[str]:
+    steps = result["steps"]
     lines = [
         "# Step information gain",
         "",
-        f"{result['traces']} traces, {every['steps']} steps, {len(left_out)} rows left out. A step gains "
-        f"{every['mean']:.4f} nats in the mean (median {every['quartiles'][1]:.4f}); {every['share_above_zero']:.1%} "
-        f"of the steps gain; {every['gained']:.2f} nats were gained and {every['lost']:.2f} lost.",
+        f"{result['traces']} traces, {steps['steps']} steps, {len(result['left_out'])} rows left out. A step gains "
+        f"{steps['mean']:.4f} nats in the mean (median {steps['quartiles'][1]:.4f}); {steps['share_above_zero']:.1%} "
+        f"of the steps gain; {steps['gained']:.2f} nats were gained and {steps['lost']:.2f} lost.",
     ]
     if result["read_anew_at_every_step_end"] and result["settings"]["method"] == "difference":
         lines += ["", "The model's cache cannot be forked: every step end was read anew."]
     if result["unknown_tokens"]:
         lines += ["", f"{result['unknown_tokens']} tokens are unknown to the tokenizer: is it the model's?"]
-    for naming, groups in result["by_kind"].items():
-        lines += ["", f"## By {naming}", "", *_spread_table(naming, list(groups.items())[:24])]
-        if len(groups) > 24:
-            lines += ["", f"The {len(groups) - 24} rarest are in {RESULT_FILE}."]
-    parts = [
-        (f"{10 * i} to {10 * i + 10} % of the steps", part) for i, part in enumerate(result["by_part_of_the_trace"])
-    ]
-    lines += ["", "## Where gain is made and lost", "", *_spread_table("part of the trace", parts)]
-    if result["most_losing_steps"]:
-        lines += ["", "The steps that lose most:", ""]
-        lines += [f"- {s['gain']:+.3f} ({s['id']}, step {s['step']}) {s['text']}" for s in result["most_losing_steps"]]
-    lines += ["", "## Right and wrong answers", ""]
-    known = dict(result["correctness"])
+    return lines
+
+
+def _kinds(by_kind: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    lines = []
+    for naming, groups in by_kind.items():
+        lines += ["", f"## By {naming}", "", *_spread_table(naming, list(groups.items())[:MOST_KINDS])]
+        if len(groups) > MOST_KINDS:
+            lines += ["", f"The {len(groups) - MOST_KINDS} rarest are in {RESULT_FILE}."]
+    return lines
+
+
+def _parts(parts: Sequence[Mapping[str, Any]]) -> list[str]:
+    named = [(f"{10 * i} to {10 * i + 10} % of the steps", part) for i, part in enumerate(parts)]
+    return ["", "## Where gain is made and lost", "", *_spread_table("part of the trace", named)]
+
+
+def _worst_steps(steps: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not steps:
+        return []
+    return [
+        "", "The steps that lose most:", "",
+        *(f"- {step['gain']:+.3f} ({step['id']}, step {step['step']}) {step['text']}" for step in steps),
+    ]  # fmt: skip
+
+
+def _correctness(correctness: Mapping[str, Any]) -> list[str]:
+    known = dict(correctness)
     right, wrong, unknown = (known.pop(name) for name in ("right", "wrong", "unknown"))
-    lines.append(f"{right} traces are right, {wrong} wrong, {unknown} do not say.")
+    lines = [
+        "", "## Right and wrong answers", "",
+        f"{right} traces are right, {wrong} wrong, {unknown} do not say.", "",
+    ]  # fmt: skip
     if "not_measured" in known:
-        lines += ["", f"No correlation is given: {known['not_measured']}."]
-    else:
-        lines += [
-            "",
-            "| of a trace | mean, right | mean, wrong | correlation | area under ROC |",
-            "|---|---|---|---|---|",
-        ]
-        for name, row in known.items():
-            cells = " | ".join(f"{row[key]:.3f}" for key in row)
-            lines.append(f"| {name} | {cells} |")
-    if left_out:
-        lines += ["", "## Rows left out", ""]
-        lines += [f"- {r['source']}, line {r['line']}: {r['reason']}: {r['detail']}" for r in left_out[:20]]
-        if len(left_out) > 20:
-            lines.append(f"- and {len(left_out) - 20} more, in {RESULT_FILE}")
-    return "\n".join(lines) + "\n"
+        return [*lines, f"No correlation is given: {known['not_measured']}."]
+    lines += ["| of a trace | mean, right | mean, wrong | correlation | area under ROC |", "|---|---|---|---|---|"]
+    for name, row in known.items():
+        lines.append(f"| {name} | " + " | ".join(f"{value:.3f}" for value in row.values()) + " |")
+    return lines
+
+
+def _left_out(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not rows:
+        return []
+    lines = ["", "## Rows left out", ""]
+    lines += [f"- {r['source']}, line {r['line']}: {r['reason']}: {r['detail']}" for r in rows[:MOST_PROBLEMS]]
+    if len(rows) > MOST_PROBLEMS:
+        lines.append(f"- and {len(rows) - MOST_PROBLEMS} more, in {RESULT_FILE}")
+    return lines
 
 
 def _spread_table(name: str, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
@@ -241,33 +131,26 @@ def _spread_table(name: str, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> l
     return lines
 
 
-MOST_BARS = 60
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures
 
 
 def draw_trace(path: Path, trace: Chain, gains: StepGains) -> None:
-    """Bars of the gains beside the beginnings of the steps, and the answer's log-likelihood as they add up."""
-    from matplotlib.figure import Figure
-
+    """A bar for the gain of each step beside the step's beginning, and the answer's log-likelihood as it develops."""
     values = gains.gains.numpy()
     shown = np.sort(np.argsort(-np.abs(values), kind="stable")[:MOST_BARS])
-    labels = [_beginning(trace.texts[i]) for i in shown]
     height = np.arange(len(shown))
-    figure = Figure(figsize=(11, 1.4 + 0.4 * len(shown)), layout="constrained")
+    figure = new_figure((11, 1.4 + 0.4 * len(shown)))
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
     left.barh(height, values[shown], color=np.where(values[shown] < 0, "tab:red", "tab:blue"), height=0.7)
     left.axvline(0, color="black", linewidth=0.8)
-    left.set_yticks(height, [f"{label}  {i + 1}" for i, label in zip(shown, labels, strict=True)], fontsize=7)
+    left.set_yticks(height, [f"{_beginning(trace.texts[i])}  {i + 1}" for i in shown], fontsize=7)
     left.set_xlabel("gain of the step, nats")
     left.set_ylim(len(shown) - 0.4, -0.6)
-    cut = (
-        f"the {len(shown)} of {len(values)} steps with the largest gains and losses; "
-        if len(shown) < len(values)
-        else ""
-    )
-    title = f"{trace.id}: {cut}answer {textwrap.shorten(trace.answer_text, 60)!r}"
+    _show_literally(left)
+    cut = f"the {len(shown)} of {len(values)} steps with the largest gains and losses; "
+    title = f"{trace.id}: {cut if len(shown) < len(values) else ''}answer {textwrap.shorten(trace.answer_text, 60)!r}"
     figure.suptitle(title, fontsize=9, parse_math=False)
-    for label in left.get_yticklabels():
-        label.set_parse_math(False)
     if gains.log_likelihoods is None:
         right.plot(np.cumsum(values)[shown], height, "o-", color="tab:green", markersize=3)
         right.set_xlabel("gain so far, nats")
@@ -281,43 +164,56 @@ def draw_trace(path: Path, trace: Chain, gains: StepGains) -> None:
 
 def draw_summary(path: Path, summary: Summary) -> None:
     """Gains by kind of step, along the trace, and of right and wrong traces."""
-    from matplotlib.figure import Figure
-
     naming = next((name for name in ("category", "pattern", "opening") if name in summary.kinds), "opening")
-    groups = _by_size(summary.kinds.get(naming, {}))[:16]
-    figure = Figure(figsize=(13, 1.6 + 0.3 * max(len(groups), 8)), layout="constrained")
+    groups = by_size(summary.kinds.get(naming, {}))[:16]
+    figure = new_figure((13, 1.6 + 0.3 * max(len(groups), 8)))
     by_kind, by_part, by_truth = figure.subplots(1, 3, width_ratios=(3, 2, 2))
-    by_kind.boxplot([values for _, values in groups], orientation="horizontal", showfliers=False, showmeans=True)
+    _draw_kinds(by_kind, naming, groups)
+    _draw_parts(by_part, summary)
+    _draw_truth(by_truth, summary)
+    _save(figure, path)
+
+
+def _draw_kinds(axes: Any, naming: str, groups: Sequence[tuple[str, Sequence[float]]]) -> None:
+    axes.boxplot([values for _, values in groups], orientation="horizontal", showfliers=False, showmeans=True)
     names = [f"{name} ({len(values)})" for name, values in groups]
-    by_kind.set_yticks(range(1, len(names) + 1), names, fontsize=7)
-    by_kind.invert_yaxis()
-    by_kind.axvline(0, color="black", linewidth=0.8)
-    by_kind.set(title=f"by {naming} (steps)", xlabel="gain of a step, nats")
-    for label in by_kind.get_yticklabels():
-        label.set_parse_math(False)
-    at = [i for i, part in enumerate(summary.parts) if part]
-    gained, lost = (
-        [np.clip(p, *limits).mean() for p in (np.array(summary.parts[i]) for i in at)]
-        for limits in ((0, None), (None, 0))
-    )
-    by_part.bar(at, gained, color="tab:blue", label="gained")
-    by_part.bar(at, lost, color="tab:red", label="lost")
-    by_part.set(title="along the trace", xlabel="tenth of the steps", ylabel="nats a step")
-    by_part.legend(fontsize=7)
+    axes.set_yticks(range(1, len(names) + 1), names, fontsize=7)
+    axes.invert_yaxis()
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set(title=f"by {naming} (steps)", xlabel="gain of a step, nats")
+    _show_literally(axes)
+
+
+def _draw_parts(axes: Any, summary: Summary) -> None:
+    """Mean gain and mean loss in each tenth of the trace."""
+    tenths = [i for i, part in enumerate(summary.parts) if part]
+    parts = [np.array(summary.parts[i]) for i in tenths]
+    axes.bar(tenths, [np.clip(part, 0, None).mean() for part in parts], color="tab:blue", label="gained")
+    axes.bar(tenths, [np.clip(part, None, 0).mean() for part in parts], color="tab:red", label="lost")
+    axes.set(title="along the trace", xlabel="tenth of the steps", ylabel="nats a step")
+    axes.legend(fontsize=7)
+
+
+def _draw_truth(axes: Any, summary: Summary) -> None:
+    """Histograms of a whole trace's gain, for right and wrong traces."""
     correct, total = np.array(summary.correct), np.array(summary.scores["total gain"])
     bins = np.histogram_bin_edges(total, 20)
     for value, name, colour in ((1, "right", "tab:green"), (0, "wrong", "tab:red"), (-1, "not said", "tab:grey")):
-        if (correct == value).any():
-            by_truth.hist(
-                total[correct == value], bins, alpha=0.6, color=colour, label=f"{name} ({(correct == value).sum()})"
-            )
-    by_truth.set(title="right and wrong answers", xlabel="gain of a whole trace, nats", ylabel="traces")
-    by_truth.legend(fontsize=7)
-    _save(figure, path)
+        chosen = total[correct == value]
+        if len(chosen):
+            axes.hist(chosen, bins, alpha=0.6, color=colour, label=f"{name} ({len(chosen)})")
+    axes.set(title="right and wrong answers", xlabel="gain of a whole trace, nats", ylabel="traces")
+    axes.legend(fontsize=7)
 
 
 def _beginning(text: str) -> str:
     return textwrap.fill(textwrap.shorten(text, 100, placeholder=" ..."), 60)
+
+
+def _show_literally(axes: Any) -> None:
+    """Dollar signs in texts of traces start no formula."""
+    for label in axes.get_yticklabels():
+        label.set_parse_math(False)
 
 
 def _save(figure: Any, path: Path) -> None:

@@ -4,22 +4,23 @@ PromptCoT-Mamba.  (arXiv 2405.21060, 2505.22425)
     [z, x, B, C, dt] = in_proj(hidden),  x, B, C = silu(causal depthwise convolution),  dt = softplus(dt + dt_bias)
     S_t = exp(dt_t A) S_{t-1} + B_t^T (dt_t x_t),  y_t = C_t S_t + D x_t,  out = out_proj(RMSNorm(y * silu(z)))
 
-That is `linear_attention` with q = C, k = B, v = dt x and log_decay = dt A, whose states are flash-linear-attention's
-[heads, Dk, Dv]: the transpose of the reference's [heads, head_dim, state_size]. Prefill and training run in chunks,
-decoding is one rank-1 update of a state of constant size, and one goes over into the other at any token.
+This is `linear_attention` with q = C, k = B, v = dt x and log_decay = dt A. Its states are [heads, Dk, Dv] as in
+flash-linear-attention, the transpose of the reference's [heads, head_dim, state_size]. Prefill and training run in
+chunks; decoding is one rank-1 update of a state of constant size. Either may continue the other at any token.
 
-Parameters, their names and the configuration are those of transformers' Mamba2, so its checkpoints load here and what
-is saved here loads there (`SSDForCausalLM.from_pretrained`, `Mamba2ForCausalLM.from_pretrained`). Layers of attention
-or of mixed attention (statecore/modeling.py) may stand in between; such hybrids have a model type of their own.
+Parameters, their names and the configuration are those of transformers' Mamba2, so checkpoints load in both directions
+(`SSDForCausalLM.from_pretrained`, `Mamba2ForCausalLM.from_pretrained`). Layers of attention or of mixed attention
+(statecore/modeling.py) may stand among the SSD layers; such hybrids have a model type of their own.
 
-What the sources leave open or do in several ways, and what is done here:
+Where the sources leave something open or disagree:
 
-- The gated norm. The reference block normalises each group of channels by itself, transformers all channels at once.
-  `norm_groups = 1` is transformers' way, so that its checkpoints give its logits; `norm_groups = n_groups` is the
-  reference's.
-- dt limits. transformers clamps dt in prefill and not in decoding; here both do, or a hand-off would change the model.
-- Padding. A padded token adds nothing to a state and does not make it decay either.
-- Hybrids. An attention layer takes the place of an SSD layer and has, like it, no MLP behind it.
+- The gated norm. The reference block normalises each group of channels separately, transformers all channels together.
+  `norm_groups = 1` follows transformers, so that its checkpoints give its logits; `norm_groups = n_groups` follows the
+  reference.
+- dt limits. transformers clamps dt in prefill but not in decoding; here both clamp it, so that decoding continues the
+  same model.
+- Padding. A padding token neither adds to a state nor lets it decay.
+- Hybrids. An attention layer replaces an SSD layer and, like it, has no MLP behind it.
 """
 
 import math
@@ -42,9 +43,10 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from .. import ops, steps
 from ..cache import StepCacheLayer
 from ..config import LAYER_TYPE as STEP_LAYER_TYPE
-from ..config import StateCoreLlamaConfig, check_pruned
-from ..modeling import LinearBranch, LlamaMixedAttention, Widen
-from ..steps import Segments
+from ..config import check_pruned
+from ..families import LlamaMixedAttention, StateCoreLlamaConfig
+from ..modeling import LinearBranch, Widen
+from ..steps import StepContext
 
 SSD_LAYER_TYPE = "statecore_ssd"
 SSD, ATTENTION, MIXED_ATTENTION = KINDS = ("ssd", "attention", "mixed_attention")
@@ -56,17 +58,17 @@ SSD, ATTENTION, MIXED_ATTENTION = KINDS = ("ssd", "attention", "mixed_attention"
 
 @strict
 class SSDConfig(Mamba2Config):
-    """transformers' Mamba2Config and what it has no field for.
+    """transformers' Mamba2Config with fields for hybrids, the reference's gated norm and pruned layers.
 
     layer_list: the kind of every layer, "ssd", "attention" or "mixed_attention"; None means "ssd" throughout.
-    attention: fields of StateCoreLlamaConfig for the layers that are not "ssd": num_attention_heads, which must be
-    there, num_key_value_heads, rope_parameters, and for mixed attention its step tokens and la_rank.
-    norm_groups: groups of channels that the gated norm normalises by themselves.
-    state_heads, state_ranks: for every layer the heads that are there and the width that B and C are projected to (see
-    statecore/pruning.py; entries of "attention" layers are not looked at). The gated norm divides by the width that
-    all heads have, so a missing head is one whose output is zero.
+    attention: fields of StateCoreLlamaConfig for the layers that are not "ssd": num_attention_heads, which is required,
+    num_key_value_heads, rope_parameters, and for mixed attention its step tokens and la_rank.
+    norm_groups: groups of channels that the gated norm normalises separately.
+    state_heads, state_ranks: for every layer the heads it keeps and the width that B and C are projected to (see
+    statecore/dynamics/pruning.py; entries of "attention" layers are ignored). The gated norm divides by the width of
+    all heads, so a removed head is equivalent to one whose output is zero.
 
-    While all of them have their defaults the configuration is written as a plain `mamba2` one.
+    With their defaults, the configuration is saved as a plain `mamba2` one.
     """
 
     model_type = "statecore_ssd"
@@ -93,7 +95,7 @@ class SSDConfig(Mamba2Config):
 
     def attention_config(self) -> StateCoreLlamaConfig:
         """Configuration of the layers that are not "ssd"."""
-        given = {
+        shared = {
             "hidden_size": self.hidden_size,
             "num_hidden_layers": self.num_hidden_layers,
             "vocab_size": self.vocab_size,
@@ -101,12 +103,15 @@ class SSDConfig(Mamba2Config):
             "initializer_range": self.initializer_range,
         }
         own = self.attention or {}
-        every = list(range(own.get("num_key_value_heads") or own.get("num_attention_heads", 0)))
+        all_heads = list(range(own.get("num_key_value_heads") or own.get("num_attention_heads", 0)))
         mixed = [kind == MIXED_ATTENTION for kind in self.kinds]
-        for name, whole, nothing in (("state_heads", self.state_heads, every), ("state_ranks", self.state_ranks, 1)):
-            if whole is not None:
-                given[name] = [entry if here else nothing for entry, here in zip(whole, mixed, strict=True)]
-        return StateCoreLlamaConfig(**(given | (self.attention or {})))
+        for name, pruned, unused in (
+            ("state_heads", self.state_heads, all_heads),
+            ("state_ranks", self.state_ranks, 1),
+        ):
+            if pruned is not None:
+                shared[name] = [entry if here else unused for entry, here in zip(pruned, mixed, strict=True)]
+        return StateCoreLlamaConfig(**(shared | own))
 
     def to_dict(self) -> dict[str, Any]:
         fields = super().to_dict()
@@ -120,7 +125,7 @@ class SSDConfig(Mamba2Config):
 
     @classmethod
     def get_config_dict(cls, name, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Takes `mamba2` checkpoints for its own and refuses all others."""
+        """Accepts `mamba2` checkpoints beside its own and refuses all others."""
         fields, rest = super().get_config_dict(name, **kwargs)
         found = fields.get("model_type")
         if found not in (Mamba2Config.model_type, cls.model_type):
@@ -137,7 +142,7 @@ class SSDConfig(Mamba2Config):
         return cls(**(given | fields))
 
     def validate_layer_type(self):
-        """Replaces the base's check, which only knows layer types of transformers itself."""
+        """Replaces the base's check, which knows only the layer types of transformers itself."""
 
     def validate_ssd(self):
         inner = self.num_heads * self.head_dim
@@ -155,6 +160,10 @@ class SSDConfig(Mamba2Config):
         low, high = self.time_step_limit
         if not 0 <= low <= high:
             raise ValueError(f"time_step_limit must be (low, high) with 0 <= low <= high, got {(low, high)}")
+        self._check_layers()
+        self._check_pruned()
+
+    def _check_layers(self):
         if self.layer_list is not None and len(self.layer_list) != self.num_hidden_layers:
             raise ValueError(
                 f"layer_list must name {self.num_hidden_layers} layers (num_hidden_layers), got {len(self.layer_list)}"
@@ -162,16 +171,16 @@ class SSDConfig(Mamba2Config):
         unknown = sorted(set(self.kinds) - set(KINDS))
         if unknown:
             raise ValueError(f"layer_list may hold {', '.join(map(repr, KINDS))}, got {unknown[0]!r}")
-        if set(self.kinds) > {SSD} or SSD not in self.kinds:
-            heads = (self.attention or {}).get("num_attention_heads")
-            if not heads:
-                raise ValueError(
-                    "layers that are not 'ssd' need attention = {'num_attention_heads': ...}, and more fields of "
-                    f"StateCoreLlamaConfig where the defaults do not fit; got attention = {self.attention}"
-                )
-            if "head_dim" not in self.attention and self.hidden_size % heads:
-                raise ValueError(f"hidden_size {self.hidden_size} is no multiple of num_attention_heads {heads}")
-        self._check_pruned()
+        if set(self.kinds) == {SSD}:
+            return
+        heads = (self.attention or {}).get("num_attention_heads")
+        if not heads:
+            raise ValueError(
+                "layers that are not 'ssd' need attention = {'num_attention_heads': ...}, and more fields of "
+                f"StateCoreLlamaConfig where the defaults do not fit; got attention = {self.attention}"
+            )
+        if "head_dim" not in self.attention and self.hidden_size % heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of num_attention_heads {heads}")
 
     def _check_pruned(self):
         own = self.attention or {}
@@ -203,10 +212,10 @@ class SSDConfig(Mamba2Config):
 
 
 class SSDCacheLayer(CacheLayerMixin):
-    """What one SSD layer remembers, of constant size.
+    """The cache of one SSD layer, of constant size.
 
     state: float32 (float64 models: float64) [B, Hv, Dk, Dv]. window: [B, conv_kernel - 1, channels], the newest inputs
-    of the convolution. Both None before the first token. Decoding changes `state` in place; so a copy of a layer
+    of the convolution. Both are None before the first token. Decoding changes `state` in place, so a copy of the layer
     (statecore.cache.snapshot, fork) copies its tensors.
     """
 
@@ -262,7 +271,7 @@ class SSDCacheLayer(CacheLayerMixin):
         return -1
 
     def lazy_initialization(self, *args, **kwargs) -> None:
-        raise NotImplementedError("an SSD layer holds a state and no keys and values")
+        raise NotImplementedError("an SSD layer holds a state, not keys and values")
 
     update = lazy_initialization
 
@@ -274,17 +283,17 @@ class SSDCacheLayer(CacheLayerMixin):
 
 
 def ssm_states(cache: Cache) -> dict[int, Tensor]:
-    """The states of a filled cache by layer, float32 [B, Hv, Dk, Dv]; the tensors themselves, which decoding changes.
+    """The states of a filled cache by layer, float32 [B, Hv, Dk, Dv]; not copies: decoding changes them.
 
-    Mixed attention layers are there with their running state.
+    Of mixed attention layers it is the running state.
     """
-    found = {}
+    states = {}
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, SSDCacheLayer) and layer.state is not None:
-            found[index] = layer.state
+            states[index] = layer.state
         elif isinstance(layer, StepCacheLayer) and layer.states is not None:
-            found[index] = layer.states[0]
-    return found
+            states[index] = layer.states[0]
+    return states
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -297,30 +306,33 @@ def ssd_scan(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`S_t = exp(dt_t A) S_{t-1} + B_t^T (dt_t x_t)`, `y_t = C_t S_t`.  (arXiv 2405.21060)
 
-    x [B, T, H, P], dt >= 0 [B, T, H], A <= 0 [H], B and C [B, T, G, N] with H a multiple of G, state [sequences, H, N,
-    P] -> y [B, T, H, P] and the state after the last token.
+    x [B, T, H, P], dt >= 0 [B, T, H], A <= 0 [H], B and C [B, T, G, N] with H a multiple of G,
+    state [sequences, H, N, P] -> y [B, T, H, P] and the state after the last token.
     """
     v = (x * dt[..., None]).to(x.dtype)
     return ops.linear_attention(C, B, v, dt * A, state, cu_seqlens, scale=1.0)
 
 
 def ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> Tensor:
-    """`ssd_scan` of one token: [B, 1, ...] each; `state` [B, H, N, P] is changed in place."""
+    """`ssd_scan` for one token: [B, 1, ...] each; updates `state` [B, H, N, P] in place."""
     v = (x * dt[..., None]).to(x.dtype)
     return ops.state_update(state[None], C[:, 0], B[:, 0], v[:, 0], (dt * A)[:, 0], scale=1.0)[:, None]
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Where packed sequences lie when each is preceded by the `gap` inputs that the convolution sees before it.
+    """Positions in a line of packed sequences where each sequence follows its window: the `gap` inputs that the
+    convolution reads before its first token.
 
-    cu_seqlens: int32 [N + 1]. places: int64 [T], of the tokens. gaps: int64 [N, gap], of what precedes each sequence.
-    tails: int64 [N, gap], of what will precede it when it goes on.
+    cu_seqlens: int32 [N + 1].
+    tokens: int64 [T], positions of the tokens.
+    windows: int64 [N, gap], positions of each sequence's window.
+    tails: int64 [N, gap], positions of its last inputs: the window of a continuation.
     """
 
     cu_seqlens: Tensor
-    places: Tensor
-    gaps: Tensor
+    tokens: Tensor
+    windows: Tensor
     tails: Tensor
 
     @staticmethod
@@ -328,14 +340,14 @@ class Packing:
         bounds = cu_seqlens.long()
         token = torch.arange(time, device=bounds.device)
         sequence = torch.searchsorted(bounds[1:].contiguous(), token, right=True)
-        before = gap * torch.arange(len(bounds) - 1, device=bounds.device)  # places of the gaps of earlier sequences
-        offset = before[:, None] + torch.arange(gap, device=bounds.device)
+        earlier_windows = gap * torch.arange(len(bounds) - 1, device=bounds.device)
+        offset = earlier_windows[:, None] + torch.arange(gap, device=bounds.device)
         return Packing(cu_seqlens, token + gap * (sequence + 1), bounds[:-1, None] + offset, bounds[1:, None] + offset)
 
 
 class SSDNorm(nn.Module):
-    """RMSNorm of each of `groups` groups of channels, of x or of x * silu(gate); at least in float32. The mean is over
-    `full` channels, those that are missing counted as zero.
+    """RMSNorm of x, or of x * silu(gate), in each of `groups` groups of channels; at least in float32. The mean is over
+    `full` channels, of which those beyond `width` are zero.
     """
 
     def __init__(self, width: int, eps: float, groups: int = 1, full: int | None = None):
@@ -359,7 +371,7 @@ class SSDNorm(nn.Module):
 
 
 class Projection(nn.Linear):
-    """A linear map that starts uniform in +- 1 / sqrt(inputs), divided by `shrink`."""
+    """A linear map with initial weights uniform in +- 1 / sqrt(inputs), divided by `shrink`."""
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool, shrink: float = 1.0):
         super().__init__(inputs, outputs, bias=bias)
@@ -367,15 +379,15 @@ class Projection(nn.Linear):
 
 
 class SSDMixer(nn.Module):
-    """The Mamba-2 block between its norm and the residual; a pruned one has some of the heads, or projects B and C on
-    a `basis` of their group, or both.
+    """The Mamba-2 block between norm and residual. A pruned one keeps some of the heads, projects B and C on a `basis`
+    of their group, or both.
     """
 
     def __init__(self, config: SSDConfig, index: int = 0):
         super().__init__()
         self.config = config
         self.heads = list(range(config.num_heads)) if config.state_heads is None else config.state_heads[index]
-        self.group_of_head = None  # where the heads that are left no longer fill equal groups, each has its own B and C
+        self.group_of_head = None  # the heads left may fill groups unequally, so each then gets its own B and C
         if config.n_groups > 1 and len(self.heads) < config.num_heads:
             self.group_of_head = [head * config.n_groups // config.num_heads for head in self.heads]
         self.inner = len(self.heads) * config.head_dim
@@ -399,18 +411,19 @@ class SSDMixer(nn.Module):
         self.act = ACT2FN[config.hidden_act]
 
     def forward(
-        self, hidden_states: Tensor, layer: SSDCacheLayer | None = None, real: Tensor | None = None,
+        self, hidden_states: Tensor, layer: SSDCacheLayer | None = None, valid: Tensor | None = None,
         packing: Packing | None = None,
     ) -> Tensor:  # fmt: skip
         """[B, T, hidden] -> [B, T, hidden].
 
-        layer: where the sequences come from and what they leave behind, one row a sequence (packed ones too); an empty
-        one means from the start. real: bool [B, T], false for padding; None means no padding.
+        layer: the cache that the sequences continue and update, one row per sequence (packed ones too); empty at the
+        start of the sequences.
+        valid: bool [B, T], false for padding; None means no padding.
         """
         config = self.config
         z, xbc, dt = self.in_proj(hidden_states).split([self.inner, self.inner + 2 * self.bc, len(self.heads)], -1)
-        if real is not None:
-            xbc = xbc * real[..., None]
+        if valid is not None:
+            xbc = xbc * valid[..., None]
         state, window = (None, None) if layer is None else (layer.state, layer.window)
         xbc, window = self.convolve(xbc, window, packing)
         x, B, C = xbc.split([self.inner, self.bc, self.bc], -1)
@@ -423,8 +436,8 @@ class SSDMixer(nn.Module):
         dt = F.softplus(_at_least_float32(dt) + _at_least_float32(self.dt_bias))
         if tuple(config.time_step_limit) != (0.0, math.inf):
             dt = dt.clamp(*config.time_step_limit)
-        if real is not None:
-            dt = dt * real[..., None]
+        if valid is not None:
+            dt = dt * valid[..., None]
         A = -_at_least_float32(self.A_log).exp()
         if state is not None and x.shape[1] == 1 and packing is None and not torch.is_grad_enabled():
             y = ssd_step(x, dt, A, B, C, state)
@@ -437,36 +450,35 @@ class SSDMixer(nn.Module):
         return self.out_proj(self.norm(y, z).to(hidden_states.dtype))
 
     def convolve(self, x: Tensor, window: Tensor | None, packing: Packing | None) -> tuple[Tensor, Tensor]:
-        """Causal depthwise convolution and activation of [B, T, channels], and the window for the tokens to come."""
+        """Causal depthwise convolution and activation of [B, T, channels], and the window for the next tokens."""
         gap = self.config.conv_kernel - 1
         if packing is None:
             before = x.new_zeros(len(x), gap, x.shape[2]) if window is None else window.to(x.dtype)
             line = torch.cat([before, x], 1)
-            after = line[:, line.shape[1] - gap :]
-        else:  # every sequence with its own window before it, so nothing of the one before reaches it
-            line = x.new_zeros(1, x.shape[1] + packing.gaps.numel(), x.shape[2])
-            line = line.index_copy(1, packing.places, x)
+            next_window = line[:, line.shape[1] - gap :]
+        else:
+            line = x.new_zeros(1, x.shape[1] + packing.windows.numel(), x.shape[2])
+            line = line.index_copy(1, packing.tokens, x)
             if window is not None:
-                line = line.index_copy(1, packing.gaps.flatten(), window.to(x.dtype).flatten(0, 1)[None])
-            after = line[0, packing.tails]
+                line = line.index_copy(1, packing.windows.flatten(), window.to(x.dtype).flatten(0, 1)[None])
+            next_window = line[0, packing.tails]
         weight, bias = self.conv1d.weight.to(x.dtype), self.conv1d.bias
         bias = None if bias is None else bias.to(x.dtype)
         if x.shape[1] == 1 and packing is None:
             out = (line * weight[:, 0].T).sum(1, keepdim=True)
             out = out if bias is None else out + bias
         else:
-            # As a picture one pixel high: torch's 2-d convolution works on [.., T, channels] as it lies in memory.
-            picture = line.transpose(1, 2).unsqueeze(2)
-            out = F.conv2d(picture, weight.unsqueeze(2), bias, groups=x.shape[2]).squeeze(2).transpose(1, 2)
+            # As an image of height 1: torch's 2-d convolution takes [.., T, channels] as channels-last, without a copy.
+            image = line.transpose(1, 2).unsqueeze(2)
+            out = F.conv2d(image, weight.unsqueeze(2), bias, groups=x.shape[2]).squeeze(2).transpose(1, 2)
             if packing is not None:
-                out = out[:, packing.places - gap]
-        # A copy: a view would keep the whole line alive.
-        return self.act(out), after.clone()
+                out = out[:, packing.tokens - gap]
+        # A view would keep the whole line alive.
+        return self.act(out), next_window.clone()
 
     def initialize(self) -> None:
-        """As in the reference: A uniform in 1 .. 16, dt log-uniform in time_step_min .. max, D one.
-
-        (transformers starts A at 1, 2, .. num_heads.)
+        """As in the reference: A uniform in 1 .. 16, dt log-uniform in time_step_min .. time_step_max, D = 1.
+        (transformers initialises A to 1, 2, .. num_heads.)
         """
         config = self.config
         init.copy_(self.A_log, torch.empty_like(self.A_log, dtype=torch.float32).uniform_(1, 16).log())
@@ -476,7 +488,7 @@ class SSDMixer(nn.Module):
         low, high = math.log(config.time_step_min), math.log(config.time_step_max)
         dt = torch.empty_like(self.dt_bias, dtype=torch.float32).uniform_(low, high).exp()
         dt = dt.clamp(min=config.time_step_floor)
-        init.copy_(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
+        init.copy_(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
@@ -488,7 +500,7 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 
 class CausalAttention(LlamaMixedAttention):
-    """Llama's attention on the segment operator: everything is one segment, and there is no linear branch."""
+    """Llama's attention on the segment operator: one segment of all tokens, no linear branch."""
 
     def __init__(self, config: StateCoreLlamaConfig, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -496,13 +508,13 @@ class CausalAttention(LlamaMixedAttention):
 
 
 @dataclass(frozen=True)
-class Pass:
+class PassContext:
     """What one forward pass tells every layer."""
 
-    real: Tensor | None  # bool [B, T], None: no padding
+    valid: Tensor | None  # bool [B, T], not padding; None: no padding at all
     packing: Packing | None
-    rotation: tuple[Tensor, Tensor] | None  # of the attention layers
-    segments: dict[str, Segments]  # by kind
+    position_embeddings: tuple[Tensor, Tensor] | None  # of the attention layers
+    step_contexts: dict[str, StepContext]  # by kind of layer
 
 
 class SSDBlock(GradientCheckpointingLayer):
@@ -518,15 +530,16 @@ class SSDBlock(GradientCheckpointingLayer):
         else:
             self.mixer = (LlamaMixedAttention if self.kind == MIXED_ATTENTION else CausalAttention)(attention, index)
 
-    def forward(self, hidden_states: Tensor, now: Pass, past_key_values: Cache | None = None) -> Tensor:
+    def forward(self, hidden_states: Tensor, context: PassContext, past_key_values: Cache | None = None) -> Tensor:
         normed = self.norm(hidden_states)
         if self.kind == SSD:
             layer = None if past_key_values is None else past_key_values.layers[self.index]
-            mixed = self.mixer(normed, layer, now.real, now.packing)
+            mixed = self.mixer(normed, layer, context.valid, context.packing)
         else:
             mixed, _ = self.mixer(
-                normed, now.rotation, past_key_values=past_key_values, segments=now.segments[self.kind]
-            )
+                normed, context.position_embeddings, past_key_values=past_key_values,
+                step_context=context.step_contexts[self.kind],
+            )  # fmt: skip
         return (_at_least_float32(hidden_states) if self.residual_in_fp32 else hidden_states) + mixed
 
 
@@ -536,7 +549,7 @@ class SSDPreTrainedModel(PreTrainedModel):
     base_model_prefix = "backbone"
     _no_split_modules: ClassVar = ["SSDBlock"]
     supports_gradient_checkpointing = True
-    _is_stateful = True  # a token cannot be taken back: assisted decoding refuses
+    _is_stateful = True  # a state cannot drop a token, so assisted decoding refuses
 
     def __init__(self, config: SSDConfig):
         if not isinstance(config, SSDConfig):
@@ -567,7 +580,7 @@ class SSDPreTrainedModel(PreTrainedModel):
 
 
 class SSDModel(SSDPreTrainedModel):
-    """Embedding, layers, norm."""
+    """Embedding, layers and final norm."""
 
     def __init__(self, config: SSDConfig):
         super().__init__(config)
@@ -590,21 +603,23 @@ class SSDModel(SSDPreTrainedModel):
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
         past_key_values: DynamicCache | None = None, inputs_embeds: Tensor | None = None, use_cache: bool | None = None,
-        segment_ids: Tensor | None = None, cu_seq_lens_q: Tensor | None = None, seq_idx: Tensor | None = None,
+        step_ids: Tensor | None = None, cu_seq_lens_q: Tensor | None = None, seq_idx: Tensor | None = None,
         output_hidden_states: bool | None = None, **kwargs,
     ) -> BaseModelOutputWithPast:  # fmt: skip
-        """attention_mask: [B, seen + T], 0 for padding, which stands before or behind a sequence. cu_seq_lens_q,
-        seq_idx, or position_ids that begin anew: packed sequences, one row; each starts with empty states.
-        segment_ids: int [B, T], step ids for mixed attention layers in place of those derived from input_ids.
+        """attention_mask: [B, seen + T], 0 for padding, which is at the start or the end of a sequence.
+        cu_seq_lens_q, seq_idx, or position_ids that restart: packed sequences, in one row; each starts with empty
+        states.
+        step_ids: int [B, T], for mixed attention layers; default: those that the step tokens in input_ids define.
         """
+        step_ids = steps.accept_segment_ids(step_ids, kwargs)
         if "cache_params" in kwargs:
             raise ValueError("the cache is called past_key_values here, got cache_params")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected either input_ids or inputs_embeds")
         hidden = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        free = attention_mask is None and past_key_values is None
-        packed = steps.find_packed(cu_seq_lens_q, seq_idx, position_ids if free else None, len(hidden))
-        if packed is not None:
+        packable = attention_mask is None and past_key_values is None
+        cu_seqlens = steps.packed_cu_seqlens(cu_seq_lens_q, seq_idx, position_ids if packable else None, len(hidden))
+        if cu_seqlens is not None:
             if past_key_values is not None:
                 raise ValueError("packed sequences cannot be cached: give each sequence a row of its own")
             use_cache = False
@@ -614,17 +629,18 @@ class SSDModel(SSDPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         self._check_cache(past_key_values)
-        now = self._plan(hidden, input_ids, attention_mask, position_ids, past_key_values, segment_ids, packed)
-        every = [hidden]
+        context = self._make_context(
+            hidden, attention_mask, position_ids, past_key_values, cu_seqlens, input_ids, step_ids
+        )
+        all_hidden = [hidden]
         for block in self.layers:
-            hidden = block(hidden, now=now, past_key_values=past_key_values)
-            every.append(hidden)
-        hidden = self.norm_f(hidden)
-        every[-1] = hidden
+            hidden = block(hidden, context=context, past_key_values=past_key_values)
+            all_hidden.append(hidden)
+        hidden = all_hidden[-1] = self.norm_f(hidden)
         shown = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return BaseModelOutputWithPast(
             last_hidden_state=hidden, past_key_values=past_key_values if use_cache else None,
-            hidden_states=tuple(every) if shown else None,
+            hidden_states=tuple(all_hidden) if shown else None,
         )  # fmt: skip
 
     def _check_cache(self, cache: Cache | None) -> None:
@@ -632,42 +648,50 @@ class SSDModel(SSDPreTrainedModel):
         if cache is not None and [type(layer) for layer in cache.layers] != expected:
             raise ValueError("past_key_values must be a DynamicCache(config=model.config), got layers of another type")
 
-    def _plan(
-        self, hidden: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None, position_ids: Tensor | None,
-        cache: Cache | None, segment_ids: Tensor | None, packed: Tensor | None,
-    ) -> Pass:  # fmt: skip
-        time, kinds = hidden.shape[1], self.config.kinds
-        real = steps.real_tokens(attention_mask, hidden)
-        padded = attention_mask is not None and not bool(real.all())
-        packing = None if packed is None else Packing.of(packed, time, self.config.conv_kernel - 1)
+    def _make_context(
+        self, hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None,
+        cu_seqlens: Tensor | None, input_ids: Tensor | None, step_ids: Tensor | None,
+    ) -> PassContext:  # fmt: skip
+        time = hidden.shape[1]
+        valid = steps.valid_tokens(attention_mask, hidden)
+        padded = attention_mask is not None and not bool(valid.all())
+        packing = None if cu_seqlens is None else Packing.of(cu_seqlens, time, self.config.conv_kernel - 1)
         if self.step_config is None:
-            return Pass(real if padded else None, packing, None, {})
+            return PassContext(valid if padded else None, packing, None, {})
         if position_ids is None:
             seen = 0 if cache is None else cache.get_seq_length()
-            fresh = torch.arange(seen, seen + time, device=hidden.device)[None]
-            position_ids = fresh if packed is None else steps.packed_positions(packed, time)
-        segments = {}
-        for kind in {*kinds} - {SSD}:
-            slots = None if cache is None else cache.layers[kinds.index(kind)].slots
-            mixed, config = kind == MIXED_ATTENTION, self.step_config
-            if not mixed:
-                found = steps.given(torch.zeros_like(real, dtype=torch.int32), real)
-            elif segment_ids is not None:
-                found = steps.given(segment_ids, real)
-            else:
-                found = steps.derive(
-                    self._step_rows(input_ids, real), len(config.step_start_token_ids), real, slots, packed
-                )
-            alpha = config.alpha_table(hidden.device) if mixed else torch.zeros(1, device=hidden.device)
-            segments[kind] = steps.plan(found, slots, alpha, packed, mixed, cache is not None)
-        return Pass(real if padded else None, packing, self.rotary_emb(hidden, position_ids), segments)
+            consecutive = torch.arange(seen, seen + time, device=hidden.device)[None]
+            position_ids = consecutive if cu_seqlens is None else steps.packed_positions(cu_seqlens, time)
+        step_contexts = {
+            kind: self._make_step_context(kind, valid, cache, cu_seqlens, input_ids, step_ids)
+            for kind in {*self.config.kinds} - {SSD}
+        }
+        position_embeddings = self.rotary_emb(hidden, position_ids)
+        return PassContext(valid if padded else None, packing, position_embeddings, step_contexts)
 
-    def _step_rows(self, input_ids: Tensor | None, real: Tensor) -> Tensor:
+    def _make_step_context(
+        self, kind: str, valid: Tensor, cache: Cache | None, cu_seqlens: Tensor | None, input_ids: Tensor | None,
+        step_ids: Tensor | None,
+    ) -> StepContext:  # fmt: skip
+        """The steps that layers of one kind attend in; for "attention" everything is the prompt."""
+        slots = None if cache is None else cache.layers[self.config.kinds.index(kind)].slots
+        mixed = kind == MIXED_ATTENTION
+        if not mixed:
+            tokens = steps.steps_from_ids(torch.zeros_like(valid, dtype=torch.int32), valid)
+        elif step_ids is not None:
+            tokens = steps.steps_from_ids(step_ids, valid)
+        else:
+            patterns = len(self.step_config.step_start_token_ids)
+            tokens = steps.steps_from_markers(self._markers(input_ids, valid), patterns, valid, slots, cu_seqlens)
+        alpha = self.step_config.alpha_table(valid.device) if mixed else torch.zeros(1, device=valid.device)
+        return steps.make_context(tokens, slots, alpha, cu_seqlens, mixed, cache is not None)
+
+    def _markers(self, input_ids: Tensor | None, valid: Tensor) -> Tensor:
         """int64 [B, T]: index into the step tokens, -1 for ordinary tokens."""
-        row_of_token = torch.full((self.config.vocab_size,), -1, device=real.device)
-        ids = torch.tensor(self.step_config.step_token_ids, dtype=torch.long, device=real.device)
-        row_of_token[ids] = torch.arange(len(ids), device=real.device)
-        return torch.full_like(real, -1, dtype=torch.long) if input_ids is None else row_of_token[input_ids]
+        marker_of_token = torch.full((self.config.vocab_size,), -1, device=valid.device)
+        ids = torch.tensor(self.step_config.step_token_ids, dtype=torch.long, device=valid.device)
+        marker_of_token[ids] = torch.arange(len(ids), device=valid.device)
+        return torch.full_like(valid, -1, dtype=torch.long) if input_ids is None else marker_of_token[input_ids]
 
 
 class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
@@ -690,15 +714,16 @@ class SSDForCausalLM(SSDPreTrainedModel, GenerationMixin):
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
         past_key_values: DynamicCache | None = None, inputs_embeds: Tensor | None = None, labels: Tensor | None = None,
-        use_cache: bool | None = None, segment_ids: Tensor | None = None, cu_seq_lens_q: Tensor | None = None,
+        use_cache: bool | None = None, step_ids: Tensor | None = None, cu_seq_lens_q: Tensor | None = None,
         seq_idx: Tensor | None = None, logits_to_keep: int | Tensor = 0, output_hidden_states: bool | None = None,
         cache_params: None = None, **kwargs,
     ) -> CausalLMOutputWithPast:  # fmt: skip
-        """The arguments of SSDModel.forward. labels: [B, T], not shifted, -100 where nothing is predicted."""
+        """The arguments of SSDModel.forward, and labels: [B, T], not shifted, -100 where no token is predicted."""
+        step_ids = steps.accept_segment_ids(step_ids, kwargs)
         if cache_params is not None:
             raise ValueError("the cache is called past_key_values here, got cache_params")
         outputs = self.backbone(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, segment_ids,
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, step_ids,
             cu_seq_lens_q, seq_idx, output_hidden_states,
         )  # fmt: skip
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
