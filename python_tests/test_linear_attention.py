@@ -108,7 +108,7 @@ def test_float32_decay_and_state_beside_float64():
 @pytest.mark.parametrize("cut", [0, 1, 50, 64, 100, None])
 def test_split_anywhere_is_one_call(cut, decays, device):
     dtype, heads = device.dtypes[0], device.served(Heads(4, 2, 2, 8, 20))
-    batch, time = (1, 300) if device.runs_cuda else (2, 129)  # on CUDA some of it in segments
+    batch, time = (1, 300) if device.runs_cuda else (2, 129)  # on CUDA long enough to be split
     cut = time if cut is None else cut
     tensors = [leaf(x) for x in on(device, *heads.qkv(batch, time, dtype))]
     decay = leaf(-torch.rand(batch, time, 2, dtype=dtype).to(device)) if decays else None
@@ -333,7 +333,7 @@ def test_half_precision_error_is_that_of_rounding(dtype, strength, device):
 
 @pytest.mark.parametrize("key_heads", [1, 16])
 def test_state_error_after_32768_tokens(key_heads, device):
-    """Summed by segment where heads are few, in place where they are many."""
+    """With local states of splits where heads are few, updated in place where they are many."""
     heads = Heads(key_heads, key_heads, key_heads, 64, 64)
     q, k, v = on(device, *heads.qkv(1, device.length(32768), torch.bfloat16))
     _, state = ops.linear_attention(q, k, v)

@@ -121,7 +121,7 @@ def test_gradcheck(initial_step):
 @pytest.mark.parametrize("cut", [0, 1, 2, 13, 29, 64, 65, 99, None])
 def test_split_anywhere_is_one_call(cut, skip, device):
     dtype, heads = device.dtypes[0], device.served(Heads(4, 2, 2, 8, 20))
-    batch, time = (1, 280) if device.runs_cuda else (3, 129)  # on CUDA some of it in segments
+    batch, time = (1, 280) if device.runs_cuda else (3, 129)  # on CUDA long enough to be split
     cut = time if cut is None else cut
     ids = random_step_ids(batch, time, prompt=6, longest=30, padding=3, skip=skip)
     states = torch.randn(3, batch, 2, heads.key_width, heads.value_width, dtype=dtype)
