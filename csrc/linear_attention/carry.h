@@ -7,10 +7,10 @@
 //
 //   state before the split * decay + local state so far.
 //
-// So threads can compute the local states of many splits at once, a short scan turns them into the state
-// before each split, and the splits can be finished at once. One thread that sweeps in order computes the
-// very same numbers, so that results do not depend on the number of threads; it does so where tasks keep all
-// threads busy, since that computes no local state twice.
+// Threads then compute the local states of many splits in parallel, a short scan turns them into the state
+// before each split, and the splits are finished in parallel. A single thread that sweeps in order computes
+// exactly the same numbers, so that results do not depend on the number of threads. That is preferred where
+// tasks keep all threads busy, because no local state is computed twice.
 //
 // A sweep is a class, with one object per thread, whose calls refer to the task selected last:
 //
@@ -118,7 +118,7 @@ void carry(const LinearPlan& plan, int64_t head_blocks, int64_t multiply_adds, c
   const int64_t tasks = int64_t(plan.sequences.size()) * head_blocks;
   if (tasks == 0) return;
   const int64_t threads = multiply_adds >= kWorthSharing ? thread_count() : 1;
-  const int64_t thread_turns = ceil_div(tasks, threads) * threads;  // of which tasks use some
+  const int64_t thread_turns = ceil_div(tasks, threads) * threads;  // a thread idles in those without a task
   // A local state that is computed twice costs up to a third of a sweep.
   if (plan.has_local_states && 3 * thread_turns > 4 * tasks)
     return sweep_by_splits<Real>(plan, tasks, threads, make_sweep);

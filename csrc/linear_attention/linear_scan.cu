@@ -1,5 +1,5 @@
-// The scan over the splits of a sequence. Sequential in the splits, parallel in everything else: a thread has
-// 4 elements of a head's states, of all kinds, and loads them for kLoadsAhead splits at once.
+// The scan is sequential over the splits of a sequence and parallel in everything else: a thread has 4
+// elements of all kinds of a head's states, and loads them for kLoadsAhead splits at once.
 #include "common/elements.cuh"
 #include "linear_attention/linear_scan.h"
 #include "linear_attention/linear_splits.cuh"

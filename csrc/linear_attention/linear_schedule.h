@@ -18,7 +18,8 @@ struct SweepCost {
   double chunk_time;  // of a block, for 64 tokens; 1 where it computes results from its tokens
 };
 
-// Of a block that only adds to the state. Estimated; the choice among powers of two does not need it exactly.
+// Of a block that only adds to the state. Estimated: the choice is among powers of two, so that it need not
+// be exact.
 constexpr double kLocalStateChunkTime = 0.5;
 
 struct ScheduleCosts {
@@ -26,8 +27,8 @@ struct ScheduleCosts {
   std::vector<SweepCost> local_states;  // sweeps before them, where sequences are split
 };
 
-// Tokens of a split that the least time is expected of on the current GPU; 0: sequences are not split.
-// Follows from shapes and the number of SMs alone: packed sequences are taken to be equally long, since only
+// The split length, in tokens, with the least expected time on the current GPU; 0: do not split sequences.
+// Depends only on shapes and the number of SMs. Packed sequences are assumed to be equally long, since only
 // the device knows their lengths.
 int32_t choose_split_length(const LinearAttentionInputs& inputs, const ScheduleCosts& costs);
 

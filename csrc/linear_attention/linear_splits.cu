@@ -1,4 +1,4 @@
-// Plans splits and chunks on the device, where only it knows where sequences or steps end.
+// Plans splits and chunks where only the device knows where sequences or steps end.
 //
 // One block per sequence, which it reads once, in tiles of 4096 tokens. Chunks begin where the step id
 // changes and every chunk_length tokens from there. A chunk needs three scans: a prefix maximum for the last

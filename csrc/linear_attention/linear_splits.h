@@ -27,22 +27,22 @@ struct PlannedSplit {
   int32_t first_chunk, end_chunk;  // of the sequence's planned chunks
 };
 
-// The splits of a call, as kernels see them. Where sequences are packed only the device knows how many there
-// are; the host provides for `capacity` of them, and some indices stay unused.
+// The splits of a call, as kernels see them. Only the device knows how many splits packed sequences have: the
+// host reserves `capacity` indices, some of which stay unused.
 struct Splits {
   int64_t capacity = 0, sequences = 0;
   int64_t tokens = 0;                     // of a row of the batch
   const int32_t* cu_seqlens = nullptr;    // null: sequence n is row n
   int32_t length = 0;                     // tokens of a split; 0: every sequence is one split
-  const PlannedSplit* planned = nullptr;  // null: they follow from the rest
-  const PlannedChunk* chunks = nullptr;   // null: all but the last of a split are full
+  const PlannedSplit* planned = nullptr;  // null: splits follow from the other members
+  const PlannedChunk* chunks = nullptr;   // null: all chunks of a split but the last are full
 };
 
-// Splits and, where steps end, chunks, which have to be planned on the device.
+// The plan of a call, as far as the device has to make it: splits, and chunks where steps end.
 struct SplitPlan {
   Splits splits;
-  PlannedSplit* planned_splits;  // what the plan kernel writes; null: nothing
-  PlannedChunk* planned_chunks;  // ... where steps end
+  PlannedSplit* planned_splits;  // written by the plan kernel; null: nothing to plan
+  PlannedChunk* planned_chunks;  // null: there are no steps
   int chunk_length;
   const int32_t* step_ids;
   int64_t ids_batch;
