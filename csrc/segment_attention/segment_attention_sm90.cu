@@ -167,7 +167,7 @@ __device__ __forceinline__ void mask_values(const SharedMemory<kWidth>& shared) 
 }
 
 // ---- consumer warpgroup
-// Stores the rows that finalize() has left; `token` and `lse` are those of the lane's two rows.
+// Stores a finalized work tile. `token` and `lse` are those of the lane's two rows.
 template <class T, int kWidth>
 __device__ __forceinline__ void store_results(const SegmentAttentionParams& p, const DevicePlan& plan,
                                               const WorkTile& work, const int (&token)[2],
@@ -338,7 +338,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   STATECORE_SHARED(uint64_t, barriers, SharedMemory<kWidth>::kBarriers);
   STATECORE_SHARED(WorkMessage, work, 1);
   STATECORE_SHARED(KBlockMessage, k_blocks, kKvStages);
-  STATECORE_SHARED(int32_t, visible_end, kKvStages* kTileTokens);
+  STATECORE_SHARED(int32_t, visible_end, SharedMemory<kWidth>::kVisibleEnds);
   const SharedMemory<kWidth> shared{tiles, work, k_blocks, visible_end, shared_address(barriers)};
   if (threadIdx.x == 0) {
     shared.init_barriers();

@@ -132,12 +132,12 @@ template <int kWidth>
 struct SharedMemory {
   static constexpr int kTileBytes = kTmaTileBytes<kWidth>;
   static constexpr int kBytes = (2 * kConsumerWarpgroups + 2 * kKvStages) * kTileBytes;  // of tiles
-  static constexpr int kBarriers = 2 + 4 * kKvStages;
+  static constexpr int kVisibleEnds = kKvStages * kTileTokens, kBarriers = 2 + 4 * kKvStages;
 
   unsigned char* tiles;
   WorkMessage* work;
   KBlockMessage* k_blocks;  // [kKvStages]
-  int32_t* visible_end;     // [kKvStages][64], of masked k_blocks
+  int32_t* visible_end;     // [kKvStages][kTileTokens], of masked k_blocks
   uint32_t barriers;
 
   __device__ __forceinline__ unsigned char* q(int warpgroup) const { return tiles + warpgroup * kTileBytes; }
