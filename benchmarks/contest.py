@@ -172,6 +172,7 @@ class Question:
             numbers |= {"its time": (its.median, "ms"), "its spread": (its.spread, "percent")}
             numbers |= {"its CPU time": (its.host, "ms")} if its.host else {}
             numbers |= {"its best form": (best, "text")} if best else {}
+            numbers |= {"our work of its": (work, "percent")} if work != 1 else {}
             numbers |= {"ratio": (its.median / seconds * work, "times")}
             if "roofline" in ours.numbers:
                 numbers["at our roofline"] = its.median / ours.numbers["roofline"][0] * work, "times"
