@@ -30,8 +30,7 @@ BLOCKS = 16  # of tokens, in which the two models take turns
 def questions(device: str) -> list[Question]:
     # float32: torch's own bfloat16 products of a single token are many times slower on CPUs
     case = Case(dtype=torch.float32, time=8192, heads=(14, 2), width=64, threads=ALL_THREADS)
-    shape = f"hidden {14 * 64}, {LAYERS} layers, intermediate {INTERMEDIATE}, vocabulary {VOCABULARY}"
-    return [Question("model", f"Qwen2 ({shape})", case, measure=decode)] if device == "cpu" else []
+    return [Question("model", "Qwen2", case, measure=decode)] if device == "cpu" else []
 
 
 @torch.no_grad()
@@ -107,9 +106,10 @@ def phase(
         numbers |= {f"{its}spread": (spread, "percent"), f"{its}cache": (caches[side], "MB")}
         numbers |= {f"{its}peak memory growth": (grown[side], "MB")} if grown else {}
     numbers["ratio"] = numbers["its time"][0] / numbers["time"][0], "times"
+    case, hidden = question.case.labels() | {"T": tokens}, question.case.heads[0] * question.case.width
+    shape = f"Qwen2 (hidden {hidden}, {LAYERS} layers, intermediate {INTERMEDIATE}, vocabulary {VOCABULARY})"
     aim = {"judged": "ratio", "unit": "times"}
-    case = question.case.labels() | {"T": tokens}
-    return question.row(COMPARISON, direction=name, what=STOCK, case=case, numbers=numbers, **aim)
+    return question.row(COMPARISON, operator=shape, direction=name, what=STOCK, case=case, numbers=numbers, **aim)
 
 
 if __name__ == "__main__":

@@ -142,15 +142,15 @@ class Question:
     ) -> Row:
         """Ours, and what that is of the machine's ceilings. extra: bytes of memory beyond inputs and results."""
         unit, _ = self.aims.get(direction, ("ms", None))
-        passes, least, prefix = self.work(self.case).get(direction, ()), None, "G" if self.case.threads else "T"
+        passes, least, prefix = self.work(self.case).get(direction, ()), 0.0, "G" if self.case.threads else "T"
         with suppress(NoPeak):
-            least = bound(passes, instruments.ceilings(self.case)) if passes else None
+            least = bound(passes, instruments.ceilings(self.case)) if passes else 0.0
         numbers = {"time": (taken.median, "us" if unit == "us" else "ms"), "spread": (taken.spread, "percent")}
         if taken.host:
             numbers["CPU time"] = taken.host, "ms"
-        if passes:
-            work, moved = sum(one.flops for one in passes), sum(one.bytes for one in passes)
+        if work := sum(one.flops for one in passes):
             numbers |= {"work": (work, "GFLOP"), "rate": (work / taken.median, f"{prefix}FLOP/s")}
+        if moved := sum(one.bytes for one in passes):
             numbers |= {"moved": (moved, "MB"), "bandwidth": (moved / taken.median, f"{prefix}B/s")}
         if least:
             numbers |= {"roofline": (least, "ms"), "share of it": (least / taken.median, "percent")}
@@ -172,6 +172,7 @@ class Question:
             numbers |= {"its time": (its.median, "ms"), "its spread": (its.spread, "percent")}
             numbers |= {"its CPU time": (its.host, "ms")} if its.host else {}
             numbers |= {"its best form": (best, "text")} if best else {}
+            numbers |= {"our work of its": (work, "percent")} if work != 1 else {}
             numbers |= {"ratio": (its.median / seconds * work, "times")}
             if "roofline" in ours.numbers:
                 numbers["at our roofline"] = its.median / ours.numbers["roofline"][0] * work, "times"

@@ -1,7 +1,7 @@
-// The most floating-point operations a second that this machine's cores can do, on data that never leaves the
-// registers.
+// The most floating-point operations per second that this machine's cores can do, on data that never leaves
+// the registers.
 //
-//     cpu_peak THREADS      prints "float32 <operations a second>" and, with avx512_bf16, "bfloat16 <...>"
+//     cpu_peak THREADS      prints "float32 <operations per second>" and, with avx512_bf16, "bfloat16 <...>"
 //
 // float32: fused multiply-adds; bfloat16: vdpbf16ps, pairs of products summed into float32. All threads run
 // at once.
@@ -18,8 +18,8 @@
 
 namespace {
 
-constexpr int kChains = 12;  // independent sums: latency times throughput of every core so far is at most 10
-constexpr int kSteps = 1 << 24;
+constexpr int kChains = 12;  // independent sums; latency times throughput is at most 10 on every core so far
+constexpr int kIterations = 1 << 24;
 constexpr int kRepeats = 5;
 
 #if defined(__AVX512F__)
@@ -34,9 +34,9 @@ Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b,
 #error "neither AVX-512 nor FMA"
 #endif
 
-// Keeps a value in a register and tells the compiler nothing about it.
+// Keeps a value in a register and hides what it is from the compiler.
 template <class T>
-void hide(T& x) {
+void opaque(T& x) {
   asm volatile("" : "+v"(x));
 }
 
@@ -44,11 +44,11 @@ double float32_operations() {
   Vector sums[kChains];
   for (int i = 0; i < kChains; ++i) sums[i] = fill(float(i));
   Vector a = fill(0.9999f), b = fill(1e-4f);
-  hide(a), hide(b);
-  for (int step = 0; step < kSteps; ++step)
+  opaque(a), opaque(b);
+  for (int n = 0; n < kIterations; ++n)
     for (int i = 0; i < kChains; ++i) sums[i] = multiply_add(sums[i], a, b);
-  for (auto& sum : sums) hide(sum);
-  return 2.0 * sizeof(Vector) / sizeof(float) * kChains * kSteps;
+  for (auto& sum : sums) opaque(sum);
+  return 2.0 * sizeof(Vector) / sizeof(float) * kChains * kIterations;
 }
 
 #if defined(__AVX512BF16__)
@@ -56,15 +56,15 @@ double bfloat16_operations() {
   __m512 sums[kChains];
   for (int i = 0; i < kChains; ++i) sums[i] = _mm512_set1_ps(float(i));
   __m512bh a = _mm512_cvtne2ps_pbh(_mm512_set1_ps(0.01f), _mm512_set1_ps(-0.02f)), b = a;
-  hide(a), hide(b);
-  for (int step = 0; step < kSteps; ++step)
+  opaque(a), opaque(b);
+  for (int n = 0; n < kIterations; ++n)
     for (int i = 0; i < kChains; ++i) sums[i] = _mm512_dpbf16_ps(sums[i], a, b);
-  for (auto& sum : sums) hide(sum);
-  return 2.0 * 32 * kChains * kSteps;
+  for (auto& sum : sums) opaque(sum);
+  return 2.0 * 32 * kChains * kIterations;
 }
 #endif
 
-// Operations a second of all threads together, the best of some repeats.
+// Operations per second of all threads together, the best of several repeats.
 double rate(double (*operations)(), int threads) {
   double best = 0;
   for (int repeat = 0; repeat < kRepeats; ++repeat) {

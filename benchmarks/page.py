@@ -104,16 +104,12 @@ def tables(rows: Sequence[Row]) -> list[str]:
 
 def refusals(rows: Sequence[Row]) -> list[str]:
     """Every reason once, with what it kept from being timed; a missing package is missing everywhere."""
-    reasons: dict[str, dict[str, dict[str, None]]] = {}
+    reasons: dict[str, dict[str, None]] = {}
     for row in rows:
         said = row.failure if row.failure.startswith((ABSENT, NO_TIME, OTHER)) else f"cannot run: {row.failure}"
-        reason = reasons.setdefault(f"- {row.what}: {said}", {})
-        reason.setdefault(row.operator, {})[row.direction] = None
-    lines = ["Peers that were not timed:", ""] if rows else []
-    for reason, operators in reasons.items():
-        where = "; ".join(f"{operator} ({', '.join(directions)})" for operator, directions in operators.items())
-        lines.append(reason if f": {ABSENT}" in reason else f"{reason}, in {where}")
-    return [*lines, ""] if rows else []
+        reasons.setdefault(f"- {row.what}: {said}", {})[f"{row.operator} ({row.direction})"] = None
+    lines = [why if f": {ABSENT}" in why else f"{why}, in {'; '.join(where)}" for why, where in reasons.items()]
+    return ["Peers that were not timed:", "", *lines, ""] if lines else []
 
 
 def summary(rows: Sequence[Row]) -> list[str]:

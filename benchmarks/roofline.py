@@ -163,7 +163,7 @@ def cpu_peak(case: Case) -> Ceilings:
     dtype = str(case.dtype).removeprefix("torch.")
     found = cpu_peaks(case.threads)
     if dtype not in found:
-        raise NoPeak(f"this processor has no {dtype} peak: cpu_peak.cpp has no instructions for it here")
+        raise NoPeak(f"no peak is known: cpu_peak.cpp has no {dtype} on this processor")
     return Ceilings(found[dtype], float("inf"))
 
 

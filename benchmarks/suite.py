@@ -66,7 +66,7 @@ def measure(
 def small(asked: Iterable[Question]) -> list[Question]:
     """On tiny shapes, each of which is asked about once."""
     asked = [replace(question, case=question.case.small()) for question in asked]
-    return list({(q.section, q.operator, q.case, q.measure, q.directions): q for q in asked}.values())
+    return list({(q.section, q.operator, q.case, q.measure, tuple(q.ratios)): q for q in asked}.values())
 
 
 def answers(question: Question, instruments: Instruments) -> Iterator[Row]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import relative_error
 
-from benchmarks import cpu, peers, pictures, record, roofline, suite
+from benchmarks import bench_state_update, cpu, peers, pictures, record, roofline, suite
 from benchmarks.contest import Instruments, made
 from benchmarks.page import page, target, verdict
 from benchmarks.record import COMPARISON, QUANTITY, Row
@@ -131,17 +131,15 @@ def test_targets():
     assert verdict(failed) == ""
 
 
+ROUGH = Instruments.of_cpu(lambda case: roofline.Ceilings(1e12, 1e12), lambda: 1e9)
+
+
 @pytest.fixture(scope="module")
 def quick_record():
     """Sections on tiny shapes and one thread, those that compile nothing."""
     asked = suite.small(q for q in cpu.questions() if q.section not in ("segment", "linear", "peak"))
-    asked = [
-        replace(question, case=replace(question.case, threads=1))
-        for question in asked
-        if question.case.dtype == torch.float32
-    ]
-    instruments = Instruments.of_cpu(lambda case: roofline.Ceilings(1e12, 1e12), lambda: 1e9)
-    return {"sections": suite.measure(asked, instruments, {"processor": "any"})}
+    asked = [replace(q, case=replace(q.case, threads=1)) for q in asked if q.case.dtype == torch.float32]
+    return {"sections": suite.measure(asked, ROUGH, {"processor": "any"})}
 
 
 def test_sections_run_and_rows_survive_json(quick_record):
@@ -168,6 +166,15 @@ def test_record_becomes_page_and_pictures(quick_record, tmp_path):
     assert text == page(record.stored(tmp_path / "results", "cpu"), "cpu")
     for expected in ("## 1. Segment attention", "targets reached", "cannot run: no g++", "A whole model", "| >= 12x |"):
         assert expected in text
+
+
+def test_script_of_an_operator_prints_its_tables(monkeypatch, capsys):
+    monkeypatch.setattr(suite, "prepared", lambda device: (ROUGH, {}, {}))
+    monkeypatch.setattr("sys.argv", ["bench_state_update", "--device", "cpu", "--quick", "--only", "B 64"])
+    suite.main_of_operator(bench_state_update.questions)
+    printed = capsys.readouterr().out
+    assert "## update" in printed
+    assert "| state_update | in place | eager outer product and read | bfloat16 | 3 | 4/2 | 16 | 1 |" in printed
 
 
 @pytest.mark.parametrize("name", ["cpu", "gpu"])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import gpu, suite
 from benchmarks.page import PLACEHOLDER, page, template
 from benchmarks.suite import stages
 
@@ -32,6 +33,14 @@ def test_page_has_every_stage(tmp_path):
     row = "| operators | values and gradients against float64 | **FAILED** | 12 | 1 failed \\| 99 passed |"
     assert row in text.splitlines()
     assert "| benchmarks | what is measured on this page | **late** | 99 |  |" in text
+
+
+def test_what_was_checked_joins_the_record(tmp_path, monkeypatch):
+    monkeypatch.setattr(suite, "gpu_facts", lambda: {"GPU": "of a test"})
+    (tmp_path / "stages.tsv").write_text("memcheck\tskipped\t0\tthere is no compute-sanitizer\n")
+    suite.main_of_device("cuda", gpu.questions(), ["--checks", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["gpu.json", "gpu.md"]
+    assert "**skipped** | 0 | there is no compute-sanitizer |" in (tmp_path / "out" / "gpu.md").read_text()
 
 
 def test_every_stage_of_the_script_is_explained():

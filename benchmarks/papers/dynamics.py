@@ -370,7 +370,7 @@ def page(record: dict[str, Any]) -> str:
         "",
         "## Are there two kinds of heads, and do they stay what they are?",
         "",
-        "| model | heads | rank / d behind the last token: below 10 % | above 90 % | bimodality (uniform 0.56) | two "
+        "| model | heads | rank / d after the last token: below 10 % | above 90 % | bimodality (uniform 0.56) | two "
         "classes apart by | rank early to late: Spearman | cosine | norm: Spearman | cosine | rank across inputs: "
         "Spearman | norm |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
@@ -391,7 +391,7 @@ def page(record: dict[str, Any]) -> str:
     if decay is not None:
         lines += [
             "",
-            f"In the SSD model the rank goes with how slowly a head forgets: Spearman {decay:.2f} between effective "
+            f"In the SSD model the rank follows how slowly a head forgets: Spearman {decay:.2f} between effective "
             "rank and -A softplus(dt_bias), which is known before any text is read.",
         ]
     lines += [
@@ -402,7 +402,7 @@ def page(record: dict[str, Any]) -> str:
         "",
         "## Pruning heads, zero-shot",
         "",
-        "Held-out loss in nats a token (next token right). High: heads with the highest joint score go first, as the "
+        "Held-out loss in nats per token (next token right). High: heads with the highest joint score go first, as the "
         f"paper has it (alpha 0.5); low: the reverse; random: mean and range of {record['size']['draws']} draws.",
         "",
         "| model | heads kept | as it is | high go first | low go first | random | rank alone | norm alone | side |",

@@ -39,7 +39,7 @@ from statecore.segmentation import StepOptions, TransitionOptions
 
 RESULTS = Path(__file__).parents[1] / "results" / "papers"
 TEACHER, STUDENT, SILENT = "teacher", "state-transition model", "the same, state silent"
-AROUND = range(-4, 4)  # steps before and behind the one that works out the term asked for
+AROUND = range(-4, 4)  # steps before and after the one that works out the term asked for
 SAMPLED_STEPS = 16
 CANDIDATES = 64
 
@@ -248,7 +248,7 @@ def stories(model: PreTrainedModel, alphabet: list[str], count: int) -> dict[str
 
 @torch.no_grad()
 def sampled_sentences(model: PreTrainedModel, told: list[tuple[list[int], list[int]]], stop: int) -> dict[str, float]:
-    """Many next sentences from the model itself behind the first one of each story; y is the story's last sentence."""
+    """Many next sentences from the model itself after the first one of each story; y is the story's last sentence."""
     means, evidence, above = [], [], 0
     for row, ends in tqdm(told, desc="next sentences", unit="story"):
         begun = row[: ends[0]]
@@ -280,7 +280,7 @@ def _mean(values: Any) -> float:
 
 
 def long_chain(length: int, markers: tuple[list[int], list[int]] | None) -> tuple[list[int], list[int]]:
-    """Steps of random problems one behind the other: as many as fit in `length` tokens."""
+    """Steps of random problems, one after the other: as many as fit in `length` tokens."""
     tokens, ends = chains(task.draw(1, task.LONGEST, torch.Generator().manual_seed(0)), markers)
     row, step = tokens[0].tolist(), ends[1] - ends[0]
     count = (length - task.PROMPT_TOKENS) // step
@@ -321,7 +321,7 @@ def whole_traces(models: dict[str, tuple], lengths: tuple[int, ...]) -> list[dic
 
 @torch.no_grad()
 def one_step_end(models: dict[str, tuple], positions: tuple[int, ...]) -> list[dict[str, Any]]:
-    """Milliseconds to score an answer at a step end behind so many tokens, and the bytes that a fork holds on to."""
+    """Milliseconds to score an answer at a step end after that many tokens, and the bytes that a fork holds on to."""
     rows = []
     for name, (model, markers) in models.items():
         tokens, ends = long_chain(max(positions) + 64, markers)
@@ -369,7 +369,7 @@ def page(record: dict[str, Any]) -> str:
         "alone.",
         "",
         "| model | steps | gain of the asked step | of others near it (sd) | asked step gains most | log p(y) before "
-        "| behind |",
+        "| after |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in asked:
@@ -380,7 +380,7 @@ def page(record: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        f"{record['problems']} problems a row. The gain falls on the step that states the value asked for, in the "
+        f"{record['problems']} problems per row. The gain falls on the step that states the value asked for, in the "
         "state-transition model as well, though its answer is read from the state alone. The steps that prepare it "
         "gain "
         "nothing in the mean: a model this small cannot work a term out in its head, so a preparatory step does not "
@@ -473,7 +473,7 @@ def page(record: dict[str, Any]) -> str:
             lines.append(f"| {name} | {row['last step before it']:+.4f} | {row['all steps']:+.4f} |")
         lines += [
             "",
-            f"Its own next sentences ({drawn['candidates']} sampled behind the first sentence of each of "
+            f"Its own next sentences ({drawn['candidates']} sampled after the first sentence of each of "
             f"{drawn['stories']} stories), towards the last sentence that the story had: E v = {drawn['E v']:+.3f} "
             f"(standard error {drawn['standard error']:.3f}), above 0 in {drawn['stories with E v > 0']} stories; "
             f"log Z = {drawn['log Z']:+.3f} in the mean.",
@@ -482,7 +482,7 @@ def page(record: dict[str, Any]) -> str:
         "",
         "## Cost",
         "",
-        "CPU time of all gains of one trace, steps of 17 tokens (19 with step tokens), answer of 2 tokens behind a "
+        "CPU time of all gains of one trace, steps of 17 tokens (19 with step tokens), answer of 2 tokens after a "
         "closing of 1; forks at step ends against reading everything anew at each, interleaved in one run.",
         "",
         "| model | tokens | steps | forks, s | anew, s | ratio | largest difference of a gain |",
@@ -497,7 +497,7 @@ def page(record: dict[str, Any]) -> str:
         "",
         "One step end (CPU time, fastest of 40):",
         "",
-        "| model | behind tokens | ms | bytes that a fork holds |",
+        "| model | after tokens | ms | bytes that a fork holds |",
         "|---|---|---|---|",
     ]
     lines += [f"| {row['model']} | {row['position']} | {row['ms']:.2f} | {row['bytes']:,} |" for row in ends]

@@ -298,7 +298,7 @@ def page(result: dict[str, Any], real_text: str | None) -> str:
     narrow = fits(rarer, "epsilon", ["bare_steps"])["bare_steps"]
     lines += [
         "",
-        "Bare steps of the search are those behind the warm-up, for one of its N = 2 log K rollouts and divided by the "
+        "Bare steps of the search are those after the warm-up, for one of its N = 2 log K rollouts and divided by the "
         "log K in R = 4 K log K rounds, and by 1 + 2 / K, as the end clusters of its two-way path have one exit and "
         "the others two. At the largest epsilon the warm-up is not short beside an escape, which flattens that "
         f"exponent; without it, it is {exponent(narrow)}. Counted whole, the exponents of the steps are "
@@ -323,7 +323,7 @@ def page(result: dict[str, Any], real_text: str | None) -> str:
         "",
         f"{walks['walks']:,} walks at once took {walks['mean']:,.1f} ± {walks['standard_error']:.1f} (standard error) "
         "steps, "
-        f"exact {walks['exact']:,.1f}, at {walks['million_steps_a_second']:.0f} million steps a second.",
+        f"exact {walks['exact']:,.1f}, at {walks['million_steps_a_second']:.0f} million steps per second.",
         "",
         "## Where links lead back",
         "",

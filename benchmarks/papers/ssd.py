@@ -43,8 +43,8 @@ BLOCK = SIZE | {"expand": 2, "num_heads": 8, "head_dim": 64, "state_size": 128, 
 LAYERS = 4
 CONTEXTS = (256, 1024, 4096, 16384, 65536)
 GENERATED = (1024, 4096, 16384, 65536)
-# The paper's caps of 24 and 72 GB leave a 7B Transformer in bfloat16 (15.2 GB; 57,344 bytes of keys and values a token)
-# so many tokens: that is what is given here to both models.
+# What the paper's caps of 24 and 72 GB leave a 7B Transformer in bfloat16 (15.2 GB; 57,344 bytes of keys and values per
+# token), in tokens: both models are given as many here.
 CAPS = {"24 GB": int((24e9 - 15.2e9) / 57344), "72 GB": int((72e9 - 15.2e9) / 57344)}
 PAPER_GAIN = {"24 GB": 3.66, "72 GB": 1.69}
 # Float32 states of 64 layers with 128 heads of 64 x 128 (hidden size 4096), in tokens of those keys and values.
@@ -196,15 +196,15 @@ def against_length(say: Callable[[str], None]) -> list[dict[str, Any]]:
             row[f"{name}_bytes"] = bytes_of(cache)
             row[f"{name}_ms"] = seconds_a_token(model, cache, 1, 15) * 1e3
         rows.append(row)
-        say(f"behind {context:,} tokens: {row['ssd_ms']:.2f} ms a token, Transformer {row['transformer_ms']:.2f} ms")
+        say(f"after {context:,} tokens: {row['ssd_ms']:.2f} ms per token, Transformer {row['transformer_ms']:.2f} ms")
     return rows
 
 
 @torch.no_grad()
 def under_caps(say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Tokens a second when as many sequences run side by side as the cap allows at their full length.
+    """Tokens per second when as many sequences run side by side as the cap allows at their full length.
 
-    The time of a step is that behind half of the tokens: a Transformer's grows linearly, an SSD model's not at all.
+    The time of a step is that after half of the tokens: a Transformer's grows linearly, an SSD model's does not grow.
     """
     ours, theirs = pair()
     a_token = bytes_of(filled(theirs, 1, 1))
@@ -318,7 +318,7 @@ def timing_page(found: dict[str, Any]) -> list[str]:
     lines += [
         f"| {way} | " + " | ".join(f"{shares[n]:.0%}" for n in names) + " |" for way, shares in found["shares"].items()
     ]
-    lines += ["", "## One token more, behind ever more tokens", ""]
+    lines += ["", "## One more token, after ever more tokens", ""]
     lines += [
         f"Batch 1, {LAYERS} layers; {size['ssd']:,} parameters here and {size['transformer']:,} in transformers' "
         "Llama, which has four query heads on one head of keys and values and its usual DynamicCache.",
@@ -331,7 +331,7 @@ def timing_page(found: dict[str, Any]) -> list[str]:
         f"| {r['transformer_bytes'] / 1e6:.2f} |"
         for r in found["length"]
     ]
-    lines += ["", "## Tokens a second under a memory cap", ""]
+    lines += ["", "## Tokens per second under a memory cap", ""]
     tokens = ", ".join(f"{name}: {count:,}" for name, count in CAPS.items())
     lines += [
         "The setting of the paper's figure 2: as many sequences side by side as fit beside the weights. Memory is "
