@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from . import patterns, segmentation
+from .loading import load_causal_lm, load_tokenizer
 from .traces import Tokenised, Trace
 
 
@@ -36,10 +35,9 @@ class LanguageModel:
     """Reads the thinking of traces behind their prompts, with a tokenizer of its own."""
 
     def __init__(self, options: LanguageOptions, base_tokenizer: Any):
-        own = AutoTokenizer.from_pretrained(options.model_tokenizer or options.model)
+        own = load_tokenizer(options.model_tokenizer or options.model)
         self.tokenizer = base_tokenizer if own.get_vocab() == base_tokenizer.get_vocab() else own
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto").to(device)
+        self.model = load_causal_lm(options.model, dtype="auto")
         self.reading = {"window": options.window, "batch_size": options.batch_size}
 
     def opening_entropies(

@@ -12,10 +12,8 @@ from typing import Literal
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    Mamba2Config,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -23,7 +21,6 @@ from transformers import (
 from .adapter import is_adapter, load_adapter
 from .data import PATTERNS_FILE, PromptFormat
 from .modeling import StateCoreForCausalLM
-from .ssd.model import SSDForCausalLM
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,11 @@ class ModelOptions:
 
 
 def load_causal_lm(
-    model: str | os.PathLike, base: str | os.PathLike | None = None, dtype: str = "float32", *, prunable: bool = False
+    model: str | os.PathLike,
+    base: str | os.PathLike | None = None,
+    dtype: str = "float32",
+    *,
+    model_class: type = AutoModelForCausalLM,
 ) -> PreTrainedModel:
     """Loads a causal language model, a state-transition checkpoint or an adapter, in eval mode, on the GPU if there is
     one.
@@ -51,7 +52,7 @@ def load_causal_lm(
         model: folder or hub name.
         base: the base checkpoint under an adapter; default: the one the adapter names.
         dtype: name of a torch dtype, or "auto" for the checkpoint's own.
-        prunable: load a Mamba2 checkpoint of transformers as SSDForCausalLM, whose heads can be pruned.
+        model_class: the class that reads a checkpoint that is not an adapter.
 
     Raises:
         ValueError: the checkpoint lacks weights of its model.
@@ -60,8 +61,6 @@ def load_causal_lm(
     if is_adapter(model):
         loaded = load_adapter(base, model, dtype=torch_dtype)
     else:
-        is_mamba2 = prunable and AutoConfig.from_pretrained(model).model_type == Mamba2Config.model_type
-        model_class = SSDForCausalLM if is_mamba2 else AutoModelForCausalLM
         loaded, info = model_class.from_pretrained(model, dtype=torch_dtype, output_loading_info=True)
         missing = sorted(info["missing_keys"])
         if missing:

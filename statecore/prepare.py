@@ -21,11 +21,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer
 
 from .data import PATTERNS_FILE, PromptFormat, PromptOptions
 from .labels import label_agreement, read_labels
 from .language import LanguageModel, LanguageOptions
+from .loading import load_tokenizer
 from .outputs import new_folder, write_json, write_text
 from .patterns import (
     PatternOptions,
@@ -154,7 +154,7 @@ def check_settings(
 
 
 def load_base_tokenizer(name: str, form: PromptFormat) -> Any:
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer = load_tokenizer(name)
     if form.template is None and not tokenizer.chat_template:
         raise ValueError(f"the tokenizer {name} has no chat template: give prompt_template, with {{prompt}} in it")
     if tokenizer.eos_token_id is None:

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, Mamba2Config, PreTrainedModel
 
 from ..adapter import is_adapter, save_adapter
 from ..data import PATTERNS_FILE
 from ..loading import ModelOptions, load_causal_lm
 from ..outputs import new_folder, write_json
 from ..segmentation import StepOptions, TransitionOptions
+from ..ssd import SSDForCausalLM
 from . import recording
 from .comparison import compare, side_of_the_asymmetry
 from .pruning import (
@@ -237,7 +238,7 @@ def _load_subject(
     steps: StepOptions,
     transitions: TransitionOptions,
 ) -> _Subject:
-    language = load_causal_lm(model, loading.base, loading.dtype, prunable=True)
+    language = load_causal_lm(model, loading.base, loading.dtype, model_class=_prunable_class(model))
     branches(language)  # refuses models that cannot be pruned before any text is read
 
     def read(source: str) -> list[Text]:
@@ -246,6 +247,12 @@ def _load_subject(
     if heldout is None:
         return _Subject(language, *hold_out(read(text)))
     return _Subject(language, read(text), read(heldout))
+
+
+def _prunable_class(model: str) -> type:
+    """Our SSD model for transformers' Mamba2 checkpoints, whose own class cannot be pruned; else the checkpoint's."""
+    is_mamba2 = not is_adapter(model) and AutoConfig.from_pretrained(model).model_type == Mamba2Config.model_type
+    return SSDForCausalLM if is_mamba2 else AutoModelForCausalLM
 
 
 def _save_model(variant: PreTrainedModel, source: str, folder: Path) -> None:

@@ -17,9 +17,10 @@ from typing import Any
 from datasets import Dataset, Features, List, Value, concatenate_datasets, interleave_datasets
 from datasets.exceptions import DatasetGenerationError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..data import PromptFormat
+from ..loading import load_tokenizer
 from ..losses import IGNORED
 from ..traces import RowFields, RowProblem, parse_trace, read_lines
 from .recipe import Phase, Recipe, Source, argument_error, from_mapping
@@ -225,7 +226,7 @@ def make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """The tokenizer that the recipe names, or a byte-level BPE trained on the rows of all phases."""
     if not isinstance(recipe.tokenizer, str):
         return _train_tokenizer(recipe)
-    tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer)
+    tokenizer = load_tokenizer(recipe.tokenizer)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer {recipe.tokenizer} has no end-of-sequence token, which rows end with")
     if tokenizer.pad_token_id is None:
