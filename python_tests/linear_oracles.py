@@ -13,9 +13,9 @@ def scattered(x: Tensor, aligned: bool = False) -> Tensor:
     aligned: rows start at multiples of 16 bytes, if the width is one.
     """
     batch, time, heads, width = x.shape
-    before, beside = (8, 16) if aligned else (2, 3)
-    memory = torch.randn(heads, time, batch, width + beside, dtype=torch.float64).to(x)
-    view = memory.permute(2, 1, 0, 3)[..., before : before + width]
+    offset, gap = (8, 16) if aligned else (2, 3)
+    memory = torch.randn(heads, time, batch, width + gap, dtype=torch.float64).to(x)
+    view = memory.permute(2, 1, 0, 3)[..., offset : offset + width]
     view.copy_(x)
     return view
 

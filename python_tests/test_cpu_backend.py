@@ -27,10 +27,10 @@ def test_operators_on_every_instruction_set(isa):
         return  # all other tests run it
     environment = os.environ | {"STATECORE_CPU_ISA": isa}
     known = [sys.executable, "-c", "from statecore import ops; print(ops.build_info()['cpu_isa'])"]
-    found = subprocess.run(known, env=environment, capture_output=True, text=True, check=False)
-    if "STATECORE_CPU_ISA must be one of" in found.stderr:
+    probe = subprocess.run(known, env=environment, capture_output=True, text=True, check=False)
+    if "STATECORE_CPU_ISA must be one of" in probe.stderr:
         pytest.skip(f"this processor has no {isa}")
-    assert found.stdout.split() == [isa]
+    assert probe.stdout.split() == [isa]
     tests = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *OPERATORS]
     tests += ["-k", "not emulated and not checked and not cuda"]
     done = subprocess.run(tests, env=environment, cwd=HERE, capture_output=True, text=True, check=False)

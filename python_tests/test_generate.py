@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import DynamicCache, PreTrainedTokenizerFast, TextStreamer, pipeline
 
 from statecore import decoding, steps
+from statecore import generate as generate_command
 from statecore.adapter import convert, save_adapter
 from statecore.cache import cache_bytes
 from statecore.decoding import DecodingOptions
@@ -95,8 +96,8 @@ def test_a_second_turn_over_the_cache():
     first, turn = torch.tensor([random_chain(15, 4, 4)]), torch.tensor([[STARTS[1], 7, ENDS[1], 9]])
     arguments = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
     cache = DynamicCache(config=model.config)
-    told = model.generate(first, past_key_values=cache, **arguments)
-    history = torch.cat([told, turn], 1)
+    first_turn = model.generate(first, past_key_values=cache, **arguments)
+    history = torch.cat([first_turn, turn], 1)
     over_cache = model.generate(history, past_key_values=cache, **arguments)
     assert torch.equal(over_cache, model.generate(history, **arguments))
     assert cache.get_seq_length() == over_cache.shape[1] - 1
@@ -113,8 +114,8 @@ def test_streamer_and_pipeline(tokenizer, capsys, tmp_path):
     pipe = pipeline("text-generation", model=str(tmp_path))
     assert type(pipe.model) is type(model)
     text = tokenizer.decode(ids[0])
-    told = pipe(text, return_full_text=False, **arguments)[0]["generated_text"]
-    assert told.split() == tokenizer.decode(result[0, 12:], skip_special_tokens=True).split()
+    generated = pipe(text, return_full_text=False, **arguments)[0]["generated_text"]
+    assert generated.split() == tokenizer.decode(result[0, 12:], skip_special_tokens=True).split()
 
 
 def test_assisted_decoding_is_refused():
@@ -267,6 +268,19 @@ def test_full_attention_decodes_as_the_base():
     assert result.state_bytes == 0
 
 
+def test_keywords_take_precedence_over_options():
+    model, options = tiny_model(), DecodingOptions(max_new_tokens=9, temperature=1.0, seed=3)
+    (by_options,) = decoding.generate_steps(model, [[3, 4]], options=options, sequence_bias=BIAS)
+    (by_keywords,) = decoding.generate_steps(
+        model, [[3, 4]], max_new_tokens=9, temperature=1.0, seed=3, sequence_bias=BIAS
+    )
+    assert by_options.token_ids == by_keywords.token_ids
+    (shorter,) = decoding.generate_steps(model, [[3, 4]], options=options, max_new_tokens=4, sequence_bias=BIAS)
+    assert shorter.token_ids == by_options.token_ids[:4]
+    with pytest.raises(ValueError, match=r"max_new_tokens must be >= 1 and temperature >= 0, got 0 and 1\.0"):
+        decoding.generate_steps(model, [[3, 4]], options=options, max_new_tokens=0)
+
+
 def test_seed_and_empty_prompts():
     model = tiny_model()
     one, same, other = (
@@ -364,6 +378,11 @@ def test_invalid_input_is_named(content, message, adapter, tmp_path):
     (tmp_path / "in").write_text(content)
     with pytest.raises(ValueError, match=message):
         generate(adapter, source=raw(input=tmp_path / "in"), options=SHORT)
+
+
+def test_the_command_offers_the_engine():
+    assert generate_command.generate_steps is decoding.generate_steps
+    assert all(hasattr(generate_command, name) for name in generate_command.__all__)
 
 
 def test_generate_refuses(adapter, tmp_path, tokenizer):

@@ -94,7 +94,7 @@ P, S, E, T, U = -1, 0, 2, 1, 3  # ordinary token, start and end of pattern 0, st
         ([P, S, P, T, P, U], [1] * 6, [0, 1, 1, 2, 2, 2]),  # a start ends an open step
         ([P, E, E, P], [1] * 4, [0, 0, 1, 2]),
         ([P, P, S, E, P, P], [0, 1, 1, 1, 1, 0], [-1, 0, 1, 1, 2, -1]),
-        ([P, S, E, P, P, P], [1, 1, 1, 0, 0, 1], [0, 1, 1, -1, -1, 2]),  # the step after an end begins behind padding
+        ([P, S, E, P, P, P], [1, 1, 1, 0, 0, 1], [0, 1, 1, -1, -1, 2]),  # a step may begin after padding
         ([P, E, P, P], [1, 0, 1, 1], [0, -1, 0, 0]),  # a padded marker is ignored
     ],
 )

@@ -280,9 +280,9 @@ def step_end_states(k, v, ids, alpha) -> list[Tensor]:
     states = []
     for step in range(int(ids.max())):
         tokens = (ids[0] <= step + 1).nonzero()[:, 0]
-        upto = slice(0, int((ids[0] <= step).sum()) + 1)
-        assert upto.stop <= len(tokens)
-        _, last_states = ops.step_linear_attention(k[:, upto], k[:, upto], v[:, upto], ids[:, upto], alpha)
+        prefix = slice(0, int((ids[0] <= step).sum()) + 1)
+        assert prefix.stop <= len(tokens)
+        _, last_states = ops.step_linear_attention(k[:, prefix], k[:, prefix], v[:, prefix], ids[:, prefix], alpha)
         states.append(last_states[1])
     return states
 

@@ -50,7 +50,7 @@ class LinearBranch(nn.Module):
     holds all four A's.
 
     q and k are added to the base's, after its q and k norms if it has any (Qwen3): the base's attention compares the
-    normalised heads, and adding behind the norm lets training change their length. v starts at zero, so the branch
+    normalised heads, and an addition after the norm lets training change their length. v starts at zero, so the branch
     contributes nothing at first; its gradient is not zero, because q and k are the base's.
 
     A pruned branch keeps some of the key/value heads with their query heads, or projects q and k onto a `basis`, or

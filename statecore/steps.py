@@ -26,7 +26,7 @@ def begins_step(is_start: Flag, follows_end: Flag) -> Flag:
 
 @dataclass(frozen=True)
 class Slots:
-    """The token behind each key and value of a cache; the same in every layer.
+    """The tokens whose keys and values a cache holds; the same in every layer.
 
     ids: int32 [B, kv], step id of every slot, -1 for padding. A slot of a finished step stays while another row of the
     batch needs its column; it is masked, because later tokens have larger ids.
@@ -150,7 +150,7 @@ def accept_segment_ids(step_ids: Tensor | None, arguments: dict[str, Any]) -> Te
 def make_context(
     tokens: TokenSteps, slots: Slots | None, alpha: Tensor, cu_seqlens: Tensor | None, linear: bool, caching: bool
 ) -> StepContext:
-    """The context of a pass over `tokens` behind the cached `slots`.
+    """The context of a pass over new `tokens`, which follow the cached `slots`.
 
     `caching`: with what the cache keeps. Of a row that is its prompt and its open step; a step that has ended is no
     longer attended to. A column is dropped when no row needs it. The open steps of all rows reach up to the newest

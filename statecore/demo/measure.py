@@ -144,8 +144,8 @@ def _answer(tokens: list[int]) -> list[int] | None:
     end = task.TOKEN_ID[task.EOS]
     if end not in tokens:
         return None
-    upto = tokens.index(end) + 1
-    return tokens[max(0, upto - task.ANSWER_TOKENS) : upto]
+    stop = tokens.index(end) + 1
+    return tokens[max(0, stop - task.ANSWER_TOKENS) : stop]
 
 
 def _peak_bytes(cache: DynamicCache) -> tuple[int, int]:

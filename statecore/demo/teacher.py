@@ -102,15 +102,15 @@ def _gapped_positions(problems: task.Problems, widest: int, generator: torch.Gen
     """
     count, tokens = problems.input_ids.shape
 
-    def upto(high: int, *more: int) -> Tensor:
+    def up_to(high: int, *more: int) -> Tensor:
         return torch.randint(0, high + 1, (count, *more), generator=generator)
 
     increment = torch.ones(count, tokens, dtype=torch.long)
     borders = task.PROMPT_TOKENS + task.STEP_TOKENS * torch.arange(problems.steps + 1)
-    increment[:, borders] += upto(LARGEST_GAP, problems.steps + 1)
+    increment[:, borders] += up_to(LARGEST_GAP, problems.steps + 1)
     if widest:
-        wide = borders[upto(problems.steps) * upto(1)]
-        increment[torch.arange(count), wide] += upto(widest) * upto(1)
+        wide = borders[up_to(problems.steps) * up_to(1)]
+        increment[torch.arange(count), wide] += up_to(widest) * up_to(1)
     return increment.cumsum(1) - 1
 
 
