@@ -100,12 +100,12 @@ def phase(
 ) -> Row:  # fmt: skip
     """grown: the peak memory."""
     numbers = {}
-    for side, its in ((OURS, ""), (STOCK, "its ")):
+    for side, its in ((OURS, ""), (STOCK, "peer ")):
         seconds, spread = sum(samples[side]), Timing.of(samples[side]).spread if samples[side][1:] else None
         numbers |= {f"{its}time": (seconds, "ms"), f"{its}rate": (tokens / seconds, "tokens/s")}
         numbers |= {f"{its}spread": (spread, "percent"), f"{its}cache": (caches[side], "MB")}
         numbers |= {f"{its}peak memory growth": (grown[side], "MB")} if grown else {}
-    numbers["ratio"] = numbers["its time"][0] / numbers["time"][0], "times"
+    numbers["ratio"] = numbers["peer time"][0] / numbers["time"][0], "times"
     case, hidden = question.case.labels() | {"T": tokens}, question.case.heads[0] * question.case.width
     shape = f"Qwen2 (hidden {hidden}, {LAYERS} layers, intermediate {INTERMEDIATE}, vocabulary {VOCABULARY})"
     aim = {"judged": "ratio", "unit": "times"}

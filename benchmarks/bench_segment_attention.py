@@ -117,7 +117,7 @@ def long_sequence(question: Question, instruments: Instruments) -> Iterator[Row]
     run = torch.no_grad()(lambda: ours.ours(*ours.inputs, *ours.context))
     grown, results = peak_growth(run)
     sizes = {
-        "peak memory growth": grown, "of it results": nbytes(results),
+        "peak memory growth": grown, "results": nbytes(results),
         "mask of SDPA (computed)": case.time**2 * (1 + case.dtype.itemsize),  # as booleans, then as what is added
     }  # fmt: skip
     taken = instruments.time({OURS: run})[OURS]

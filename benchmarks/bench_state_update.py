@@ -25,7 +25,7 @@ from statecore import ops, reference
 
 NAME, IN_PLACE, IN_GRAPH = "state_update", "in place", "in place, in a graph"
 COPY = "a copy of as many bytes of states"
-TINY = 8  # width of states that are no work
+TINY = 8  # width of states too small to matter
 EXCEEDS_CACHE, MOST_CALLS = 128 << 20, 1024  # bytes of states in a graph
 LARGE = 100e6  # bytes of states that a GPU is to move as fast as a copy
 TIMES_COPY_ON_CPU, PER_HEAD_STATE = 0.8, 2e-6  # targets of the CPU,
@@ -63,7 +63,7 @@ def questions(device: str) -> list[Question]:
 
 
 def work(direction: str, case: Case) -> dict[str, roofline.Passes]:
-    """On the CPU bytes alone: what bounds it there is a copy beside it, not arithmetic."""
+    """On the CPU bytes alone: a copy bounds it there, not arithmetic."""
     update = roofline.state_update(case)
     return {direction: (replace(update, flops=0) if case.threads else update,)}
 
@@ -104,7 +104,7 @@ def update(question: Question, instruments: Instruments) -> Iterator[Row]:
 
 
 def entered(make: Callable[[Case, list[Inputs]], Calls], case: Case, sets: list[Inputs], instruments: Instruments):
-    """{variant: all its calls as one}; the first call, on states that begin as ours, must agree with ours."""
+    """{variant: all its calls as one}; the first call, on the same states, must agree with ours."""
     variants = make(case, sets)
     if make is not copy_calls:
         states, *vectors = sets[0]

@@ -20,20 +20,20 @@ from benchmarks.workload import Case
 OURS = "statecore"
 RIGHT, RIGHT_GRADIENT = 0.01, 0.02  # relative errors against the definition in float64, of results rounded to 16 bits
 SAME = 0.03  # relative error beyond which two sides do not compute the same thing
-CORNER_HEADS, CORNER_TOKENS, ODD = 2, 1500, 37  # most that is compared: key heads, tokens, those behind the second step
+CORNER_HEADS, CORNER_TOKENS, ODD = 2, 1500, 37  # most that is compared: key heads, tokens, those after the second step
 ABSENT, WRONG, OTHER = "not installed: ", "wrong, not timed: ", "computes something else, not timed: "
 NO_TIME = "left out, the time of the run was spent"
 JUDGED = {
     "ms": "time",
     "us": "time",
     "TFLOP/s": "rate",
-    "percent": "share of it",
+    "percent": "share of roofline",
 }  # number that a target's unit is about
 
 
 @dataclass(frozen=True)
 class Instruments:
-    """What measures, on a GPU if not given. left: seconds of the run that remain."""
+    """How to measure; the defaults are a GPU's. left: seconds of the run that remain."""
 
     ceilings: Callable[[Case], Ceilings]
     left: Callable[[], float]
@@ -81,7 +81,7 @@ class Subject:
 
 
 def contest(question: "Question", instruments: Instruments) -> Iterator[Row]:
-    """What peers build, ours in every direction, and each peer that runs; of those that do not, why."""
+    """Rows of what the peers prepare, then per direction ours and each peer, or why a peer did not run."""
     subject = question.subject(question.case)
     check_output(subject)
     peers, failures = made(question.chosen(subject.peers))
@@ -95,16 +95,18 @@ def contest(question: "Question", instruments: Instruments) -> Iterator[Row]:
             if direction != FORWARD:
                 check_gradients(subject)
             rows = list(one_direction(question, direction, subject, peers, failures, instruments))
-        except Exception as error:  # of ours, or of a peer that has run before
+        except Exception as error:  # ours, or a peer that had run once
             rows = [question.kernel(direction, failure=in_one_line(error))]
         yield from rows
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is to be found out. section: of the page; work: {direction: passes} of a case; measure: its rows; peers: the
-    names of those that take part, else all; aims: {direction: (unit, target)} of ours; ratios: {(direction, peer):
-    target}; rank: 1 is asked first; needs: seconds, it is not asked where fewer remain.
+    """One operator on one shape, how to measure it, and its targets.
+
+    section: of the page; work: {direction: passes} of a case; measure: yields the rows; peers: names of those that take
+    part, None for all; aims: {direction: (unit, target)} of ours; ratios: {(direction, peer): target}; rank: 1 runs
+    first; needs: seconds, the question is left out where fewer remain.
     """
 
     section: str
@@ -140,7 +142,7 @@ class Question:
     def timed(
         self, direction: str, instruments: Instruments, taken: Timing, extra: int | None = None, **more: Number
     ) -> Row:
-        """Ours, and what that is of the machine's ceilings. extra: bytes of memory beyond inputs and results."""
+        """Our time, and how close it is to the roofline. extra: bytes of memory beyond inputs and results."""
         unit, _ = self.aims.get(direction, ("ms", None))
         passes, least, prefix = self.work(self.case).get(direction, ()), 0.0, "G" if self.case.threads else "T"
         with suppress(NoPeak):
@@ -153,9 +155,9 @@ class Question:
         if moved := sum(one.bytes for one in passes):
             numbers |= {"moved": (moved, "MB"), "bandwidth": (moved / taken.median, f"{prefix}B/s")}
         if least:
-            numbers |= {"roofline": (least, "ms"), "share of it": (least / taken.median, "percent")}
+            numbers |= {"roofline": (least, "ms"), "share of roofline": (least / taken.median, "percent")}
         if extra is not None:
-            numbers["memory beyond"] = extra, "MB"
+            numbers["extra memory"] = extra, "MB"
         return self.kernel(direction, numbers | more)
 
     def comparison(
@@ -169,10 +171,10 @@ class Question:
             best, (seconds, _) = min(tried, key=tried.get), ours.numbers["time"]
             its = theirs[best]
             numbers = {"time": (seconds, "ms"), "spread": ours.numbers["spread"]}
-            numbers |= {"its time": (its.median, "ms"), "its spread": (its.spread, "percent")}
-            numbers |= {"its CPU time": (its.host, "ms")} if its.host else {}
-            numbers |= {"its best form": (best, "text")} if best else {}
-            numbers |= {"our work of its": (work, "percent")} if work != 1 else {}
+            numbers |= {"peer time": (its.median, "ms"), "peer spread": (its.spread, "percent")}
+            numbers |= {"peer CPU time": (its.host, "ms")} if its.host else {}
+            numbers |= {"peer variant": (best, "text")} if best else {}
+            numbers |= {"our share of its work": (work, "percent")} if work != 1 else {}
             numbers |= {"ratio": (its.median / seconds * work, "times")}
             if "roofline" in ours.numbers:
                 numbers["at our roofline"] = its.median / ours.numbers["roofline"][0] * work, "times"
@@ -183,7 +185,7 @@ class Question:
 
 
 def made(makers: dict[str, Callable[[], object]]) -> tuple[dict[str, object], dict[str, str]]:
-    """What each of them makes, and why the others did not."""
+    """What the makers return, and why those that raised did."""
     found, failures = {}, {}
     for name, make in makers.items():
         try:
@@ -194,7 +196,7 @@ def made(makers: dict[str, Callable[[], object]]) -> tuple[dict[str, object], di
 
 
 def in_one_line(error: Exception) -> str:
-    """Its first line, or what of that fits a table."""
+    """Its first line, shortened to fit a table."""
     if isinstance(error, NotTimed):
         return str(error)
     if isinstance(error, ImportError):
@@ -203,7 +205,7 @@ def in_one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {textwrap.shorten(first, 200, placeholder=' ...')}"
 
 
-# ---- how fast is it?
+# ---- timing
 
 
 def one_direction(
@@ -255,12 +257,12 @@ def directed(
     return lambda: torch.autograd.grad(out, inputs, gradient, retain_graph=True)
 
 
-# ---- is it right? What is not raises NotTimed.
+# ---- correctness: NotTimed is raised for wrong results
 
 
 def corner_of(case: Case) -> Callable[[Tensor], Tensor]:
-    """The last row, its last key heads with their groups, from the start to a little behind the second step: causal
-    operators have the same results there for the corner of the inputs alone. Cuts [B, T, ...] with heads third.
+    """Cuts [B, T, H, ...] to the last row, its last key heads with their groups, and the tokens up to a little after
+    the second step. Causal operators give the same results there for the corner of their inputs alone.
     """
     tokens = min(case.time, case.prompt + 2 * case.step + ODD, CORNER_TOKENS)
     keys = min(CORNER_HEADS, case.heads[1])
@@ -273,7 +275,7 @@ def corner_of(case: Case) -> Callable[[Tensor], Tensor]:
 
 
 def corner(subject: Subject) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
-    """Output and inputs of the corner alone: ours, and in float64 those of the definition."""
+    """Our output and inputs for the corner alone, then the definition's in float64."""
     cut = corner_of(subject.case)
     mine = [cut(x).detach().clone().requires_grad_() for x in subject.inputs]
     exact = [x.detach().double().requires_grad_() for x in mine]
@@ -284,14 +286,14 @@ def corner(subject: Subject) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]
 
 @torch.no_grad()
 def check_output(subject: Subject) -> None:
-    """The corner of the timed output, and the output of a corner."""
+    """The corner of the timed output, and the output computed from the corner of the inputs."""
     out, _, expected, _ = corner(subject)
     for what, found in {"the output": corner_of(subject.case)(subject.run()), "a corner's output": out}.items():
         agree(found, expected, RIGHT, f"{WRONG}{what} differs from the definition")
 
 
 def check_gradients(subject: Subject) -> None:
-    """Those of a corner."""
+    """Of the corner of the inputs."""
     out, mine, expected, exact = corner(subject)
     gradient = torch.randn_like(out)
     wanted = torch.autograd.grad(expected, exact, gradient.double())

@@ -2,11 +2,11 @@
 
     python -m benchmarks.cpu                        everything, about a quarter of an hour; writes benchmarks/results/
     python -m benchmarks.cpu --only linear peak     some sections, and the rest of the page as it was
-    python -m benchmarks.cpu --page                 the page and pictures anew from the JSON, nothing measured
+    python -m benchmarks.cpu --page                 regenerates page and pictures from the JSON, measures nothing
     python -m benchmarks.cpu --quick                every section on tiny shapes, writes nothing
 
-Written are cpu.json, cpu.md made of it, and the pictures, each whole or not at all. One operator alone, on either
-device, is `python -m benchmarks.bench_<operator>`.
+Writes cpu.json, the page cpu.md made from it, and the pictures, all or none. For one operator alone, on either device:
+`python -m benchmarks.bench_<operator>`.
 """
 
 from benchmarks import (

@@ -34,7 +34,7 @@ def questions(
 
 
 def share_of_peak(question: Question, instruments: Instruments) -> Iterator[Row]:
-    """Among short calls alone, beside torch's matrix product."""
+    """Timed in turns with torch's matrix product alone, without slow peers."""
     ours = directed(FORWARD, question.subject(question.case).run)
     taken = instruments.time({OURS: ours, "matmul": product(SQUARE, question.case.dtype)})
     rates = {"peak": instruments.ceilings(question.case).flops, "matmul": 2 * SQUARE**3 / taken["matmul"].median}

@@ -2,12 +2,12 @@
 
     python -m benchmarks.gpu                              everything, at most five minutes; writes benchmarks/results/
     python -m benchmarks.gpu --only segment_attention     one operator, and the rest of the page as it was
-    python -m benchmarks.gpu --budget 120 --out folder    the most important rows first; what was left out is named
-    python -m benchmarks.gpu --expected                   no GPU: what its ceilings allow, calculated
-    python -m benchmarks.gpu --page                       the page anew from the JSON, nothing measured
+    python -m benchmarks.gpu --budget 120 --out folder    the most important rows first; names what was left out
+    python -m benchmarks.gpu --expected                   needs no GPU: calculates what an H200 allows
+    python -m benchmarks.gpu --page                       regenerates the page from the JSON, measures nothing
 
-Written are gpu.json and gpu.md made of it (gpu_expected.md), whole or not at all. One operator alone, on either device,
-is `python -m benchmarks.bench_<operator>`.
+Writes gpu.json and the page gpu.md made from it (with --expected gpu_expected.md), all or none. For one operator alone,
+on either device: `python -m benchmarks.bench_<operator>`.
 """
 
 from benchmarks import (

@@ -1,5 +1,5 @@
-"""The pages of results, made of the record alone. Their prose is in pages/*.md: of a template those sections are shown
-that have results for their placeholders.
+"""The pages of results, made from the record alone. Their prose is in pages/*.md; a section of a template appears where
+there are results for its placeholder.
 """
 
 import re
@@ -14,7 +14,7 @@ from benchmarks.record import AT_MOST, COMPARISON, QUANTITY, Number, Row
 TEMPLATES = Path(__file__).with_name("pages")
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
 LAST = ("target", "")  # columns
-UNITS = {  # one of it, what stands behind the number, significant digits
+UNITS = {  # scale, suffix, significant digits
     "times": (1, "x", 3), "growth": (1, "x", 3), "count": (1, "", 3), "tokens/s": (1, " tokens/s", 4),
     "us": (1e-6, " us", 3), "ms": (1e-3, " ms", 3), "MB": (1e6, " MB", 3), "GFLOP": (1e9, " GFLOP", 4),
     "GB/s": (1e9, " GB/s", 3), "TB/s": (1e12, " TB/s", 3), "GFLOP/s": (1e9, " GFLOP/s", 3),
@@ -55,12 +55,12 @@ def verdict(row: Row) -> str:
 
 
 def line(row: Row) -> str:
-    """A row while the suite runs."""
+    """A row on the console."""
     return f"{question(row)}: " + ", ".join(f"{name} {cell}" for name, cell in cells(row, named=False).items() if cell)
 
 
 def cells(row: Row, named: bool = True) -> dict[str, str]:
-    """Of a row in a table. Units that stand behind a number are part of the column's name."""
+    """{column: cell} of a row; units that follow a number are part of the column's name."""
     found = {"operator": row.operator, "direction": row.direction} if named else {}
     if named:
         found["peer" if row.kind == COMPARISON else "what"] = row.what
@@ -76,7 +76,7 @@ def cells(row: Row, named: bool = True) -> dict[str, str]:
 
 
 def table(rows: Iterable[dict[str, str]]) -> list[str]:
-    """Of {column: cell}. Columns where no row has anything to say are left out."""
+    """rows: {column: cell}. Empty columns are left out."""
     rows = list(rows)
     names = [name for name in dict.fromkeys(name for row in rows for name in row) if any(row.get(name) for row in rows)]
     names.sort(key=LAST.__contains__)
@@ -85,7 +85,7 @@ def table(rows: Iterable[dict[str, str]]) -> list[str]:
 
 
 def tables(rows: Sequence[Row]) -> list[str]:
-    """One per kind of row, for comparisons with a target one per question. Then the peers that were not timed."""
+    """One per kind of row; comparisons with a target have one per question. Then the peers that were not timed."""
 
     def key(row: Row) -> tuple[str, str]:
         if row.kind == COMPARISON:
@@ -103,7 +103,7 @@ def tables(rows: Sequence[Row]) -> list[str]:
 
 
 def refusals(rows: Sequence[Row]) -> list[str]:
-    """Every reason once, with what it kept from being timed; a missing package is missing everywhere."""
+    """Every reason once, with the operators and directions concerned; a missing package concerns all."""
     reasons: dict[str, dict[str, None]] = {}
     for row in rows:
         said = row.failure if row.failure.startswith((ABSENT, NO_TIME, OTHER)) else f"cannot run: {row.failure}"
@@ -177,7 +177,7 @@ def checked(checks: dict) -> str:
 
 
 def expected_page(asked: Sequence[Question]) -> str:
-    """What the ceilings of an H200 allow for everything that is asked, and the targets beside it."""
+    """What the ceilings of an H200 allow for every question, and the targets beside it."""
     texts = {}
     for section, found in groupby(asked, key=lambda question: question.section):
         found = list(found)
@@ -210,7 +210,7 @@ def template(name: str) -> str:
 
 
 def filled(name: str, sections: dict[str, str], **head: str) -> str:
-    """A template: its head, and those of its sections, numbered, that have something to show."""
+    """A template's head, and its sections that have results, numbered."""
     first, *rest = template(name).split("\n## ")
     parts = [first.format(**head)]
     for text in rest:

@@ -12,11 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-KERNEL, COMPARISON, QUANTITY = (
-    "kernel",
-    "comparison",
-    "quantity",
-)  # ours and the machine, ours and a peer, anything else
+KERNEL, COMPARISON, QUANTITY = "kernel", "comparison", "quantity"  # ours alone, ours against a peer, other numbers
 Number = tuple[float | str | None, str]  # with the unit that page.UNITS shows it in
 AT_MOST = ("ms", "us", "growth", "launches")  # units whose targets are upper limits
 

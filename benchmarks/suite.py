@@ -1,4 +1,4 @@
-"""Asks questions and keeps the answers: the most important first, within a time, whatever one of them meets."""
+"""Runs questions, the most important first, within a time budget; one that fails does not stop the others."""
 
 import argparse
 import csv
@@ -24,7 +24,7 @@ NO_GPU = "benchmarks.gpu: torch finds no GPU here, so nothing is measured; --exp
 
 
 def prepared(device: str, budget: float = math.inf) -> tuple[Instruments, dict[str, str], dict[str, dict]]:
-    """What measures, the facts about the machine, and on a GPU the section of its ceilings. The budget begins now."""
+    """Instruments, facts about the machine, and on a GPU the section of its ceilings. The budget starts to run."""
     start = time.perf_counter()
 
     def left() -> float:
@@ -43,8 +43,8 @@ def measure(
     asked: Sequence[Question], instruments: Instruments, machine: dict[str, str],
     keep: Callable[[dict[str, dict]], None] = lambda sections: None,
 ) -> dict[str, dict]:  # fmt: skip
-    """{section: record.section}. Prints a line per row, and keeps what there is after every question: a kernel that
-    never ends takes only itself along.
+    """{section: record.section}. Prints a line per row and calls `keep` after every question, so that a kernel that
+    hangs loses only its own rows.
     """
     sections = {question.section: record.section(machine) for question in asked}
     for question in sorted(asked, key=lambda question: (question.rank, question.needs)):
@@ -64,7 +64,7 @@ def measure(
 
 
 def small(asked: Iterable[Question]) -> list[Question]:
-    """On tiny shapes, each of which is asked about once."""
+    """The same on tiny shapes, without duplicates."""
     asked = [replace(question, case=question.case.small()) for question in asked]
     return list({(q.section, q.operator, q.case, q.measure, tuple(q.ratios)): q for q in asked}.values())
 
@@ -85,7 +85,7 @@ def show(sections: dict[str, dict]) -> None:
 
 
 def main_of_operator(questions: Callable[[str], list[Question]]) -> None:
-    """One operator's tables, printed; the script of an operator is no more than this."""
+    """The command line of one operator's script: prints its tables."""
     parser = argparse.ArgumentParser()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=device, help=f"{device} if not given")
@@ -98,19 +98,21 @@ def main_of_operator(questions: Callable[[str], list[Question]]) -> None:
 
 
 def main_of_device(device: str, asked: Sequence[Question], arguments: Sequence[str] | None = None) -> None:
-    """Every operator, or some sections, into the record of the device and its page."""
+    """The command line of benchmarks.cpu and benchmarks.gpu: writes the record of the device and its page."""
     name, budget, draw = ("cpu", math.inf, pictures.draw) if device == "cpu" else ("gpu", GPU_BUDGET, None)
     names = list(dict.fromkeys(question.section for question in asked))
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}")
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
-    parser.add_argument("--out", type=Path, default=record.RESULTS, metavar="FOLDER", help="of the results")
+    parser.add_argument("--out", type=Path, default=record.RESULTS, metavar="FOLDER", help="where the results go")
     parser.add_argument("--budget", type=float, default=budget, metavar="SECONDS", help=f"{budget:g} if not given")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, writes nothing")
-    parser.add_argument("--page", action="store_true", help="the page anew from the JSON, nothing measured")
+    parser.add_argument("--page", action="store_true", help="regenerate the page from the JSON, measure nothing")
     parser.set_defaults(expected=False, checks=None)
     if device == "cuda":
-        parser.add_argument("--expected", action="store_true", help="what an H200 allows, calculated; needs no GPU")
-        parser.add_argument("--checks", type=Path, metavar="WORK", help="adds what cuda_tests/run_gpu.sh found there")
+        parser.add_argument("--expected", action="store_true", help="calculate what an H200 allows; needs no GPU")
+        parser.add_argument(
+            "--checks", type=Path, metavar="WORK", help="add the checks that cuda_tests/run_gpu.sh left there"
+        )
     chosen = parser.parse_args(arguments)
     asked = [question for question in asked if question.section in chosen.only]
     found = record.stored(chosen.checks / "benchmarks" if chosen.checks else chosen.out, name)

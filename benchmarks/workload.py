@@ -55,7 +55,7 @@ class Case:
         return labels | ({"threads": self.threads} if self.threads else {})
 
     def small(self) -> "Case":
-        """The same on a shape for trying things out."""
+        """A tiny shape of the same kind, for a trial run."""
         time = min(self.time, 128)
         step = time if self.step >= self.time else min(self.step, 32)
         heads = (4, 2) if self.heads[0] > 1 else self.heads

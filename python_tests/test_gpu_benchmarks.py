@@ -342,7 +342,7 @@ def test_every_operator_is_right_and_timed(measured):
         ("state_update", bench_state_update.IN_GRAPH, bench_state_update.COPY),
     ):
         assert by_peer[key].failure == "", key
-        assert by_peer[key].numbers["its time"][0] > 0
+        assert by_peer[key].numbers["peer time"][0] > 0
 
 
 def test_missing_peers_are_named(measured):
