@@ -206,8 +206,8 @@ __global__ void mma_kernel(const T* a, const T* b, float* d) {
   for (int k = 0; k < 64; k += kMmaK<T>) {
     OperandA<T> left;
     OperandB<T> right[2];
-    load<kATransposed>(left, Tile{}, shared, kATransposed ? k : 0, kATransposed ? 0 : k);
-    load<kBTransposed>(right, Tile{}, b_tile, kBTransposed ? k : 0, kBTransposed ? 0 : k);
+    load_operand<kATransposed>(left, Tile{}, shared, kATransposed ? k : 0, kATransposed ? 0 : k);
+    load_operand<kBTransposed>(right, Tile{}, b_tile, kBTransposed ? k : 0, kBTransposed ? 0 : k);
     mma(sums[0], left, right[0]);
     mma(sums[1], left, right[1]);
   }
@@ -447,19 +447,20 @@ __global__ void __launch_bounds__(128) wgmma_kernel(const T* a, const T* b, floa
   if constexpr (kARegisters)
 #pragma unroll
     for (int k = 0; k < 4; ++k)
-      load<false>(registers[k], Panel{}, shared, int(threadIdx.x) / 32 * 16, 16 * k);
+      load_operand<false>(registers[k], Panel{}, shared, int(threadIdx.x) / 32 * 16, 16 * k);
   wgmma_fence_operand(sums);
   wgmma_fence();
 #pragma unroll
   for (int k = 0; k < 64; k += 16) {
-    const uint64_t b_descriptor =
-        kB == Major::kK ? k_major(right, kPanelBytes, 0, k) : mn_major(right, kPanelBytes, 0, k);
+    const uint64_t b_descriptor = kB == Major::kK ? k_major_descriptor(right, kPanelBytes, 0, k)
+                                                  : mn_major_descriptor(right, kPanelBytes, 0, k);
     if constexpr (kARegisters)
       wgmma<T, kN, kB>(sums, registers[k / 16].r, b_descriptor, k > 0);
     else
-      wgmma<T, kN, kA, kB>(
-          sums, kA == Major::kK ? k_major(left, kPanelBytes, 0, k) : mn_major(left, kPanelBytes, 0, k),
-          b_descriptor, k > 0);
+      wgmma<T, kN, kA, kB>(sums,
+                           kA == Major::kK ? k_major_descriptor(left, kPanelBytes, 0, k)
+                                           : mn_major_descriptor(left, kPanelBytes, 0, k),
+                           b_descriptor, k > 0);
   }
   wgmma_commit();
   wgmma_wait<0>();

@@ -146,25 +146,25 @@ __device__ __forceinline__ void multiply_stage(float (&sums)[kN / 2], const Shar
   if constexpr (kOperands == Operands::kARegisters) {
 #pragma unroll
     for (int k = 0; k < kTileK / 16; ++k)
-      load<false>(a_registers[k], Tile<T, 64>{}, shared.stages + stage * kStageBytes, thread / 32 * 16,
-                  16 * k);
+      load_operand<false>(a_registers[k], Tile<T, 64>{}, shared.stages + stage * kStageBytes,
+                          thread / 32 * 16, 16 * k);
   }
   wgmma_fence_operand(sums);
   if (kBug != Bug::kNoWgmmaFence) wgmma_fence();
 #pragma unroll
   for (int k = 0; k < kTileK; k += 16) {
     if (kBug == Bug::kOneWarpMissing && thread >= 96) break;
-    uint64_t b_descriptor =
-        kBMnMajor<kOperands> ? mn_major(b, kPanelBytes, 0, k) : k_major(b, 2 * kPanelBytes, 0, k);
+    uint64_t b_descriptor = kBMnMajor<kOperands> ? mn_major_descriptor(b, kPanelBytes, 0, k)
+                                                 : k_major_descriptor(b, 2 * kPanelBytes, 0, k);
     if (kBug == Bug::kWrongStride) b_descriptor -= uint64_t(512 >> 4) << 32;
     if constexpr (kOperands == Operands::kARegisters)
       wgmma<T, kN, Major::kMN>(sums, a_registers[k / 16].r, b_descriptor, accumulate || k > 0);
     else if constexpr (kAMnMajor<kOperands>)
-      wgmma<T, kN, Major::kMN, Major::kMN>(sums, mn_major(a, kPanelBytes, 0, k), b_descriptor,
+      wgmma<T, kN, Major::kMN, Major::kMN>(sums, mn_major_descriptor(a, kPanelBytes, 0, k), b_descriptor,
                                            accumulate || k > 0);
     else
       wgmma<T, kN, Major::kK, kBug == Bug::kWrongMajor ? Major::kMN : Major::kK>(
-          sums, k_major(a, kPanelBytes, 0, k), b_descriptor, accumulate || k > 0);
+          sums, k_major_descriptor(a, kPanelBytes, 0, k), b_descriptor, accumulate || k > 0);
   }
   wgmma_commit();
 }

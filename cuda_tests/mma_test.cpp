@@ -83,13 +83,13 @@ __device__ void store_c_parts(const Problem<T>& p, unsigned char* parts) {
 template <class T>
 __device__ void load_b(const Problem<T>& p, const unsigned char* b_tile, int k,
                        statecore::OperandB<T> (&b)[2]) {
-  using statecore::load;
+  using statecore::load_operand;
   if (p.bug == Bug::kDivergentWarp && threadIdx.x >= 16)
     __syncwarp();
   else if (p.b_transposed || p.bug == Bug::kWrongLayout)
-    load<true>(b, Tile<T>{}, b_tile, k, 0);
+    load_operand<true>(b, Tile<T>{}, b_tile, k, 0);
   else
-    load<false>(b, Tile<T>{}, b_tile, 0, k);
+    load_operand<false>(b, Tile<T>{}, b_tile, 0, k);
 }
 
 // The operand from the source under test, as `a` or, with more precision, as `split`.
@@ -102,14 +102,14 @@ __device__ void load_a(const Problem<T>& p, const unsigned char* a_tile, int k, 
     for (int n = 0; n < kMmaK<T> / 8; ++n)
       for (int i = 0; i < 4; ++i)
         tiles[n][i] = p.c[accumulator_row(i) * kK + k + 8 * n + accumulator_column(i)];
-    from_accumulators<T>(a, tiles);
-    from_accumulators<T>(split, tiles);
+    pack_accumulators<T>(a, tiles);
+    pack_accumulators<T>(split, tiles);
   } else if (p.a_transposed()) {
-    load<true>(a, ::Tile<T>{}, a_tile, k, 0);
+    load_operand<true>(a, ::Tile<T>{}, a_tile, k, 0);
   } else {
-    load<false>(a, ::Tile<T>{}, a_tile, 0, k);
+    load_operand<false>(a, ::Tile<T>{}, a_tile, 0, k);
   }
-  if (p.source == Source::kScaled) split = scaled(a, [&](int i) { return scale_of(k + i); });
+  if (p.source == Source::kScaled) split = scale_columns(a, [&](int i) { return scale_of(k + i); });
 }
 
 template <class T>
@@ -131,7 +131,7 @@ __global__ void multiply_kernel(Problem<T> p) {
     if (p.source == Source::kParts) {
       for (int part = 0; part < kParts<T>; ++part) {
         OperandB<T> c[2];
-        load<false>(c, Tile{}, parts + part * Tile::bytes(kM), 0, k);
+        load_operand<false>(c, Tile{}, parts + part * Tile::bytes(kM), 0, k);
         for (int n = 0; n < 2; ++n) mma(d[n], a, c[n]);
       }
       continue;

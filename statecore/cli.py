@@ -76,13 +76,13 @@ class Commands(TyperGroup):
         elif isinstance(target, dict):
             app.callback(help=summary)(lambda: None)
             for part, function in target.items():
-                add_command(app, part, load(function), OLD_SPELLINGS.get(f"{name} {part}"))
+                add_command(app, part, load(function))
         elif name == "train":  # transformers' own parser reads the options of TrainingArguments
             everything = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
             command = report_errors(with_rest_of_line(load(target)))
             app.command(name, help=summary, context_settings=everything)(command)
         else:
-            add_command(app, name, load(target), OLD_SPELLINGS.get(name))
+            add_command(app, name, load(target))
         return typer.main.get_command(app)
 
 
@@ -98,11 +98,8 @@ def with_rest_of_line(function: Callable) -> Callable:
     return command
 
 
-def add_command(app: typer.Typer, name: str, function: Callable, old_spelling: str | None) -> None:
-    keyword = "output_dir"
-    if old_spelling is not None and keyword not in inspect.signature(function).parameters:
-        keyword = old_spelling.removeprefix("--")
-    app.command(name, cls=Command)(report_errors(documented(function, keyword)))
+def add_command(app: typer.Typer, name: str, function: Callable) -> None:
+    app.command(name, cls=Command)(report_errors(documented(function)))
 
 
 def report_errors(function: Callable) -> Callable:
@@ -200,9 +197,9 @@ CONFIG = inspect.Parameter(
 )
 
 
-def documented(function: Callable, folder: str = "output_dir") -> Callable:
+def documented(function: Callable) -> Callable:
     """`function` with a signature for typer: keywords and the fields of option groups become options, with the help
-    from their `Args:`. `folder` is the keyword that `--output-dir` fills.
+    from their `Args:`.
     """
     summary, helps = described(function)
     hints = typing.get_type_hints(function)
@@ -213,7 +210,6 @@ def documented(function: Callable, folder: str = "output_dir") -> Callable:
             groups[name] = hints[name]
             parameters += group_parameters(hints[name], parameter.default, helps)
         else:
-            parameter = parameter.replace(name="output_dir") if name == folder else parameter
             parameters += command_line_parameter(parameter, hints[name], helps.get(name, ""))
     if parameters:
         parameters.append(CONFIG)
@@ -221,8 +217,6 @@ def documented(function: Callable, folder: str = "output_dir") -> Callable:
     @wraps(function)
     def command(**options):
         options.pop("config", None)
-        if "output_dir" in options:
-            options[folder] = options.pop("output_dir")
         for name, group in groups.items():
             options[name] = group(**{field: options.pop(option) for option, field in option_names(group).items()})
         function(**options)

@@ -336,7 +336,7 @@ __device__ __forceinline__ void stmatrix(uint32_t row_address, const uint32_t (&
 // OperandA of mma.cuh with the same rows.
 //
 //   wgmma_fence_operand(d); wgmma_fence();
-//   for (k = 0; k < 64; k += 16) wgmma<T, n>(d, k_major(...k), k_major(...k), true);
+//   for (k = 0; k < 64; k += 16) wgmma<T, n>(d, k_major_descriptor(...k), k_major_descriptor(...k), true);
 //   wgmma_commit();
 //   ...
 //   wgmma_wait<0>(); wgmma_fence_operand(d);
@@ -345,7 +345,7 @@ __device__ __forceinline__ void stmatrix(uint32_t row_address, const uint32_t (&
 
 // Accumulator tiles of mma.cuh as the flat array that wgmma takes.
 template <int kTiles>
-__device__ __forceinline__ float (&flat(float (&x)[kTiles][4]))[4 * kTiles] {
+__device__ __forceinline__ float (&flatten(float (&x)[kTiles][4]))[4 * kTiles] {
   return reinterpret_cast<float (&)[4 * kTiles]>(x);
 }
 
@@ -357,14 +357,14 @@ enum class Major { kK, kMN };
 // K-major: rows of a panel are rows of a or columns of b, starting at `row` (a multiple of 8); a panel holds
 // 64 elements in k. Advancing k by 16 advances the address by 32 bytes within the row, which is allowed
 // because the hardware computes the swizzle from the whole address.
-__device__ __forceinline__ uint64_t k_major(uint32_t panel, uint32_t panel_bytes, int row, int k) {
+__device__ __forceinline__ uint64_t k_major_descriptor(uint32_t panel, uint32_t panel_bytes, int row, int k) {
   const uint32_t begin = panel + uint32_t(k / 64) * panel_bytes + uint32_t(row) * 128 + uint32_t(k % 64) * 2;
   return uint64_t(begin >> 4) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
 }
 
 // MN-major: rows of a panel are k; a panel holds 64 rows of a or columns of b, starting at `mn` (a multiple
 // of 64). Advancing k by 16 advances the address by 16 rows.
-__device__ __forceinline__ uint64_t mn_major(uint32_t panel, uint32_t panel_bytes, int mn, int k) {
+__device__ __forceinline__ uint64_t mn_major_descriptor(uint32_t panel, uint32_t panel_bytes, int mn, int k) {
   const uint32_t begin = panel + uint32_t(mn / 64) * panel_bytes + uint32_t(k) * 128;
   return uint64_t(begin >> 4) | uint64_t(panel_bytes >> 4) << 16 | uint64_t(1024 >> 4) << 32 |
          uint64_t(1) << 62;

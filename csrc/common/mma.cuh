@@ -37,14 +37,15 @@ __device__ __forceinline__ float quad_max(float x) {
 // same column of eight consecutive rows falls into different banks. Tiles are aligned to 128 bytes.
 template <class T, int kWidth>
 struct Tile {
-  static constexpr int kRowBytes = kWidth * int(sizeof(T)), kPieces = kRowBytes / 16;
-  static_assert(kPieces >= 4 && (kPieces & (kPieces - 1)) == 0, "rows have 64, 128, 256 or 512 bytes");
+  static constexpr int kRowBytes = kWidth * int(sizeof(T)), kVectorsPerRow = kRowBytes / 16;
+  static_assert(kVectorsPerRow >= 4 && (kVectorsPerRow & (kVectorsPerRow - 1)) == 0,
+                "rows have 64, 128, 256 or 512 bytes");
 
   static constexpr int bytes(int rows) { return rows * kRowBytes; }
 
   // Byte offset from the start of the tile.
   __device__ static __forceinline__ int offset(int row, int column) {
-    const int byte = column * int(sizeof(T)), swizzle = kPieces == 4 ? row / 2 & 3 : row & 7;
+    const int byte = column * int(sizeof(T)), swizzle = kVectorsPerRow == 4 ? row / 2 & 3 : row & 7;
     return row * kRowBytes + (byte ^ swizzle * 16);
   }
 };
@@ -57,13 +58,13 @@ __device__ __forceinline__ void load_tile(unsigned char* tile, const T* first_ro
                                           int valid_rows, int valid_width) {
   using Tile = Tile<T, kWidth>;
   constexpr int kPerVector = 16 / int(sizeof(T));
-  static_assert(kRows * Tile::kPieces % kThreads == 0, "the tile is divided evenly among the threads");
+  static_assert(kRows * Tile::kVectorsPerRow % kThreads == 0, "the tile is divided evenly among the threads");
   const uint32_t base = shared_address(tile);
   const int thread = opaque(int(threadIdx.x) % kThreads);
 #pragma unroll
-  for (int i = 0; i < kRows * Tile::kPieces / kThreads; ++i) {
+  for (int i = 0; i < kRows * Tile::kVectorsPerRow / kThreads; ++i) {
     const int vector = i * kThreads + thread;
-    const int row = vector / Tile::kPieces, column = vector % Tile::kPieces * kPerVector;
+    const int row = vector / Tile::kVectorsPerRow, column = vector % Tile::kVectorsPerRow * kPerVector;
     const bool valid = row < valid_rows && column < valid_width;
     cp_async(base + Tile::offset(row, column), valid ? first_row + row * row_stride + column : first_row,
              !valid);
@@ -110,8 +111,8 @@ __device__ __forceinline__ void split_pair(float x, float y, uint32_t& high, uin
 
 // a[m][k] = tile[row + m][column + k], or with kTransposed tile[row + k][column + m].
 template <bool kTransposed, class T, int kWidth>
-__device__ __forceinline__ void load(OperandA<T>& a, Tile<T, kWidth>, const unsigned char* tile, int row,
-                                     int column) {
+__device__ __forceinline__ void load_operand(OperandA<T>& a, Tile<T, kWidth>, const unsigned char* tile,
+                                             int row, int column) {
   const int lane = sizeof(T) == 2 ? lane_index() : opaque(lane_index());
   if constexpr (sizeof(T) == 2) {
     // The four matrices: rows 0-7 and rows 8-15 at k = 0, then at k = 8.
@@ -139,8 +140,8 @@ __device__ __forceinline__ void load(OperandA<T>& a, Tile<T, kWidth>, const unsi
 // Two adjacent operands of 8 columns each: b[k][n] = tile[row + n][column + k], or with kTransposed
 // tile[row + k][column + n].
 template <bool kTransposed, class T, int kWidth>
-__device__ __forceinline__ void load(OperandB<T> (&b)[2], Tile<T, kWidth>, const unsigned char* tile, int row,
-                                     int column) {
+__device__ __forceinline__ void load_operand(OperandB<T> (&b)[2], Tile<T, kWidth>, const unsigned char* tile,
+                                             int row, int column) {
   const int lane = sizeof(T) == 2 ? lane_index() : opaque(lane_index());
   if constexpr (sizeof(T) == 2) {
     // The four matrices: columns 0-7 at k = 0 and k = 8, then columns 8-15.
@@ -170,7 +171,7 @@ __device__ __forceinline__ void load(OperandB<T> (&b)[2], Tile<T, kWidth>, const
 // Converts kMmaK<T> columns of accumulators to an operand with that k: one 16x8 tile for float; two for
 // 16-bit elements, with rounding.
 template <class T>
-__device__ __forceinline__ void from_accumulators(OperandA<T>& a, const float (*tiles)[4]) {
+__device__ __forceinline__ void pack_accumulators(OperandA<T>& a, const float (*tiles)[4]) {
   if constexpr (sizeof(T) == 2) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) a.r[i] = pack<T>(tiles[i / 2][i % 2 * 2], tiles[i / 2][i % 2 * 2 + 1]);
@@ -182,19 +183,19 @@ __device__ __forceinline__ void from_accumulators(OperandA<T>& a, const float (*
 
 // The same without rounding.
 template <class T>
-__device__ __forceinline__ void from_accumulators(SplitA<T>& a, const float (*tiles)[4]) {
+__device__ __forceinline__ void pack_accumulators(SplitA<T>& a, const float (*tiles)[4]) {
   if constexpr (sizeof(T) == 2) {
 #pragma unroll
     for (int i = 0; i < 4; ++i)
       split_pair<T>(tiles[i / 2][i % 2 * 2], tiles[i / 2][i % 2 * 2 + 1], a.high.r[i], a.low.r[i]);
   } else {
-    from_accumulators(static_cast<OperandA<float>&>(a), tiles);
+    pack_accumulators(static_cast<OperandA<float>&>(a), tiles);
   }
 }
 
 // a[m][k] * factor(k) for k in [0, kMmaK<T>).
 template <class T, class Factor>
-__device__ __forceinline__ SplitA<T> scaled(const OperandA<T>& a, const Factor& factor) {
+__device__ __forceinline__ SplitA<T> scale_columns(const OperandA<T>& a, const Factor& factor) {
   SplitA<T> product;
   const int k = lane_index() % 4 * 2;
   if constexpr (sizeof(T) == 2) {

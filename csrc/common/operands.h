@@ -74,14 +74,14 @@ class OperandTile {
   // The columns form of x, which is in rows form, in this tile or another.
   Packed<Operand> columns_of(Packed<Operand> x, int rows, int cols) {
     if constexpr (kIsReal<Operand>) return x;
-    kernels_.pack_columns(OperandTraits<Operand>::kDType, x.data, x.ld * OperandTraits<Operand>::kSummands,
+    kernels_.pack_columns(OperandTraits<Operand>::kDType, x.data, x.ld * OperandTraits<Operand>::kPackFactor,
                           rows, cols, columns_.get(), columns_ld_);
     return {columns_.get(), columns_ld_};
   }
   // dst[depth(cols), rows] = rows()^T.
   void transpose(int rows, int cols, Operand* dst, int64_t ld) const {
     kernels_.pack_transposed(OperandTraits<Operand>::kDType, rows_.get(),
-                             rows_ld_ * OperandTraits<Operand>::kSummands, rows, cols, dst, ld);
+                             rows_ld_ * OperandTraits<Operand>::kPackFactor, rows, cols, dst, ld);
   }
 
   // Zero a row after load_rows() or load_columns(), respectively.

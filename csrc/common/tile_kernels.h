@@ -37,13 +37,13 @@ template <class Operand>
 struct OperandTraits {
   using Real = Operand;
   static constexpr DType kDType = sizeof(Operand) == 8 ? DType::kFloat64 : DType::kFloat32;
-  static constexpr int kSummands = 1;  // numbers per operand
+  static constexpr int kPackFactor = 1;  // numbers per operand
 };
 template <>
 struct OperandTraits<BFloat16Pair> {
   using Real = float;
   static constexpr DType kDType = DType::kBFloat16;
-  static constexpr int kSummands = 2;
+  static constexpr int kPackFactor = 2;
 };
 
 template <class Operand>
@@ -52,7 +52,7 @@ using RealOf = typename OperandTraits<Operand>::Real;
 // Number of operands that hold n numbers along the contraction dimension; a missing second half is zero.
 template <class Operand>
 constexpr int depth(int n) {
-  return (n + OperandTraits<Operand>::kSummands - 1) / OperandTraits<Operand>::kSummands;
+  return (n + OperandTraits<Operand>::kPackFactor - 1) / OperandTraits<Operand>::kPackFactor;
 }
 
 // Products, and packing of their operands. Sources of packing are tensors or tiles of `dtype` with rows

@@ -170,12 +170,12 @@ __global__ void __launch_bounds__(kThreads, 2) linear_sweep_kernel(SweepParams p
 #pragma unroll 1
         for (int depth = 0; depth < kKeyWidth; depth += kDepth) {
           OperandA<T> a;
-          load<false>(a, Keys{}, q, score_row, depth);
+          load_operand<false>(a, Keys{}, q, score_row, depth);
 #pragma unroll
           for (int n = 0; n < L::kScoreColumns; n += 16) {
             if (fully_masked(score_row, score_column + n)) continue;
             OperandB<T> b[2];
-            load<false>(b, Keys{}, k, score_column + n, depth);
+            load_operand<false>(b, Keys{}, k, score_column + n, depth);
             mma(score[n / 8], a, b[0]);
             mma(score[n / 8 + 1], a, b[1]);
           }
@@ -235,14 +235,14 @@ __global__ void __launch_bounds__(kThreads, 2) linear_sweep_kernel(SweepParams p
 #pragma unroll
                 for (int i = 0; i < 4; ++i)
                   scaled_state[n][i] = state[depth / 8 + n][i] * range_scale(exponents[i / 2]);
-              from_accumulators<T>(a, scaled_state);
+              pack_accumulators<T>(a, scaled_state);
             } else {
-              from_accumulators<T>(a, state + depth / 8);
+              pack_accumulators<T>(a, state + depth / 8);
             }
 #pragma unroll
             for (int n = 0; n < kChunk; n += 16) {
               OperandB<T> b[2];
-              load<false>(b, Keys{}, q, n, depth);
+              load_operand<false>(b, Keys{}, q, n, depth);
               mma(out[n / 8], a, b[0]);
               mma(out[n / 8 + 1], a, b[1]);
             }
@@ -282,7 +282,7 @@ __global__ void __launch_bounds__(kThreads, 2) linear_sweep_kernel(SweepParams p
 #pragma unroll 1
       for (int depth = 0; depth < kChunk; depth += kDepth) {
         OperandA<T> a;
-        load<true>(a, Values{}, v, depth, 16 * warp);
+        load_operand<true>(a, Values{}, v, depth, 16 * warp);
         if (has_out) {
 #pragma unroll
           for (int n = 0; n < kChunk; n += 16) {
@@ -290,7 +290,7 @@ __global__ void __launch_bounds__(kThreads, 2) linear_sweep_kernel(SweepParams p
 #pragma unroll
             for (int part = 0; part < kParts<T>; ++part) {
               OperandB<T> b[2];
-              load<false>(b, Scores{}, scores + part * L::kPartBytes, n, depth);
+              load_operand<false>(b, Scores{}, scores + part * L::kPartBytes, n, depth);
               mma(out[n / 8], a, b[0]);
               mma(out[n / 8 + 1], a, b[1]);
             }
@@ -300,13 +300,13 @@ __global__ void __launch_bounds__(kThreads, 2) linear_sweep_kernel(SweepParams p
 #pragma unroll
           for (int n = 0; n < kKeyWidth; n += 16) {
             OperandB<T> b[2];
-            load<true>(b, Keys{}, k, depth, n);
+            load_operand<true>(b, Keys{}, k, depth, n);
             mma(state[n / 8], a, b[0]);
             mma(state[n / 8 + 1], a, b[1]);
           }
         };
         if (has_decay)
-          add_to_state(scaled(a, [&](int i) { return decay.write[depth + i]; }));
+          add_to_state(scale_columns(a, [&](int i) { return decay.write[depth + i]; }));
         else
           add_to_state(a);
       }

@@ -183,9 +183,9 @@ struct Consumer {
 #pragma unroll
         for (int j = 0; j < 8; ++j)
           scaled_state[j / 4][j % 4] = state[n + j / 4][j % 4] * range_scale(exponents[j % 4 / 2]);
-        from_accumulators<T>(a[i], scaled_state);
+        pack_accumulators<T>(a[i], scaled_state);
       } else {
-        from_accumulators<T>(a[i], state + n);
+        pack_accumulators<T>(a[i], state + n);
       }
     }
   }
@@ -194,9 +194,9 @@ struct Consumer {
   __device__ __forceinline__ void read_state(const SplitA<T> (&a)[4], const Stage& stage, int begin) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint64_t b = k_major(stage.q, kPanelBytes, 0, begin + 16 * i);
-      wgmma<T, kChunk>(flat(out), a[i].low.r, b, begin + i > 0);
-      wgmma<T, kChunk>(flat(out), a[i].high.r, b, true);
+      const uint64_t b = k_major_descriptor(stage.q, kPanelBytes, 0, begin + 16 * i);
+      wgmma<T, kChunk>(flatten(out), a[i].low.r, b, begin + i > 0);
+      wgmma<T, kChunk>(flatten(out), a[i].high.r, b, true);
     }
     wgmma_commit();
   }
@@ -210,19 +210,19 @@ struct Consumer {
       if constexpr (kNarrowRange)
         exponents[0] = row_exponent(state, 0), exponents[1] = row_exponent(state, 1);
       state_operands(a, 0, exponents);
-      wgmma_fence_operand(flat(out));
+      wgmma_fence_operand(flatten(out));
     }
     float scores[kChunk / 8][4];
-    wgmma_fence_operand(flat(scores));
+    wgmma_fence_operand(flatten(scores));
     wgmma_fence();
 #pragma unroll
     for (int depth = 0; depth < kKeyWidth; depth += 16)
-      wgmma<T, kChunk>(flat(scores), k_major(stage.q, kPanelBytes, 0, depth),
-                       k_major(stage.k, kPanelBytes, 0, depth), depth > 0);
+      wgmma<T, kChunk>(flatten(scores), k_major_descriptor(stage.q, kPanelBytes, 0, depth),
+                       k_major_descriptor(stage.k, kPanelBytes, 0, depth), depth > 0);
     wgmma_commit();
     if constexpr (kReadsState) read_state(a, stage, 0);
     wgmma_wait<kReadsState ? 1 : 0>();
-    wgmma_fence_operand(flat(scores));
+    wgmma_fence_operand(flatten(scores));
     barrier();  // A
     if (stage.has_tail || p.zero_v) zero_tail_rows(stage);
 
@@ -266,7 +266,7 @@ struct Consumer {
 #pragma unroll
     for (int n = 0; n < kChunk / 8; n += 2) {
       SplitA<T> parts;
-      from_accumulators<T>(parts, scores + n);
+      pack_accumulators<T>(parts, scores + n);
       const uint32_t to = base + L::kScores + Panel::offset(store_row, 8 * n + store_column);
       stmatrix<false>(to, parts.high.r);
       stmatrix<false>(to + kPanelBytes, parts.low.r);
@@ -275,14 +275,14 @@ struct Consumer {
 
     if constexpr (kReadsState) {
       wgmma_wait<0>();
-      wgmma_fence_operand(flat(out));
+      wgmma_fence_operand(flatten(out));
       if constexpr (kKeyWidth == 128) {
         state_operands(a, 64, exponents);
-        wgmma_fence_operand(flat(out));
+        wgmma_fence_operand(flatten(out));
         wgmma_fence();
         read_state(a, stage, 64);
         wgmma_wait<0>();
-        wgmma_fence_operand(flat(out));
+        wgmma_fence_operand(flatten(out));
       }
       if constexpr (kNarrowRange) {
 #pragma unroll
@@ -311,18 +311,18 @@ struct Consumer {
           out[n][i] *= factor(storage.score_exponents[8 * n + first_column + i % 2]);
     };
     if constexpr (kNarrowRange) scale_tokens(range_scale);
-    wgmma_fence_operand(flat(out));
+    wgmma_fence_operand(flatten(out));
     wgmma_fence();
 #pragma unroll
     for (int depth = 0; depth < kChunk; depth += 16)
 #pragma unroll
       for (int part = 0; part < 2; ++part)
-        wgmma<T, kChunk, Major::kMN>(flat(out), mn_major(stage.v, kPanelBytes, 0, depth),
-                                     k_major(base + L::kScores + part * kPanelBytes, kPanelBytes, 0, depth),
-                                     true);
+        wgmma<T, kChunk, Major::kMN>(
+            flatten(out), mn_major_descriptor(stage.v, kPanelBytes, 0, depth),
+            k_major_descriptor(base + L::kScores + part * kPanelBytes, kPanelBytes, 0, depth), true);
     wgmma_commit();
     wgmma_wait<0>();
-    wgmma_fence_operand(flat(out));
+    wgmma_fence_operand(flatten(out));
     if constexpr (kNarrowRange) scale_tokens(range_unscale);
   }
 
@@ -342,24 +342,25 @@ struct Consumer {
       for (int i = 0; i < kChunk / 16; ++i) {
         OperandA<T> unscaled;
         ldmatrix<true>(unscaled.r, stage.v + offset + 16 * i * 128);
-        a[i] = scaled(unscaled, [&](int token) { return stage.decay.write[16 * i + token]; });
+        a[i] = scale_columns(unscaled, [&](int token) { return stage.decay.write[16 * i + token]; });
       }
-      wgmma_fence_operand(flat(state));
+      wgmma_fence_operand(flatten(state));
       wgmma_fence();
 #pragma unroll
       for (int i = 0; i < kChunk / 16; ++i) {
-        const uint64_t b = mn_major(stage.k, kPanelBytes, 0, 16 * i);
-        wgmma<T, kKeyWidth, Major::kMN>(flat(state), a[i].low.r, b, true);
-        wgmma<T, kKeyWidth, Major::kMN>(flat(state), a[i].high.r, b, true);
+        const uint64_t b = mn_major_descriptor(stage.k, kPanelBytes, 0, 16 * i);
+        wgmma<T, kKeyWidth, Major::kMN>(flatten(state), a[i].low.r, b, true);
+        wgmma<T, kKeyWidth, Major::kMN>(flatten(state), a[i].high.r, b, true);
       }
       wgmma_commit();
     } else {
-      wgmma_fence_operand(flat(state));
+      wgmma_fence_operand(flatten(state));
       wgmma_fence();
 #pragma unroll
       for (int depth = 0; depth < kChunk; depth += 16)
-        wgmma<T, kKeyWidth, Major::kMN, Major::kMN>(flat(state), mn_major(stage.v, kPanelBytes, 0, depth),
-                                                    mn_major(stage.k, kPanelBytes, 0, depth), true);
+        wgmma<T, kKeyWidth, Major::kMN, Major::kMN>(
+            flatten(state), mn_major_descriptor(stage.v, kPanelBytes, 0, depth),
+            mn_major_descriptor(stage.k, kPanelBytes, 0, depth), true);
       wgmma_commit();
     }
   }
@@ -376,7 +377,7 @@ struct Consumer {
 #pragma unroll
       for (int n = 0; n < kChunk / 8; n += 2) {
         OperandA<T> rounded;
-        from_accumulators<T>(rounded, out + n);
+        pack_accumulators<T>(rounded, out + n);
         stmatrix<true>(base + L::kOut + offset + 8 * n * 128, rounded.r);
       }
       __syncwarp();
@@ -429,7 +430,7 @@ struct Consumer {
         update_state(stage, first_head);
         if (block.has_out() && last_head) store_out(stage);
         wgmma_wait<0>();
-        wgmma_fence_operand(flat(state));
+        wgmma_fence_operand(flatten(state));
         warp_arrive(empty + 8 * pipe.stage);
         if (kHasDecay && block.has_out() && last_head) block.store_row_dots(chunk, out, shared + L::kOut);
 

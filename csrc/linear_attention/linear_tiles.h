@@ -79,11 +79,11 @@ class HeadTiles {
   // columns() of the i-th of the heads that load_rows() took, from its rows().
   void pack_columns(int64_t i, int length) {
     if constexpr (!kIsReal<Operand>)
-      kernels_.pack_columns(kDType, rows(i).data, rows_ld_ * kSummands, length, width_,
+      kernels_.pack_columns(kDType, rows(i).data, rows_ld_ * kPackFactor, length, width_,
                             columns_.get() + i * columns_offset_, columns_ld_);
   }
   void transpose(int64_t i, int length, Operand* dst, int64_t ld) const {
-    kernels_.pack_transposed(kDType, rows(i).data, rows_ld_ * kSummands, length, width_, dst, ld);
+    kernels_.pack_transposed(kDType, rows(i).data, rows_ld_ * kPackFactor, length, width_, dst, ld);
   }
 
   Packed<Operand> rows(int64_t i) const { return {rows_.get() + i * rows_offset_, rows_ld_}; }
@@ -96,12 +96,12 @@ class HeadTiles {
 
  private:
   static constexpr DType kDType = OperandTraits<Operand>::kDType;
-  static constexpr int kSummands = OperandTraits<Operand>::kSummands;
+  static constexpr int kPackFactor = OperandTraits<Operand>::kPackFactor;
   using Pack = decltype(ProductKernels<Operand>::pack_rows);
 
   void load(const HeadsView& x, DType dtype, int64_t row, const TokenChunk& chunk, int64_t first,
             int64_t heads, Pack pack, Operand* dst, int64_t offset, int64_t ld) const {
-    const bool together = x.head == width_ && width_ % (kTilePad * kSummands) == 0;
+    const bool together = x.head == width_ && width_ % (kTilePad * kPackFactor) == 0;
     for (int64_t i = 0; i < heads; i += together ? heads : 1)
       pack(dtype, head_at(x, dtype, row, chunk.begin, first + i), x.time, chunk.length,
            together ? int(heads) * width_ : width_, dst + i * offset, ld);

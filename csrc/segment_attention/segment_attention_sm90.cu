@@ -224,42 +224,43 @@ __device__ __forceinline__ void consume(const SharedMemory<kWidth>& shared, cons
     return false;
   };
   const auto issue_qk = [&] {
-    wgmma_fence_operand(flat(scores));
+    wgmma_fence_operand(flatten(scores));
     wgmma_fence();
 #pragma unroll
     for (int d = 0; d < kDepths; ++d)
-      wgmma<T, kTileTokens>(flat(scores), q[d].r,
-                            k_major(shared_address(shared.k(kv.stage)), kPanelBytes, 0, 16 * d), d > 0);
+      wgmma<T, kTileTokens>(flatten(scores), q[d].r,
+                            k_major_descriptor(shared_address(shared.k(kv.stage)), kPanelBytes, 0, 16 * d),
+                            d > 0);
     wgmma_commit();
   };
   const auto issue_pv = [&](const KvState& of) {
     mbarrier_wait(shared.v_masked(of.stage), of.phase);
-    wgmma_fence_operand(flat(out));
+    wgmma_fence_operand(flatten(out));
     wgmma_fence();
 #pragma unroll
     for (int d = 0; d < kTileTokens / 16; ++d)
-      wgmma<T, kWidth, Major::kMN>(flat(out), probabilities[d].r,
-                                   mn_major(shared_address(shared.v(of.stage)), kPanelBytes, 0, 16 * d),
-                                   true);
+      wgmma<T, kWidth, Major::kMN>(
+          flatten(out), probabilities[d].r,
+          mn_major_descriptor(shared_address(shared.v(of.stage)), kPanelBytes, 0, 16 * d), true);
     wgmma_commit();
   };
   const auto wait_pv = [&](const KvState& of) {
     wgmma_wait<0>();
-    wgmma_fence_operand(flat(out));
+    wgmma_fence_operand(flatten(out));
     warp_arrive(shared.kv_empty(of.stage));
   };
   const auto mask_and_softmax = [&](float (&rescale)[2]) {
-    wgmma_fence_operand(flat(scores));
+    wgmma_fence_operand(flatten(scores));
     const int32_t* visible_end = shared.visible_end + kv.stage * kTileTokens;
     if (keys.flags & kMasked << warpgroup)
       mask_scores(scores, keys.begin, token,
                   [&](int column) { return *reinterpret_cast<const int2*>(visible_end + column); });
     softmax.online_softmax(scores, rescale);
-    wgmma_fence_operand(flat(scores));
+    wgmma_fence_operand(flatten(scores));
   };
   const auto round_probabilities = [&] {
 #pragma unroll
-    for (int d = 0; d < kTileTokens / 16; ++d) from_accumulators<T>(probabilities[d], &scores[2 * d]);
+    for (int d = 0; d < kTileTokens / 16; ++d) pack_accumulators<T>(probabilities[d], &scores[2 * d]);
   };
 
   for (WorkState work_state;; work_state.advance()) {
@@ -270,7 +271,8 @@ __device__ __forceinline__ void consume(const SharedMemory<kWidth>& shared, cons
     const WorkTile next_work = shared.work->tile[warpgroup];
 #pragma unroll
     for (int d = 0; d < kDepths; ++d)
-      load<false>(q[d], Tile<T, 64>{}, shared.q(warpgroup) + d / 4 * kPanelBytes, warp_row, d % 4 * 16);
+      load_operand<false>(q[d], Tile<T, 64>{}, shared.q(warpgroup) + d / 4 * kPanelBytes, warp_row,
+                          d % 4 * 16);
     warp_arrive(shared.work_empty());
     more = true;
     next_k_block();

@@ -39,13 +39,13 @@ __device__ __forceinline__ void load_rows(unsigned char* tile, const RowsView<T>
                                           const Valid& valid) {
   using Tile = Tile<T, kWidth>;
   constexpr int kPerPiece = 16 / int(sizeof(T));
-  static_assert(kRows * Tile::kPieces % kThreads == 0, "threads share the tile evenly");
+  static_assert(kRows * Tile::kVectorsPerRow % kThreads == 0, "threads share the tile evenly");
   const uint32_t base = shared_address(tile);
-  const int column = int(threadIdx.x) % Tile::kPieces * kPerPiece;
-  static_assert(kThreads % Tile::kPieces == 0, "a thread stays in its column");
+  const int column = int(threadIdx.x) % Tile::kVectorsPerRow * kPerPiece;
+  static_assert(kThreads % Tile::kVectorsPerRow == 0, "a thread stays in its column");
   const bool in_width = column < rows.width;
-  constexpr int kRowsAtOnce = kThreads / Tile::kPieces;
-  const int first_row = int(threadIdx.x) / Tile::kPieces;
+  constexpr int kRowsAtOnce = kThreads / Tile::kVectorsPerRow;
+  const int first_row = int(threadIdx.x) / Tile::kVectorsPerRow;
   const T* from = rows.data + (first + first_row) * rows.stride + column;
 #pragma unroll
   for (int row = 0; row < kRows; row += kRowsAtOnce, from += kRowsAtOnce * rows.stride) {
@@ -86,8 +86,8 @@ __device__ __forceinline__ void store_rows(T* first_row, int64_t stride, int wid
         store_pair(Tile{}, tile, warp_row + accumulator_row(2 * i), 8 * n + accumulator_column(0),
                    x[n][2 * i], x[n][2 * i + 1]);
     __syncwarp();
-    for (int piece = lane_index(); piece < 16 * Tile::kPieces; piece += 32) {
-      const int row = warp_row + piece / Tile::kPieces, column = piece % Tile::kPieces * 8;
+    for (int piece = lane_index(); piece < 16 * Tile::kVectorsPerRow; piece += 32) {
+      const int row = warp_row + piece / Tile::kVectorsPerRow, column = piece % Tile::kVectorsPerRow * 8;
       if (stored(row) && column < width)
         *reinterpret_cast<uint4*>(first_row + row * stride + column) =
             *reinterpret_cast<const uint4*>(tile + Tile::offset(row, column));
@@ -106,7 +106,8 @@ class RowOperands {
   __device__ __forceinline__ void load_registers() {
     if constexpr (kInRegisters) {
 #pragma unroll
-      for (int d = 0; d < kDepths; ++d) load<false>(a_[d], Tile<T, kWidth>{}, tile_, row_, d * kMmaK<T>);
+      for (int d = 0; d < kDepths; ++d)
+        load_operand<false>(a_[d], Tile<T, kWidth>{}, tile_, row_, d * kMmaK<T>);
     }
   }
 
@@ -119,11 +120,11 @@ class RowOperands {
       if constexpr (kInRegisters)
         a = a_[d];
       else
-        load<false>(a, Tile<T, kWidth>{}, tile_, row_, d * kMmaK<T>);
+        load_operand<false>(a, Tile<T, kWidth>{}, tile_, row_, d * kMmaK<T>);
 #pragma unroll
       for (int n = 0; n < kOthers / 16; ++n) {
         OperandB<T> b[2];
-        load<false>(b, Tile<T, kWidth>{}, other, 16 * n, d * kMmaK<T>);
+        load_operand<false>(b, Tile<T, kWidth>{}, other, 16 * n, d * kMmaK<T>);
         mma(x[2 * n], a, b[0]);
         mma(x[2 * n + 1], a, b[1]);
       }
@@ -145,11 +146,11 @@ __device__ __forceinline__ void accumulate_product(float (&sums)[kColumns][4], c
 #pragma unroll
   for (int d = 0; d < kRows / kMmaK<T>; ++d) {
     Operand operand;
-    from_accumulators<T>(operand, &a[d * kMmaK<T> / 8]);
+    pack_accumulators<T>(operand, &a[d * kMmaK<T> / 8]);
 #pragma unroll
     for (int n = 0; n < kColumns / 2; ++n) {
       OperandB<T> b[2];
-      load<true>(b, Tile<T, kWidth>{}, rows, d * kMmaK<T>, column + 16 * n);
+      load_operand<true>(b, Tile<T, kWidth>{}, rows, d * kMmaK<T>, column + 16 * n);
       mma(sums[2 * n], operand, b[0]);
       mma(sums[2 * n + 1], operand, b[1]);
     }

@@ -68,7 +68,7 @@ class SegmentTiles {
                            int width, OperandTile<Operand>& scratch) const {
     const void* source = x.at(tile.batch, block.begin, kv_head);
     if (usable_in_place(x, tile, width) && !has_padding(tile, block))
-      return {static_cast<const Operand*>(source), x.time / OperandTraits<Operand>::kSummands};
+      return {static_cast<const Operand*>(source), x.time / OperandTraits<Operand>::kPackFactor};
     scratch.load_rows(x.dtype, source, x.time, block.keys, width);
     zero_padding(tile, block, scratch, width, /*rows=*/true);
     return scratch.rows();
@@ -101,9 +101,9 @@ class SegmentTiles {
 
   // A copy, whose lines lie together, pays off when the tile has many rows that read it.
   bool usable_in_place(const TensorView& x, const QueryTile& tile, int width) const {
-    constexpr int kSummands = OperandTraits<Operand>::kSummands;
-    return x.dtype == OperandTraits<Operand>::kDType && width % (kTilePad * kSummands) == 0 &&
-           x.time % kSummands == 0 && plan_.rows(tile) <= kTilePad;
+    constexpr int kPackFactor = OperandTraits<Operand>::kPackFactor;
+    return x.dtype == OperandTraits<Operand>::kDType && width % (kTilePad * kPackFactor) == 0 &&
+           x.time % kPackFactor == 0 && plan_.rows(tile) <= kTilePad;
   }
 
   bool has_padding(const QueryTile& tile, const KeyBlock& block) const {
