@@ -128,6 +128,29 @@ def test_fields_of_an_option_group_are_options(run, seen, tmp_path):
     assert "around the thinking" not in shown
 
 
+@dataclass(frozen=True)
+class MoreFields(Fields):
+    """A group that extends another.
+
+    Args:
+        id: another id.
+        depth: of more.
+    """
+
+    depth: int = 2
+
+
+def try_more(*, fields: MoreFields = MoreFields()) -> None:
+    """A command."""
+
+
+def test_a_group_has_the_help_of_the_group_it_extends(run, seen):
+    seen(try_more)
+    shown = run("try", "--help").output
+    assert all(text in shown for text in ("another id.", "around the thinking.", "of a step.", "of more."))
+    assert "where the id is." not in shown
+
+
 def test_options_may_be_written_with_underscores(run, seen):
     seen = seen(try_group)
     assert run("try", "a", "--step_tokens", "4", "--step_size=2", "--id_field", "--my_id").exit_code == 0

@@ -8,9 +8,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from text_cases import CHARACTERS, chains, character_tokenizer, tiny_model
+from text_cases import CHARACTERS, chains, character_tokenizer, save_language_model, tiny_model
 
 from statecore import segmentation
+from statecore.dynamics.texts import read_texts
 from statecore.labels import label_agreement
 from statecore.segmentation import (
     Corpus,
@@ -20,6 +21,7 @@ from statecore.segmentation import (
     TransitionOptions,
     Transitions,
 )
+from statecore.traces import StepRules, Trace, tokenise
 from statecore.windows import encode, token_windows
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -211,7 +213,8 @@ class Language:
 
 def test_strategies_by_precedence(tmp_path):
     (tmp_path / "words").write_text("Wait\nHmm\n")
-    of_file, by_entropy = EntropyOptions(tmp_path / "words"), EntropyOptions(None, "token", 3, 2)
+    of_file = EntropyOptions(tmp_path / "words")
+    by_entropy = EntropyOptions(None, "token", entropy_rows=3, top_transitions=2)
     corpus, without_model = Corpus(range(10), Language()), Corpus(range(10))
     choose = segmentation.choose_transitions
     assert choose() == Transitions(segmentation.DEFAULT_TRANSITIONS, "word")
@@ -232,6 +235,31 @@ def test_a_strategy_is_a_function_and_a_table_entry(monkeypatch):
     monkeypatch.setattr(segmentation, "STRATEGIES", (shouted, *segmentation.STRATEGIES))
     assert segmentation.choose_transitions(TransitionOptions(opening_unit="token")).openings == ["WAIT"]
     assert segmentation.choose_transitions().openings == segmentation.DEFAULT_TRANSITIONS
+
+
+class Shouted(Transitions):
+    """Steps start at sentences in capitals."""
+
+    def sentence_openings(self, text, starts, offsets):
+        ends = [*starts[1:], len(text)]
+        return ["shout" if text[a:b].isupper() else None for a, b in zip(starts, ends, strict=True)]
+
+
+def test_a_strategy_may_go_by_something_other_than_words(tmp_path, monkeypatch):
+    def shouted(options, corpus):
+        return Shouted(["shout"])
+
+    monkeypatch.setattr(segmentation, "STRATEGIES", (shouted, *segmentation.STRATEGIES))
+    thinking, steps = "So. OH NO! Wait. WHAT?", StepOptions(1, 100)
+    trace = Trace("a", [], thinking, "7", "rows", 1, head="Q:")
+    (row,) = tokenise([trace], character_tokenizer(), "\n", StepRules(segmentation.choose_transitions(), steps))
+    assert row.step_chars == [0, 4, 17]
+    assert row.openings == [None, "shout", "shout"]
+    folder = save_language_model(tmp_path)
+    (tmp_path / "a.txt").write_text(thinking)
+    model = tiny_model(len(character_tokenizer()))
+    (text,) = read_texts(str(tmp_path / "a.txt"), model, str(folder / "tokenizer"), steps=steps)
+    assert text.step_ends == [4, 17, len(thinking)]
 
 
 def test_words_are_compared_without_case_and_tokens_with_it():

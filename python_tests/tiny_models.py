@@ -2,16 +2,13 @@
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM, PreTrainedModel, Qwen2ForCausalLM, Qwen3ForCausalLM
+from transformers import PreTrainedModel
 
-from statecore.families import StateCoreLlamaForCausalLM, StateCoreQwen2ForCausalLM, StateCoreQwen3ForCausalLM
+from statecore.families import CAUSAL_LM_CLASSES
 from statecore.modeling import StateCoreForCausalLM, is_adapter_weight
 
-FAMILIES = {
-    "qwen2": (StateCoreQwen2ForCausalLM, Qwen2ForCausalLM),
-    "qwen3": (StateCoreQwen3ForCausalLM, Qwen3ForCausalLM),
-    "llama": (StateCoreLlamaForCausalLM, LlamaForCausalLM),
-}
+# The class of every family and that of its base.
+FAMILIES = {ours.config_class.base_model_type: (ours, ours.__bases__[1]) for ours in CAUSAL_LM_CLASSES}
 PATTERNS = 3
 WORDS = 50  # ordinary tokens 2 .. 49
 PAD, EOS = 0, 1
@@ -30,12 +27,12 @@ BASE = {
     "bos_token_id": None,
     "eos_token_id": EOS,
 }
+OWN_FIELDS = {"qwen3": {"head_dim": 8}}  # of families whose defaults do not fit a tiny model
 STEPS = {"step_start_token_ids": STARTS, "step_end_token_ids": ENDS, "la_rank": 6, "alpha_max": 0.4, "alpha_steps": 4}
 
 
 def base_fields(family: str, **fields) -> dict:
-    own = {"head_dim": 8} if family == "qwen3" else {}
-    return BASE | own | fields
+    return BASE | OWN_FIELDS.get(family, {}) | fields
 
 
 def tiny_base(family: str, dtype: torch.dtype = torch.float32, **fields) -> PreTrainedModel:

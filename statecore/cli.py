@@ -228,8 +228,10 @@ def documented(function: Callable) -> Callable:
 
 
 def group_parameters(group: type, default: Any, helps: Mapping[str, str]) -> Iterator[inspect.Parameter]:
-    """The fields of an option group as options. The command's help (`helps`) takes precedence over the group's."""
-    _, group_helps = described(group)
+    """The fields of an option group as options. The command's help (`helps`) takes precedence over the group's, and
+    that over the help of the groups it extends.
+    """
+    group_helps = {name: text for base in reversed(group.__mro__) for name, text in described(base)[1].items()}
     hints = typing.get_type_hints(group)
     fields = inspect.signature(group).parameters
     for option, name in option_names(group).items():

@@ -1,7 +1,8 @@
-"""The base model families: Qwen2, Qwen3 and Llama.
+"""The base model families, a block of four classes each.
 
-To add a family, copy one of the blocks below, append its ForCausalLM class to CAUSAL_LM_CLASSES, and add a line to
-FAMILIES in python_tests/tiny_models.py: its tests compare every family with its base. A family fits if
+To add a family, copy a block and append its ForCausalLM class to CAUSAL_LM_CLASSES: the tests compare every class in
+it with its base. If a tiny base of the family needs fields of its own, such as the neutral value of a feature that is
+on by default, they go to OWN_FIELDS in python_tests/tiny_models.py. A family fits if
 
 - attention has q_proj, k_proj, v_proj and o_proj (with or without bias), heads of `head_dim`, and `scaling` for the
   scores, and does nothing else to the scores: no soft-capping, sinks, position biases or sliding windows
@@ -12,10 +13,11 @@ FAMILIES in python_tests/tiny_models.py: its tests compare every family with its
 - the token embedding is a plain nn.Embedding: StepEmbedding replaces it, and would drop a scale inside;
 - logits are `lm_head(hidden_states)`, tied or not, and nothing after it: losses.py calls the head alone;
 - the model's forward takes `inputs_embeds` and passes its keyword arguments on to every `layers[i].self_attn`; it takes
-  the masks of its layers as a dictionary by layer type, or else overrides `layer_mask`;
+  the masks of its layers as a dictionary by layer type (copy Qwen2), or one mask (copy Llama, for its `layer_mask`);
 - the configuration names `num_attention_heads`, `num_key_value_heads`, `hidden_size` and `rms_norm_eps`.
 
-`causal_lm_class` refuses what a configuration shows of the opposite, StateCoreModel the embedding.
+`causal_lm_class` refuses what a configuration shows of the opposite, StateCoreModel the embedding. If the family shows
+it in a field that is not in NEUTRAL_VALUES yet, add the field there, and a case to python_tests/test_adapter.py.
 """
 
 from huggingface_hub.dataclasses import strict

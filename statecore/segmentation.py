@@ -198,12 +198,19 @@ def _entropies(
 class Transitions:
     """What steps open with: words, regardless of case, or tokens (`unit`). `opening in transitions` tests for one.
 
-    `entropies` are those of all openings, highest first, if the choice was made by them.
+    `entropies` are those of all openings, highest first, if the choice was made by them. A subclass that overrides
+    `sentence_openings` gives names of its own to what sentences open with: a number, a blank line before them.
     """
 
     openings: Sequence[str] = DEFAULT_TRANSITIONS
     unit: OpeningUnit = "word"
     entropies: Sequence[OpeningEntropy] = ()
+
+    def sentence_openings(
+        self, text: str, starts: Sequence[int], offsets: Sequence[tuple[int, int]]
+    ) -> list[str | None]:
+        """What each sentence of `text` opens with; `offsets` are the character spans of the text's tokens."""
+        return sentence_openings(text, starts, self.unit, offsets)
 
     def key(self, opening: str) -> str:
         """The opening in the spelling that sentence_openings gives it."""
@@ -230,7 +237,7 @@ class TransitionOptions:
     opening_unit: OpeningUnit = "word"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EntropyOptions(TransitionOptions):
     """What steps open with, where a language model may decide.
 
@@ -348,12 +355,12 @@ def choose_transitions(options: TransitionOptions = TransitionOptions(), corpus:
     To add a strategy:
 
     1. Write a function like those above. It returns None if the options do not ask for it or the corpus lacks what it
-       needs.
+       needs. If steps open with something that is no word or token, it returns a subclass of Transitions.
     2. Add it to `STRATEGIES`, before those that it takes precedence over.
-    3. Add its options: to TransitionOptions, whose fields are options of all commands that take this group, or to a
-       subclass such as EntropyOptions for commands that read a whole corpus first.
+    3. Add its options, each with a line under `Args:`. Those of TransitionOptions are options of `prepare`, `flow` and
+       `dynamics`; those of a subclass, only of commands that read a whole corpus first: EntropyOptions, of `prepare`.
 
-    `prepare`, `flow` and `dynamics` all choose their transitions here and need no change.
+    These commands all choose their transitions here and need no change.
     """
     return next(found for strategy in STRATEGIES if (found := strategy(options, corpus)) is not None)
 

@@ -309,12 +309,12 @@ def tokenise(
         opening_spans = segmentation.encode(rules.opening_tokenizer, texts)[1]
     forbidden = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     eos = tokenizer.eos_token_id
-    for trace, text, ids, spans, own_openings in zip(traces, texts, all_ids, all_spans, opening_spans, strict=True):
+    for trace, text, ids, spans, own_spans in zip(traces, texts, all_ids, all_spans, opening_spans, strict=True):
         before, thinking_end = len(trace.head), len(trace.text())
         closing = len(text) - len(text[thinking_end:].lstrip())
         answer = bisect_right([end for _, end in spans], closing)
         sentences = [before + start for start in segmentation.sentence_starts(trace.thinking)]
-        openings = segmentation.sentence_openings(text, sentences, rules.transitions.unit, own_openings)
+        openings = rules.transitions.sentence_openings(text, sentences, own_spans)
         steps = segmentation.find_steps(sentences, openings, spans, answer, rules.transitions, rules.steps)
         if not steps:
             yield RowProblem("no_thinking", "the thinking is not a token of its own")

@@ -116,7 +116,7 @@ class _TextReader:
         if not ids:
             return Text(name, [], [])
         sentences = segmentation.sentence_starts(text)
-        openings = segmentation.sentence_openings(text, sentences, self.transitions.unit, spans)
+        openings = self.transitions.sentence_openings(text, sentences, spans)
         steps = segmentation.find_steps(sentences, openings, spans, len(ids), self.transitions, self.steps)
         return self._marked(name, ids, [*(step.token for step in steps[1:]), len(ids)])
 
