@@ -271,11 +271,11 @@ def draw_figures(folder: Path, table: Sequence[dict[str, float]], sizes: Sequenc
     """Writes `elbow.png`, inertia and silhouette over the number of patterns, and `pattern_sizes.png`."""
     folder.mkdir(parents=True, exist_ok=True)
     figure = new_figure((6, 4))
-    left = figure.add_subplot(xlabel="thinking patterns", ylabel="inertia a step", xscale="log")
+    left = figure.add_subplot(xlabel="thinking patterns", ylabel="inertia per step", xscale="log")
     right = left.twinx()
     right.set_ylabel("silhouette")
     counts = [row["patterns"] for row in table]
-    lines = left.plot(counts, [row["inertia"] for row in table], "o-", color="tab:blue", label="inertia a step")
+    lines = left.plot(counts, [row["inertia"] for row in table], "o-", color="tab:blue", label="inertia per step")
     lines += right.plot(counts, [row["silhouette"] for row in table], "s--", color="tab:orange", label="silhouette")
     left.set_xticks(counts, [str(count) for count in counts])
     left.minorticks_off()

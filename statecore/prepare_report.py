@@ -147,7 +147,7 @@ def _patterns(report: Mapping[str, Any]) -> Iterator[str]:
         f"{sizes['median']:g}, from {sizes['min']} to {sizes['max']}."
     )
     yield ""
-    yield "| patterns | inertia a step | silhouette |"
+    yield "| patterns | inertia per step | silhouette |"
     yield "|---|---|---|"
     for row in report["elbow"]:
         yield f"| {row['patterns']} | {row['inertia']:.4f} | {row['silhouette']:.4f} |"

@@ -428,7 +428,7 @@ def page(record: dict[str, Any]) -> str:
         "",
         "Heads with high scores gone; decoding is CPU time, fastest of 5 interleaved rounds of 48 tokens.",
         "",
-        f"| model | | state, bytes | ms a decoded token | ms, {BATCH} at once | parameters | checkpoint, bytes |",
+        f"| model | | state, bytes | ms per decoded token | ms, {BATCH} at once | parameters | checkpoint, bytes |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, one in studies.items():
@@ -578,7 +578,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
         drawn = [[whole], *(at(rows, "random", keep) for keep in kept[1:])]
         axes.plot(kept, [np.mean(part) for part in drawn], "s--", color="gray", label="random, mean")
         axes.fill_between(kept, [min(p) for p in drawn], [max(p) for p in drawn], color="gray", alpha=0.25)
-        axes.set(title=name, xlabel="share of heads kept", ylabel="held-out loss, nats a token")
+        axes.set(title=name, xlabel="share of heads kept", ylabel="held-out loss, nats per token")
         axes.invert_xaxis()
         axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)

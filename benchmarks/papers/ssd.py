@@ -427,7 +427,7 @@ def draw_timing(found: dict[str, Any], bars: Any, length: Any, caps: Any) -> Non
         memory.loglog(
             contexts, [r[f"{name}_bytes"] / 1e6 for r in found["length"]], "x--", color=colour, label=f"{name}, MB"
         )
-    length.set(title="one token more", xlabel="tokens before", ylabel="ms a token (solid)")
+    length.set(title="one token more", xlabel="tokens before", ylabel="ms per token (solid)")
     memory.set_ylabel("MB a sequence (dashed)")
     length.legend(fontsize=7)
     for place, cap in enumerate(CAPS):
@@ -451,8 +451,8 @@ def draw_training(found: dict[str, Any], curves: Any, losses: Any, bars: Any) ->
             places = [i + shift for i in range(len(sets))]
             axis.bar(places, [run["evaluation"][s][key] for s in sets], 0.8 / len(runs), label=label)
             axis.set_xticks(range(len(sets)), sets, fontsize=8)
-    curves.set(title="training loss of a phase", xlabel="update", ylabel="nats a token")
-    losses.set(title="held-out loss", ylabel="nats a token")
+    curves.set(title="training loss of a phase", xlabel="update", ylabel="nats per token")
+    losses.set(title="held-out loss", ylabel="nats per token")
     bars.set(title="exact answers", ylim=(0, 1))
     curves.legend(fontsize=7)
 

@@ -103,7 +103,7 @@ def side_of_the_asymmetry(rows: Sequence[Mapping[str, Any]], high: str = "joint"
     loss = {row["model"]: row["loss"] for row in rows}
     random_losses = [value for name, value in loss.items() if name.startswith("random")]
     text = (
-        f"Pruning the heads with high scores costs {loss[high] - loss[UNCHANGED]:+.4f} nats a token, those with low "
+        f"Pruning the heads with high scores costs {loss[high] - loss[UNCHANGED]:+.4f} nats per token, those with low "
         f"scores {loss[low] - loss[UNCHANGED]:+.4f}: "
     )
     if math.isclose(loss[high], loss[low], rel_tol=1e-9):

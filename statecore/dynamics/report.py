@@ -62,7 +62,7 @@ def draw_trajectories(path: Path, trajectory: Trajectory) -> None:
             axes.axvline(position, color="gray", linestyle=":", linewidth=0.5)
         axes.set(xscale="log", xlabel="tokens read", ylabel=title)
     figure.axes[1].set_yscale("log" if (norms > 0).all() else "linear")
-    figure.suptitle(f"{trajectory.name}: a line a head, coloured by layer (dark: first)", fontsize="medium")
+    figure.suptitle(f"{trajectory.name}: one line per head, coloured by layer (dark: first)", fontsize="medium")
     figure.savefig(path, dpi=120)
     write_json(path.with_suffix(".json"), _trajectory_record(trajectory))
 
@@ -89,7 +89,7 @@ def draw_variants(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Held-out loss, bytes of state and milliseconds per token of a model and its pruned variants."""
     figure = new_figure((12, 1.2 + 0.35 * len(rows)))
     names = [row["model"] for row in rows]
-    units = {"loss": "held-out loss, nats a token", "state_bytes": "bytes of state", "ms": "ms a decoded token"}
+    units = {"loss": "held-out loss, nats per token", "state_bytes": "bytes of state", "ms": "ms per decoded token"}
     for axes, (key, title) in zip(figure.subplots(1, 3, sharey=True), units.items(), strict=True):
         bars = axes.barh(names, [row[key] for row in rows], color=["tab:gray", *["tab:blue"] * (len(rows) - 1)])
         axes.bar_label(bars, fmt="{:,.0f}" if key == "state_bytes" else "{:.3f}", padding=3, fontsize="small")
@@ -162,7 +162,7 @@ def variants_text(title: str, rows: Sequence[Mapping[str, Any]], remarks: Sequen
 
 def _variants_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [
-        "| model | loss, nats a token | perplexity | next token right | state, bytes | ms a token | parameters |",
+        "| model | loss, nats per token | perplexity | next token right | state, bytes | ms per token | parameters |",
         "|---|---|---|---|---|---|---|",
     ]
     lines += [
