@@ -1,8 +1,9 @@
 // Forward: for each tile of queries an online softmax over the blocks of keys that the plan names. Scores are
 // transposed, S^T = K Q^T: K keeps its layout, and only the queries are transposed, once per tile.
 //
-// Room for improvement: a decoding step has one work tile per key head and sequence. Where threads outnumber
-// them, the keys of a tile could be split into ranges whose (out, row_max, row_sum) are merged in order.
+// Room for improvement: decoding one token has one work tile per key head and sequence. Where threads
+// outnumber them, the keys of a tile could be split into ranges whose (out, row_max, row_sum) are merged in
+// order.
 
 #include <cmath>
 
@@ -12,7 +13,7 @@
 namespace statecore {
 namespace {
 
-// Up to this many rows (a decoding step), scores are dot products: vectors of rows would be mostly padding.
+// Up to this many rows (decoding), scores are dot products: vectors of rows would be mostly padding.
 constexpr int kFewRows = 2;
 
 template <class Operand>
