@@ -79,8 +79,8 @@ def test_few_sequences_are_split_across_multiprocessors(device):
         emulator(device.name).gpu(multiprocessors=multiprocessors)
         assert_like_reference(ops.linear_attention, reference.linear_attention, args)
         launches.append(emulator(device.name).take_work()[0])
-    assert "scan_segments" not in launches[0]
-    assert "scan_segments" in launches[1]
+    assert "scan_splits" not in launches[0]
+    assert "scan_splits" in launches[1]
 
 
 @pytest.mark.parametrize("heads", [Heads(2, 1, 1, 2, 3), Heads(1, 1, 2, 3, 2)], ids=["gqa", "gva"])
