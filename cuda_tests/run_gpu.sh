@@ -103,7 +103,7 @@ stage() {
 }
 
 if ! command -v nvidia-smi > /dev/null || ! nvidia-smi -L 2> /dev/null | grep -q '^GPU '; then
-  echo "no NVIDIA GPU: nothing was run, and nothing is known about the kernels on one"
+  echo "no NVIDIA GPU here: nothing was run, and nothing is known about the kernels on one"
   exit 77
 fi
 

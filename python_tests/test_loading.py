@@ -26,13 +26,13 @@ def test_any_causal_lm_is_loaded(tmp_path):
         load_state_transition_model(tmp_path / "base")
 
 
-def test_mamba2_is_prunable_as_an_ssd_model(tmp_path):
+def test_mamba2_loads_as_the_class_asked_for(tmp_path):
     config = Mamba2Config(
         vocab_size=9, hidden_size=16, num_hidden_layers=1, num_heads=4, head_dim=8, state_size=8, expand=2, n_groups=1,
     )  # fmt: skip
     Mamba2ForCausalLM(config).save_pretrained(tmp_path)
     assert type(load_causal_lm(tmp_path)) is Mamba2ForCausalLM
-    assert type(load_causal_lm(tmp_path, prunable=True)) is SSDForCausalLM
+    assert type(load_causal_lm(tmp_path, model_class=SSDForCausalLM)) is SSDForCausalLM
 
 
 def test_checkpoints_without_all_weights_are_refused(tmp_path):
